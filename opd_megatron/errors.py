@@ -1,0 +1,57 @@
+"""Errors a user can mend. Each message names the value, the rule it breaks and the remedy, in one line.
+
+Every class also inherits the matching standard type, so that callers who know nothing of this package can
+still write `except ValueError`. The command line prints the message without a traceback and exits with code 2.
+"""
+
+
+class OPDError(Exception):
+    """Base of every error that a user, rather than a developer, has to act on."""
+
+
+class ConfigError(OPDError, ValueError):
+    """A value of the run configuration that breaks a rule."""
+
+
+class NotAvailableError(OPDError, NotImplementedError):
+    """Something the configuration can name but this release does not do yet."""
+
+
+class MissingPathError(OPDError, FileNotFoundError):
+    """A file, folder or hub id that cannot be found."""
+
+
+class UnsupportedModelError(OPDError, ValueError):
+    """A model architecture, or a field of its config, that has no mapping to Megatron."""
+
+
+class WeightsError(OPDError, ValueError):
+    """A checkpoint file whose tensors are missing, damaged or of the wrong shape."""
+
+
+class TokenizerMismatchError(OPDError, ValueError):
+    """Student and teacher disagree on what a token id means."""
+
+
+class DataError(OPDError, ValueError):
+    """An empty data set, a row without its column, or a prompt that does not fit."""
+
+
+class CheckpointError(OPDError, RuntimeError):
+    """A training checkpoint that cannot be written, or belongs to another run."""
+
+
+class RolloutError(OPDError, RuntimeError):
+    """The rollout engine could not do what was asked."""
+
+
+class EngineDiedError(RolloutError):
+    """The rollout engine's process ended; the sampler restarts it."""
+
+
+class StalePolicyError(RolloutError):
+    """A rollout was sampled by other weights than the ones being trained."""
+
+
+class NonFiniteError(OPDError, ArithmeticError):
+    """The loss or the gradient norm is NaN or infinite."""

@@ -1,0 +1,36 @@
+"""The seam to rollout engines: sample from token ids, take new weights, score tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples answers with the weights last pushed into it.
+
+    An engine lives on one rank (global rank 0); `rollout.sampler.RolloutSampler` makes it look the same on all.
+    Every method raises EngineDiedError when the process behind it has ended; `start` then brings up a new one,
+    which has no usable weights until the next `update_weights`.
+    """
+
+    policy_version: int
+    """Version of the weights it holds; -1 until the first `update_weights`."""
+
+    def start(self) -> None:
+        """Brings the engine up (again). Weights are unset until `update_weights`."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One answer per prompt, in order. Each carries `policy_version` and per-token logprobs in nats."""
+
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """Replaces all weights with a stream of full HF tensors, drops cached prefixes, sets `policy_version`."""
+
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each sequence, log p(token i | tokens before i) in nats, for i = 1 .. len - 1."""
+
+    def close(self) -> None:
+        """Ends the engine. Safe to call twice."""

@@ -1,0 +1,35 @@
+"""Which part of a model a rank holds. Made by `mcore`, read by `weights`; plain numbers and explicit groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """One rank's place in the tensor- and pipeline-parallel grid of one model."""
+
+    padded_vocab: int
+    """Rows of embedding and head over all tensor-parallel ranks; rows at or past the HF vocabulary are zero."""
+    first_layer: int
+    """Global index of this rank's first transformer layer."""
+    num_layers: int
+    """Transformer layers on this rank."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    tp_group: ProcessGroup | None = None
+    """None only when tp_size is 1."""
+    pp_group: ProcessGroup | None = None
+    """The pipeline group of this tensor-parallel rank; None only when pp_size is 1."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1

@@ -1,0 +1,123 @@
+"""Real gloo ranks for tests: a pool of worker processes that is started once and runs many distributed tests.
+
+    def _body(rank: int, world_size: int, scale: float) -> float: ...          # module level, picklable
+    def test_something(): results = run_ranks(4, _body, 2.0)                   # one result per rank, in order
+
+Starting a process and importing torch and Megatron costs seconds, so the workers stay. Each call makes a fresh
+default process group and destroys it again. A rank that fails or hangs fails the test and the pool is replaced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.distributed as dist
+
+MAX_RANKS = 4
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its traceback and `cause` the exception it raised (if it pickles)."""
+
+    def __init__(self, message: str, cause: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Runs `body(rank, world_size, *args)` on `world_size` gloo ranks; returns their results in rank order."""
+    assert world_size <= MAX_RANKS
+    workers = _pool(world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(world_size):
+            workers[rank][1].send((rank, world_size, f"{folder}/store", body, args, timeout))
+        return _collect(workers[:world_size], time.monotonic() + timeout)
+
+
+_workers: list[tuple[Any, Connection]] = []
+
+
+def _pool(size: int) -> list[tuple[Any, Connection]]:
+    context = multiprocessing.get_context("spawn")
+    while len(_workers) < size:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        _workers.append((process, ours))
+    return _workers
+
+
+@atexit.register
+def close_pool() -> None:
+    """Ends the workers; the next `run_ranks` starts new ones."""
+    while _workers:
+        process, connection = _workers.pop()
+        connection.close()
+        process.kill()
+        process.join()
+
+
+def _collect(workers: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
+    results: list[Any] = [None] * len(workers)
+    pending = dict(enumerate(workers))
+    failure: RankError | None = None
+    while pending and time.monotonic() < deadline:
+        for rank, (process, connection) in list(pending.items()):
+            if connection.poll(0.002):
+                try:
+                    ok, value, trace = connection.recv()
+                except EOFError:
+                    ok, value, trace = False, None, f"rank process ended with exit code {process.exitcode}"
+                del pending[rank]
+                if ok:
+                    results[rank] = value
+                elif failure is None:
+                    failure = RankError(f"rank {rank} failed:\n{trace}", value)
+                    deadline = min(deadline, time.monotonic() + 10)  # the others may wait for it in a collective
+    if pending:
+        close_pool()
+        failure = failure or RankError(f"ranks {sorted(pending)} did not finish in time")
+    if failure is not None:
+        raise failure
+    return results
+
+
+def _serve(connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world_size, store, body, args, timeout = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+            )  # fmt: skip
+            try:
+                reply = (True, body(rank, world_size, *args), "")
+            finally:
+                dist.destroy_process_group()
+        except Exception as error:
+            reply = (False, error, traceback.format_exc())
+        _reply(connection, reply)
+
+
+def _reply(connection: Connection, reply: tuple[bool, Any, str]) -> None:
+    try:
+        connection.send(reply)
+    except Exception:  # an exception or result that does not pickle: its text must do
+        connection.send((False, None, reply[2] or "the result of the rank does not pickle"))
