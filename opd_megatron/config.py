@@ -8,6 +8,7 @@ messages follow from it. Rules that need the model's own `config.json` (heads, l
 from __future__ import annotations
 
 import difflib
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -330,7 +331,7 @@ def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
     """Sets `a.b.0.c` in nested dictionaries and lists, making what is missing."""
     node: Any = tree
     parts = key.split(".")
-    for part, following in zip(parts[:-1], parts[1:], strict=True):
+    for part, following in itertools.pairwise(parts):
         node = _descend(node, part, key, [] if following.isdigit() else {})
     last = parts[-1]
     if isinstance(node, list):
