@@ -1,0 +1,45 @@
+# Everything happens in this checkout: .venv (the environment), .cache (downloads), runs (output).
+# Needs make and Python 3.10 or newer. `make help` lists what can be made.
+SHELL := /bin/bash
+BIN := .venv/bin
+comma := ,
+
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+EXTRAS ?= $(if $(filter-out 0,$(GPU)),vllm$(comma)dev,cpu$(comma)dev)
+DATASET ?=
+PYTEST_ARGS ?=
+export PYTHON EXTRAS TORCH_INDEX
+
+STAMP := .venv/.made-$(subst $(comma),-,$(EXTRAS))
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@echo "variables: EXTRAS=$(EXTRAS)  DATASET=<hub id or jsonl>  PYTHON=<interpreter>  TORCH_INDEX=<url>  PYTEST_ARGS=..."
+
+env: $(STAMP)  ## make .venv with everything in it
+
+$(STAMP): setup.py pyproject.toml constraints.txt overrides.txt tools/make_env.sh
+	@tools/make_env.sh
+	@touch $@
+
+demo: env  ## distil real weights (SmolLM2-135M, 24 layers from 30), print the result table
+	@$(BIN)/python tools/demo_assets.py --out runs/assets
+	@$(BIN)/opd-megatron train configs/demo.yaml $(if $(DATASET),data.source='$(DATASET)')
+
+test: env  ## the whole test suite
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: env  ## ruff, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: env  ## measure what README's table claims, in a quick form
+	@for script in benchmarks/*.py; do case $$script in */_*) continue;; esac; \
+	    echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+clean:  ## remove .venv, .cache and everything built; runs/ stays
+	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Makes or completes .venv in the checkout. Called by `make env`; nothing is written outside the checkout.
+#
+#   PYTHON       interpreter to use; by default the first of python3, python3.13 ... 3.11 that is 3.11 or newer
+#   EXTRAS       extras of setup.py; by default `vllm,dev` with an NVIDIA GPU and `cpu,dev` without
+#   TORCH_INDEX  where a machine without a GPU gets torch's CPU build from, if not from PyTorch's own index
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=${EXTRAS:?set by the Makefile}
+torch_pin=$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' setup.py)
+wheels=.cache/wheels
+export UV_CACHE_DIR=${UV_CACHE_DIR:-$PWD/.cache/uv} UV_PYTHON_INSTALL_DIR=${UV_PYTHON_INSTALL_DIR:-$PWD/.cache/python}
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+say() { printf 'env: %s\n' "$*"; }
+die() { printf 'env: error: %s\n' "$*" >&2; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if is_new_enough "$candidate"; then echo "$candidate"; return; fi
+    done
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    if [ -n "$python" ]; then
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv .venv >/dev/null || die "'$python -m venv' failed: install the venv module (Debian: apt install python3-venv)"
+    else
+        say "vLLM needs Python 3.11 or newer: uv provides one in .cache/python"
+        "${PYTHON:-python3}" -m venv .cache/bootstrap >/dev/null ||
+            die "'${PYTHON:-python3} -m venv' failed: install Python 3.11 or newer with its venv module"
+        .cache/bootstrap/bin/python -m pip install --quiet uv
+        .cache/bootstrap/bin/uv venv --quiet --seed --python 3.11 .venv
+    fi
+}
+
+# The CPU build of torch carries a local version (+cpu) that the default package index does not have. A wheel that the
+# machine already offers (pip's find-links) comes first, then TORCH_INDEX, then the index that uv knows as `cpu`.
+fetch_cpu_torch() {
+    local pip=(.venv/bin/python -m pip download --quiet --no-deps --dest "$wheels" "$torch_pin")
+    if compgen -G "$wheels/torch-*+cpu-*.whl" >/dev/null; then return; fi
+    if [ -n "${TORCH_INDEX:-}" ]; then
+        "${pip[@]}" --index-url "$TORCH_INDEX" || die "TORCH_INDEX=$TORCH_INDEX has no $torch_pin for this machine"
+    else
+        "${pip[@]}" --no-index >/dev/null 2>&1 || true
+    fi
+}
+
+mkdir -p "$wheels"
+if ! [ -x .venv/bin/python ]; then make_venv; fi
+is_new_enough .venv/bin/python || die ".venv holds an older Python than 3.11: remove it and run make again"
+.venv/bin/python -m uv --version >/dev/null 2>&1 || .venv/bin/python -m pip install --quiet uv
+
+arguments=(--quiet --find-links "$wheels" --constraint constraints.txt -e ".[$extras]")
+if [[ ",$extras," == *,cpu,* ]]; then
+    fetch_cpu_torch
+    arguments+=(--override overrides.txt)
+    compgen -G "$wheels/torch-*.whl" >/dev/null || arguments+=(--torch-backend cpu)
+fi
+say "installing .[$extras]"
+VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv pip install "${arguments[@]}" || die "the installation failed. \
+Without a GPU, torch's CPU build must be within reach: TORCH_INDEX=<url of a package index that has it>"
+say "ready: .venv/bin/opd-megatron --help"
