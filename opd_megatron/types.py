@@ -85,6 +85,9 @@ class Batch:
         parts = zip(self.tokens.split(size), self.targets.split(size), self.weights.split(size), strict=True)
         return [Batch(*part) for part in parts]
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device), self.targets.to(device), self.weights.to(device))
+
     @property
     def num_tokens(self) -> int:
         """Response tokens in the batch."""

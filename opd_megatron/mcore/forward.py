@@ -1,0 +1,69 @@
+"""Running a model through Megatron's pipeline schedules, one micro batch after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.types import Batch
+
+LossFunction = Callable[[int, torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
+"""(micro batch index, response rows [T, h], micro batch) -> Megatron's (loss_sum, num_tokens, anything)."""
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    grid: ParallelGrid,
+    micro_batches: list[Batch],
+    loss_function: LossFunction,
+    *,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Forward (and backward) of all micro batches; returns what `loss_function` gave as its third item.
+
+    `model` is a HiddenStatesModel or a DDP wrapper of one. The list is empty on all but the last pipeline stage.
+    All micro batches of all ranks of a pipeline must share one shape.
+    """
+    core: HiddenStatesModel = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    config = get_model_config(model)
+
+    def forward_step(batches: Iterator[tuple[int, Batch]], chunk: torch.nn.Module, *_: Any) -> tuple[Any, Any]:
+        index, batch = next(batches)
+        position_ids = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+        hidden = chunk(input_ids=batch.tokens, position_ids=position_ids, attention_mask=None)
+
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            return loss_function(index, core.token_hidden(output, batch.weights > 0), batch)
+
+        return hidden, loss
+
+    batch_size, length = micro_batches[0].tokens.shape
+    run = get_forward_backward_func(pp_size=grid.pipeline, vp_size=None)
+    return run(
+        forward_step_func=forward_step,
+        data_iterator=iter(list(enumerate(micro_batches))),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=length,
+        micro_batch_size=batch_size,
+        forward_only=forward_only,
+        pg_collection=grid.groups,
+        p2p_communicator=P2PCommunicator(pp_group=grid.groups.pp, config=config),
+    )
+
+
+@torch.no_grad()
+def response_hidden(model: HiddenStatesModel, grid: ParallelGrid, micro_batches: list[Batch]) -> list[torch.Tensor]:
+    """Final hidden states at the response positions, one [T, h] tensor a micro batch; last stage only."""
+
+    def keep(_: int, hidden: torch.Tensor, __: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return hidden.sum(), torch.zeros((), dtype=torch.int, device=hidden.device), hidden
+
+    return run_schedule(model, grid, micro_batches, keep, forward_only=True)

@@ -1,0 +1,102 @@
+"""The process grid: every process group a model needs, made once and passed on as arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from opd_megatron.weights.layout import ShardLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelGrid:
+    """One model's place in the world: sizes, this rank's coordinates and its process groups.
+
+    Ranks are ordered tensor, context, data, pipeline from fastest to slowest, as in Megatron-LM, so that tensor
+    parallel ranks are neighbours (one node) and pipeline stages are far apart.
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool
+    groups: ProcessGroupCollection
+    world: dist.ProcessGroup
+    """All ranks of this grid."""
+
+    @classmethod
+    def build(
+        cls, tensor: int, pipeline: int, data: int, *, sequence_parallel: bool = False, rank_offset: int = 0
+    ) -> ParallelGrid:
+        """Makes the groups; every rank of the default process group must call it with the same arguments."""
+        comm = HyperCommGrid([tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
+        groups = ProcessGroupCollection(
+            tp=comm.create_pg("tp"),
+            cp=comm.create_pg("cp"),
+            pp=comm.create_pg("pp"),
+            dp=comm.create_pg("dp"),
+            dp_cp=comm.create_pg(["cp", "dp"]),
+            mp=comm.create_pg(["tp", "pp"]),
+            tp_cp=comm.create_pg(["tp", "cp"]),
+            tp_dp_cp=comm.create_pg(["tp", "cp", "dp"]),
+        )
+        world = comm.create_pg(["tp", "cp", "dp", "pp"])
+        groups.embd = _first_and_last_stage_group(comm)
+        groups.pos_embd = None  # rotary models have no position embedding to keep in step
+        groups.intra_dist_opt = world
+        # Dense models have no experts; upstream still wants the expert groups, each rank being its own expert.
+        groups.ep = groups.cp
+        groups.expt_tp = groups.tp
+        groups.tp_ep = groups.tp
+        groups.tp_ep_pp = groups.mp
+        groups.expt_dp = groups.dp
+        return cls(tensor, pipeline, data, sequence_parallel, groups, world)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pipeline - 1
+
+    def layout(self, num_layers: int, padded_vocab: int) -> ShardLayout:
+        """This rank's part of a model with `num_layers` layers."""
+        per_stage = num_layers // self.pipeline
+        return ShardLayout(
+            padded_vocab=padded_vocab,
+            first_layer=self.pp_rank * per_stage,
+            num_layers=per_stage,
+            tp_rank=self.tp_rank,
+            tp_size=self.tensor,
+            pp_rank=self.pp_rank,
+            pp_size=self.pipeline,
+            tp_group=self.groups.tp,
+            pp_group=self.groups.pp,
+        )
+
+
+def _first_and_last_stage_group(comm: HyperCommGrid) -> dist.ProcessGroup | None:
+    """Group of first and last pipeline stage, which hold copies of a tied embedding; None on ranks in between."""
+    mine = None
+    for ranks in comm.get_rank_enum("pp"):
+        members = sorted({ranks[0], ranks[-1]})
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    return mine

@@ -1,0 +1,176 @@
+"""Does the model fit the layout? Rules and memory by arithmetic on `config.json`, before any process group exists."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from opd_megatron.config import RunConfig
+from opd_megatron.errors import ConfigError
+from opd_megatron.weights.families import family_of
+from opd_megatron.weights.source import load_hf_config, resolve_model
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModels:
+    """Where the models lie and what their configs say, after every rule of the layout has been checked."""
+
+    student: Path
+    student_config: PretrainedConfig
+    teachers: list[tuple[Path, PretrainedConfig]]
+    tokenizer: Path
+    data_parallel: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns that every model has: anything past them is padding to one of them."""
+        return min(hf.vocab_size for hf in self.configs)
+
+    @property
+    def configs(self) -> list[PretrainedConfig]:
+        return [self.student_config, *(hf for _, hf in self.teachers)]
+
+    def padded_vocab(self, tensor: int) -> int:
+        """Rows of every embedding and head in the run: one number, so that all heads shard alike."""
+        multiple = tensor * 8  # tensor cores want multiples of 8 columns on each rank
+        return -(-max(hf.vocab_size for hf in self.configs) // multiple) * multiple
+
+
+def check(config: RunConfig) -> ResolvedModels:
+    """Every rule that needs the models' configs. Raises an OPDError on the first that is broken.
+
+    Raises:
+        MissingPathError, UnsupportedModelError: see `weights`.
+        ConfigError: a size that does not divide, or a world size that does not match.
+        NotAvailableError: something this release does not do.
+    """
+    config.require_available()
+    data_parallel = _data_parallel(config)
+    config.micro_batch_size(data_parallel)
+    student = resolve_model(config.student.path)
+    teachers = [resolve_model(teacher.path) for teacher in config.teachers]
+    tokenizer = resolve_model(config.student.tokenizer) if config.student.tokenizer else student
+    resolved = ResolvedModels(
+        student,
+        load_hf_config(student),
+        [(path, load_hf_config(path)) for path in teachers],
+        tokenizer,
+        data_parallel,
+    )
+    for name, hf in zip(_names(config), resolved.configs, strict=True):
+        family_of(hf)
+        _check_divisible(name, hf, config)
+    _check_context(resolved.student_config, config)
+    return resolved
+
+
+def describe(config: RunConfig) -> str:
+    """The process layout and an estimate of each rank's memory, for `--dry-run`."""
+    resolved = check(config)
+    parallel, data = config.parallel, resolved.data_parallel
+    micro = config.micro_batch_size(data)
+    per_rank = config.sequences_per_step // data
+    lines = [
+        f"ranks            {parallel.model * data} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}",
+        f"step             {config.sequences_per_step} sequences, {per_rank} a data-parallel rank "
+        f"in {per_rank // micro} micro batches of {micro}",
+        f"vocabulary       {resolved.vocab_size} shared, padded to {resolved.padded_vocab(parallel.tensor)}, "
+        f"{resolved.padded_vocab(parallel.tensor) // parallel.tensor} columns a rank",
+        "memory a rank    estimate in GiB; activations at the longest prompt and answer",
+    ]
+    for stage in range(parallel.pipeline):
+        parts = stage_memory(config, resolved, stage)
+        body = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+        lines.append(f"  stage {stage}        {sum(parts.values()) / GIB:.2f} = {body}")
+    return "\n".join(lines)
+
+
+def stage_memory(config: RunConfig, resolved: ResolvedModels, stage: int) -> dict[str, float]:
+    """Bytes on one rank of a pipeline stage, by what they are for."""
+    parallel = config.parallel
+    student = resolved.student_config
+    length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    tokens = config.micro_batch_size(resolved.data_parallel) * length
+    width = 2 if config.student.dtype == "bf16" else 4
+    parameters = shard_parameters(student, config, resolved, stage)
+    layers = student.num_hidden_layers // parallel.pipeline
+    # Saved for the backward pass per token and layer: about 10 hidden-sized and 3 FFN-sized tensors (arXiv 2205.05198
+    # without the attention scores, which are never stored); with recomputation only the layer's input.
+    kept = student.hidden_size if config.student.recompute else 10 * student.hidden_size + 3 * student.intermediate_size
+    in_flight = min(parallel.pipeline - stage, config.sequences_per_step)  # 1F1B keeps this many micro batches
+    return {
+        "student": parameters * width,
+        "gradients": parameters * 4,
+        "optimizer": parameters * (12 if width == 2 else 8) / resolved.data_parallel,
+        "teachers": sum(
+            shard_parameters(hf, config, resolved, stage) * (2 if teacher.dtype == "bf16" else 4)
+            for teacher, (_, hf) in zip(config.teachers, resolved.teachers, strict=True)
+        ),
+        "activations": tokens * layers * kept * width * in_flight / parallel.tensor,
+    }
+
+
+def shard_parameters(hf: PretrainedConfig, config: RunConfig, resolved: ResolvedModels, stage: int) -> int:
+    """Parameters of one rank of a stage (norms, which are not sharded, are counted as if they were)."""
+    heads = hf.num_attention_heads
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    groups = getattr(hf, "num_key_value_heads", None) or heads
+    layer = hf.hidden_size * head_dim * (2 * heads + 2 * groups) + 3 * hf.hidden_size * hf.intermediate_size
+    pipeline = config.parallel.pipeline
+    vocabulary = resolved.padded_vocab(config.parallel.tensor) * hf.hidden_size
+    total = layer * (hf.num_hidden_layers // pipeline) + vocabulary * (stage == 0)
+    if stage == pipeline - 1 and not (hf.tie_word_embeddings and pipeline == 1):
+        total += vocabulary
+    return total // config.parallel.tensor
+
+
+def _names(config: RunConfig) -> list[str]:
+    return [f"student {config.student.path!r}", *(f"teacher {teacher.path!r}" for teacher in config.teachers)]
+
+
+def _data_parallel(config: RunConfig) -> int:
+    """Data-parallel size that the world size (torchrun's, or what the config asks for) leaves."""
+    parallel = config.parallel
+    world = int(os.environ.get("WORLD_SIZE", config.world_size))
+    data, rest = divmod(world, parallel.model)
+    if rest or (parallel.data is not None and parallel.data != data):
+        wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}" + (
+            f" * parallel.data {parallel.data}" if parallel.data is not None else ""
+        )
+        relation = "equal" if parallel.data is not None else "be a multiple of"
+        raise ConfigError(f"world size {world} must {relation} {wanted}: start another number of ranks or change them")
+    return data
+
+
+def _check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    heads = hf.num_attention_heads
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": getattr(hf, "num_key_value_heads", None) or heads,
+        "feed-forward columns": hf.intermediate_size,
+    }
+    for what, size in sizes.items():
+        if size % tensor:
+            choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
+            raise ConfigError(f"parallel.tensor={tensor} must divide the {size} {what} of {name}: use one of {choices}")
+    if hf.num_hidden_layers % pipeline:
+        choices = [n for n in range(1, hf.num_hidden_layers + 1) if hf.num_hidden_layers % n == 0]
+        raise ConfigError(
+            f"parallel.pipeline={pipeline} must divide the {hf.num_hidden_layers} layers of {name}: use one of {choices}"
+        )
+
+
+def _check_context(hf: PretrainedConfig, config: RunConfig) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > hf.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
+            f"{config.rollout.max_new_tokens} must not exceed the student's context of {hf.max_position_embeddings} "
+            "tokens: lower one of them"
+        )

@@ -1,0 +1,126 @@
+"""A Megatron GPT model from a Hugging Face config: hidden states out, the head left to the fused divergence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from opd_megatron.config import Dtype
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.platform import has_gpu
+from opd_megatron.mcore.spec import block_spec
+
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class HiddenStatesModel(GPTModel):
+    """GPTModel whose last stage returns final hidden states [S, B, h] instead of logits [B, S, v].
+
+    The head's weight stays a parameter of the model (`head_weight`); the objective multiplies it out chunk by
+    chunk, so that [tokens, vocab] never exists.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        # Upstream's hook after the decoder: everything it does beyond this point is the head and its loss.
+        return hidden_states
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[v, h]: this rank's rows of the LM head (the embedding where tied). Last stage only."""
+        assert self.post_process, "the head lives on the last pipeline stage"
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def token_hidden(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Rows of `hidden_states` [S, B, h] (or a sequence-parallel shard of it) where `mask` [B, S]: [T, h].
+
+        Rows come in the order of `mask.nonzero()`. Gradients flow back to the shard.
+        """
+        if self.config.sequence_parallel:
+            # The divergence already sums d hidden over the tensor-parallel ranks, so the backward only splits.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden_states.transpose(0, 1)[mask]
+
+
+def transformer_config(
+    hf: PretrainedConfig, grid: ParallelGrid, *, dtype: Dtype, recompute: bool = False
+) -> TransformerConfig:
+    """Megatron's description of a Llama-like (RMSNorm, SwiGLU, rotary, grouped-query) model."""
+    heads = hf.num_attention_heads
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=heads,
+        num_query_groups=getattr(hf, "num_key_value_heads", None) or heads,
+        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=hf.model_type == "qwen2",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipeline,
+        sequence_parallel=grid.sequence_parallel,
+        params_dtype=DTYPES[dtype],
+        pipeline_dtype=DTYPES[dtype],
+        bf16=dtype == "bf16",
+        calculate_per_token_loss=True,
+        perform_initialization=False,  # every parameter is read from the checkpoint
+        gradient_accumulation_fusion=False,  # needs Apex; DDP adds into the fp32 main gradient instead
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=has_gpu(),  # gloo pairs blocking-free sends with receives by itself
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+
+
+def build_gpt_model(
+    hf: PretrainedConfig,
+    grid: ParallelGrid,
+    *,
+    padded_vocab: int,
+    dtype: Dtype,
+    recompute: bool = False,
+    transformer_engine: bool = False,
+) -> HiddenStatesModel:
+    """This rank's shard of the model, with unset weights (`weights.load_weights` fills them)."""
+    config = transformer_config(hf, grid, dtype=dtype, recompute=recompute)
+    model = HiddenStatesModel(
+        config=config,
+        transformer_layer_spec=block_spec(
+            config, hf.num_hidden_layers // grid.pipeline, transformer_engine=transformer_engine
+        ),
+        vocab_size=padded_vocab,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=grid.is_first_stage,
+        post_process=grid.is_last_stage,
+        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+        position_embedding_type="rope",
+        rotary_base=rope_theta(hf),
+        pg_collection=grid.groups,
+    )
+    return model.cuda() if has_gpu() else model
+
+
+def rope_theta(hf: PretrainedConfig) -> float:
+    """Base of the rotary frequencies; its place in the config moved in transformers 5."""
+    parameters = getattr(hf, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0)

@@ -1,0 +1,80 @@
+"""Megatron's distributed optimizer and learning-rate schedule, set up from the run configuration."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from opd_megatron.config import OptimizerConfig
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.platform import has_gpu
+
+
+def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataParallel:
+    """Gradients summed in fp32 buffers that the distributed optimizer shards over data-parallel ranks."""
+    return DistributedDataParallel(
+        config=get_model_config(model),
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=has_gpu()
+        ),
+        module=model,
+        pg_collection=grid.groups,
+    )
+
+
+def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid: ParallelGrid) -> ChainedOptimizer:
+    """AdamW over fp32 main weights, its state sharded over data-parallel ranks."""
+    model_config = get_model_config(ddp)
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+        pg_collection=grid.groups,
+    )
+    if not has_gpu():
+        _use_fused_kernel(optimizer)
+    return optimizer
+
+
+def build_scheduler(config: OptimizerConfig, optimizer: ChainedOptimizer, steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then decay to `min_lr` just after the last step.
+
+    Call `step(1)` before each optimizer step, so that the first update already has a learning rate above 0.
+    """
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=steps + 1,
+        lr_decay_style=config.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,  # the step count alone places a resumed run on its schedule
+    )
+
+
+def _use_fused_kernel(optimizer: ChainedOptimizer) -> None:
+    """Lets torch's AdamW run its fused CPU kernel; Megatron has no option for it."""
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False

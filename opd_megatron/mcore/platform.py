@@ -1,0 +1,138 @@
+"""The CPU platform: the one file that patches Megatron-Core and torch, and only on a machine without a GPU.
+
+Megatron-Core names the CUDA device in factory calls, asks the CUDA generator for random states and compares
+`tensor.type()` with CUDA strings. `init_platform` redirects exactly those to their CPU counterparts, once per
+process and before a model is built. With a GPU it does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
+_CPU_TYPE_PREFIX, _CUDA_TYPE_PREFIX = "torch.", "torch.cuda."
+_applied = False
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank's models."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def quiet_upstream() -> None:
+    """Drops warnings about things that are as they should be here: no Apex, torch names that upstream still uses."""
+    for message in (".*Apex.*", ".*full scope is deprecated.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
+
+
+def init_platform() -> None:
+    """Makes Megatron-Core runnable on this machine. Idempotent."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    quiet_upstream()
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        _patch_torch_cuda()
+        _patch_factories()
+        _patch_type_checks()
+    from megatron.core import parallel_state
+
+    # The stock attention and sequence-parallel linears ask for this buffer; upstream makes it in
+    # `initialize_model_parallel`, which we do not call because process groups are arguments here.
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+    _seed_rng_tracker()
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> None:
+    """Joins the default process group from torchrun's environment, or makes one of a single rank."""
+    if dist.is_initialized():
+        return
+    init_platform()
+    if "RANK" not in os.environ:
+        # An in-memory store needs no port, so that two plain runs on one machine never collide.
+        dist.init_process_group(
+            _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes)
+        )
+        return
+    dist.init_process_group(_backend(), timeout=timedelta(minutes=timeout_minutes))
+
+
+def _backend() -> str:
+    # Gloo beside NCCL carries the Python objects (rollouts, statuses) that live on the CPU.
+    return "cpu:gloo,cuda:nccl" if has_gpu() else "gloo"
+
+
+def _patch_torch_cuda() -> None:
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu  # passed on as `device=` by tensor-parallel layers, buffers and schedules
+    cuda.set_device = lambda *_: None  # called by dist_checkpointing's writer processes
+    cuda.synchronize = lambda *_: None  # called around pipeline communication and checkpoint writes
+    cuda.empty_cache = lambda: None  # called when optimizer state is offloaded
+    cuda.manual_seed = torch.manual_seed  # the model-parallel RNG tracker seeds through these three
+    cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+    cuda.reset_peak_memory_stats = lambda *_: None  # called at the start of a checkpoint load
+
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    # These two bypass torch.cuda's public functions and reach for the CUDA generators themselves.
+    mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _patch_factories() -> None:
+    def redirect(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return wrapper
+
+    for name in _FACTORIES:  # token counters, norms and found-inf flags are made with device="cuda"
+        setattr(torch, name, redirect(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self  # tied embeddings are moved with .cuda() before their all-reduce
+
+
+def _patch_type_checks() -> None:
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        # The distributed optimizer and gradient clipping accept a tensor only if its type string says CUDA.
+        if isinstance(result, str) and not result.startswith(_CUDA_TYPE_PREFIX):
+            return result.replace(_CPU_TYPE_PREFIX, _CUDA_TYPE_PREFIX, 1)
+        return result
+
+    tensor: Any = torch.Tensor
+    tensor.type = type_
+
+
+def _seed_rng_tracker() -> None:
+    """Registers the tracker's states; layers fork them even when dropout is 0."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    state = torch.get_rng_state()
+    model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
+    torch.set_rng_state(state)

@@ -1,0 +1,161 @@
+"""The student: a Megatron model with its optimizer, trained on the exact divergence from its teachers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+from transformers import PretrainedConfig
+
+from opd_megatron.config import ObjectiveConfig, RunConfig
+from opd_megatron.errors import NonFiniteError
+from opd_megatron.losses import linear_divergence_terms
+from opd_megatron.losses.reduction import METRIC_NAMES, pack_sums
+from opd_megatron.mcore.forward import LossFunction, run_schedule
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
+from opd_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from opd_megatron.mcore.spec import use_transformer_engine
+from opd_megatron.types import Batch, Bucket, TeacherStates
+from opd_megatron.weights.export import export_weights
+from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.load import load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherView:
+    """What the student's last stage needs of one teacher for one batch."""
+
+    states: TeacherStates
+    head: torch.Tensor | None
+    """[v, h] rows of the teacher's head for this tensor-parallel rank; None off the last stage."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """Global figures of one optimizer step, the same on every rank. Means are over all response tokens."""
+
+    metrics: dict[str, float]
+    tokens: int
+    grad_norm: float
+    lr: float
+
+
+class Student:
+    """One rank's shard of the student, its gradients and its share of the optimizer state."""
+
+    def __init__(
+        self, config: RunConfig, source: Path, hf: PretrainedConfig, grid: ParallelGrid, padded_vocab: int
+    ) -> None:
+        self.hf, self.grid = hf, grid
+        self.layout: ShardLayout = grid.layout(hf.num_hidden_layers, padded_vocab)
+        self.model: HiddenStatesModel = build_gpt_model(
+            hf,
+            grid,
+            padded_vocab=padded_vocab,
+            dtype=config.student.dtype,
+            recompute=config.student.recompute,
+            transformer_engine=use_transformer_engine(config.student.transformer_engine),
+        )
+        load_weights(self.model, source, hf, self.layout)
+        self.ddp = wrap_ddp(self.model, grid)
+        self.optimizer = build_optimizer(config.optimizer, self.ddp, grid)
+        self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.steps)
+        schedule_hooks = get_model_config(self.model)
+        schedule_hooks.finalize_model_grads_func = finalize_model_grads
+        schedule_hooks.no_sync_func = self.ddp.no_sync
+
+    def update(
+        self, micro_batches: list[Batch], teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int
+    ) -> UpdateResult:
+        """Forward, exact divergence, backward, clip, optimizer step.
+
+        Raises:
+            NonFiniteError: loss or gradient norm is NaN or infinite, on every rank and before weights change.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = run_schedule(self.ddp, self.grid, micro_batches, self._loss(teachers, objective, vocab_size))
+        metrics, tokens = self._global_means(sums)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+            raise NonFiniteError(
+                f"loss={metrics['loss']} grad_norm={grad_norm} must be finite: the weights were left as they were; "
+                "lower optimizer.lr or resume from the last checkpoint"
+            )
+        self.scheduler.step(increment=1)
+        self.optimizer.step()
+        return UpdateResult(metrics, tokens, grad_norm, self.lr)
+
+    @torch.no_grad()
+    def evaluate(
+        self, micro_batches: list[Batch], teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int
+    ) -> dict[str, float]:
+        """Token means of the same figures, without touching gradients."""
+        self.model.eval()
+        loss = self._loss(teachers, objective, vocab_size)
+        return self._global_means(run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True))[0]
+
+    def export(self) -> Iterator[Bucket]:
+        """Full HF tensors in bounded buckets, on global rank 0 alone; every rank must exhaust the iterator.
+
+        The first data-parallel replica does the work (`weights.export`); the others hold the same weights.
+        """
+        if self.grid.dp_rank > 0:
+            return iter(())
+        return export_weights(self.model, self.hf, self.layout)
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _loss(self, teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int) -> LossFunction:
+        def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            mask = batch.weights > 0
+            token_weights = batch.weights[mask]
+            terms = linear_divergence_terms(
+                hidden,
+                self.model.head_weight,
+                [(view.states.hidden[index], _head(view)) for view in teachers],
+                type=objective.type,
+                beta=objective.beta,
+                temperature=objective.temperature,
+                vocab_size=vocab_size,
+                group=self.grid.groups.tp if self.grid.tensor > 1 else None,
+                teacher_weights=[view.weight for view in teachers] if len(teachers) > 1 else None,
+                combine=objective.combine,
+                token_weights=token_weights,
+                chunk_tokens=objective.chunk_tokens,
+                targets=batch.targets[mask],
+            )
+            num_tokens = token_weights.sum().to(torch.int)
+            return terms.loss_sum * objective.lambda_distill, num_tokens, pack_sums(terms, token_weights)
+
+        return loss
+
+    def _global_means(self, sums: list[torch.Tensor]) -> tuple[dict[str, float], int]:
+        """Sums of all micro batches and ranks over one global token count: never a mean of means."""
+        device = next(self.model.parameters()).device
+        total = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64, device=device)
+        for part in sums:  # the last pipeline stage alone has any
+            total += part
+        dist.all_reduce(total, group=self.grid.groups.dp_cp)
+        dist.all_reduce(total, group=self.grid.groups.pp)
+        values = total.tolist()
+        tokens = values[-1]
+        means = {name: value / max(tokens, 1.0) for name, value in zip(METRIC_NAMES, values, strict=False)}
+        return means, round(tokens)
+
+
+def _head(view: TeacherView) -> torch.Tensor:
+    assert view.head is not None
+    return view.head
