@@ -1,0 +1,62 @@
+"""A Hugging Face checkpoint into this rank's Megatron parameters, reading only what the rank holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from opd_megatron.errors import WeightsError
+from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.plan import Entry, Plan, build_plan, stage_parameters
+from opd_megatron.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Buffers that older checkpoints store although they follow from the config.
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq")
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, source_dir: Path, hf_config: PretrainedConfig, layout: ShardLayout) -> None:
+    """Fills every parameter of `model`, cast to its dtype; vocabulary padding rows become zero.
+
+    No collective. With tied embeddings and several pipeline stages the last stage's output layer gets the embedding.
+
+    Raises:
+        UnsupportedModelError: see `families.family_of`.
+        WeightsError: a tensor is absent, damaged, of the wrong shape, or has no place in the model; or the model has
+            a parameter that the checkpoint cannot fill.
+    """
+    plan = build_plan(hf_config, layout)
+    pairs = stage_parameters(model, plan, layout)
+    with SafetensorsSource(source_dir) as source:
+        _refuse_unknown(source, plan)
+        for entry, parameter in pairs:
+            _fill(parameter, entry, plan, layout, source)
+
+
+def _fill(parameter: torch.Tensor, entry: Entry, plan: Plan, layout: ShardLayout, source: SafetensorsSource) -> None:
+    for name, shape in entry.hf.items():
+        source.expect_shape(name, shape)
+    pieces = plan.pieces(entry, layout, layout.tp_rank)
+    if sum(piece.blocks * piece.width for piece in pieces) < parameter.shape[0]:
+        parameter.zero_()
+    for piece in pieces:
+        piece.of_shard(parameter).copy_(piece.of_slice(source.get_slice(piece.name, piece.slices())))
+
+
+def _refuse_unknown(source: SafetensorsSource, plan: Plan) -> None:
+    known = plan.tensors()
+    unknown = [name for name in source.names if name not in known and not _DERIVED.fullmatch(name)]
+    if plan.tied:
+        unknown = [name for name in unknown if name != "lm_head.weight"]
+    if unknown:
+        raise WeightsError(
+            f"{str(source.folder)!r} holds {len(unknown)} tensors (first {unknown[0]!r}) with no place in the model "
+            "that its config.json describes: the checkpoint and its config do not belong together"
+        )

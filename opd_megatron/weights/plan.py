@@ -1,0 +1,198 @@
+"""The family table worked out for one model: every parameter of every stage, and where each Hugging Face row goes.
+
+`pieces` is the whole of the sharding arithmetic. Loading copies Hugging Face slices into shards by it and exporting
+copies shards back by it, so that the two are inverses by construction. Every rank can work out every other rank's
+part from the config alone, which is why nothing but weights ever travels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from opd_megatron.errors import WeightsError
+from opd_megatron.weights.families import Dims, Row, Shard, family_of
+from opd_megatron.weights.layout import ShardLayout
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One Megatron parameter of one pipeline stage."""
+
+    stage: int
+    megatron: tuple[str, ...]
+    """Its possible names on that stage."""
+    shard: Shard
+    hf: dict[str, tuple[int, ...]]
+    """Full Hugging Face tensors it is made of, with their shapes."""
+    tied_copy: bool = False
+    """The last stage's copy of a tied embedding: loaded, but not exported a second time."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the full Hugging Face tensors."""
+        return sum(math.prod(shape) for shape in self.hf.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A slice of one Hugging Face tensor and its place in a rank's shard.
+
+    The slice, `length` rows (dim 0) or columns (dim 1) from `start`, is cut into `blocks` of `width` rows. The shard
+    is cut into as many blocks; block i of the slice lies in block i of the shard from row `offset`.
+    """
+
+    name: str
+    dim: int
+    start: int
+    length: int
+    blocks: int
+    offset: int
+    width: int
+
+    def of_slice(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View [blocks, width, ...] of the Hugging Face slice."""
+        return tensor.unflatten(0, (self.blocks, self.width))
+
+    def of_full(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View [blocks, width, ...] of the slice within the full Hugging Face tensor."""
+        return self.of_slice(tensor.narrow(self.dim, self.start, self.length))
+
+    def of_shard(self, shard: torch.Tensor) -> torch.Tensor:
+        """View [blocks, width, ...] of the same numbers within the shard."""
+        return shard.unflatten(0, (self.blocks, shard.shape[0] // self.blocks)).narrow(1, self.offset, self.width)
+
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the slice in the full Hugging Face tensor."""
+        return (slice(None),) * self.dim + (slice(self.start, self.start + self.length),)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All parameters of a model in streaming order: embedding, layers, final norm, output layer."""
+
+    entries: tuple[Entry, ...]
+    dims: Dims
+    tied: bool
+
+    def stage(self, pp_rank: int) -> list[Entry]:
+        return [entry for entry in self.entries if entry.stage == pp_rank]
+
+    def exported(self) -> list[Entry]:
+        return [entry for entry in self.entries if not entry.tied_copy]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every Hugging Face tensor of the model and its shape, in streaming order."""
+        return {name: shape for entry in self.entries for name, shape in entry.hf.items()}
+
+    def pieces(self, entry: Entry, layout: ShardLayout, tp_rank: int) -> list[Piece]:
+        """What makes up `tp_rank`'s shard of a parameter; padding rows of the vocabulary are in no piece."""
+        if entry.shard is Shard.VOCAB:
+            return _vocab_pieces(entry, self.dims.vocab, layout.padded_vocab // layout.tp_size, tp_rank)
+        if entry.shard is Shard.ROW:
+            ((name, (rows, columns)),) = entry.hf.items()
+            part = _divide(columns, layout.tp_size)
+            return [Piece(name, 1, tp_rank * part, part, blocks=1, offset=0, width=rows)]
+        replicated = entry.shard is Shard.REPLICATED
+        split, index = (1, 0) if replicated else (layout.tp_size, tp_rank)
+        blocks = _divide(self.dims.groups, split) if entry.shard is Shard.QKV else 1
+        pieces, offset = [], 0
+        for name, (rows, *_) in entry.hf.items():
+            part = _divide(rows, split)
+            width = _divide(part, blocks)
+            pieces.append(Piece(name, 0, index * part, part, blocks, offset, width))
+            offset += width
+        return pieces
+
+    def shard_shape(self, entry: Entry, layout: ShardLayout) -> tuple[int, ...]:
+        """Shape of one rank's parameter, the same on all tensor-parallel ranks."""
+        rows, rest = sum(shape[0] for shape in entry.hf.values()), next(iter(entry.hf.values()))[1:]
+        if entry.shard is Shard.VOCAB:
+            return (_divide(layout.padded_vocab, layout.tp_size), *rest)
+        if entry.shard is Shard.ROW:
+            return (rows, _divide(rest[0], layout.tp_size))
+        return (rows if entry.shard is Shard.REPLICATED else _divide(rows, layout.tp_size), *rest)
+
+
+def build_plan(hf_config: PretrainedConfig, layout: ShardLayout) -> Plan:
+    """Works the family's table out for a model whose layers are spread evenly over the pipeline stages.
+
+    Raises:
+        UnsupportedModelError: see `family_of`.
+    """
+    family, dims, stages = family_of(hf_config), Dims.of(hf_config), layout.pp_size
+    per_stage = _divide(dims.layers, stages)
+    assert layout.num_layers == per_stage, f"{layout.num_layers} layers on this stage, {per_stage} expected"
+    assert layout.first_layer == layout.pp_rank * per_stage
+    assert layout.padded_vocab >= dims.vocab
+    entries = [_entry(row, dims, stage=0) for row in family.first]
+    for layer in range(dims.layers):
+        stage, local = divmod(layer, per_stage)
+        entries += [_entry(row, dims, stage, layer, local) for row in family.layer]
+    entries += [_entry(row, dims, stages - 1) for row in family.last]
+    tied = bool(hf_config.tie_word_embeddings)
+    if not tied:
+        entries.append(_entry(family.head, dims, stages - 1))
+    elif stages > 1:
+        embedding = family.first[0]
+        entries.append(_entry(Row(family.head.megatron, embedding.shard, embedding.hf), dims, stages - 1, tied=True))
+    return Plan(tuple(entries), dims, tied)
+
+
+def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of a model and its shape, in streaming order."""
+    dims = Dims.of(hf_config)
+    return build_plan(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers)).tensors()
+
+
+def stage_parameters(model: nn.Module, plan: Plan, layout: ShardLayout) -> list[tuple[Entry, torch.Tensor]]:
+    """This rank's entries with their parameters, wrappers (`module.`) seen through. Nothing may be left over.
+
+    Raises:
+        WeightsError: the model has a parameter the table does not name, lacks one, or has one of another shape.
+    """
+    parameters = {_unwrapped(name): parameter.detach() for name, parameter in model.named_parameters()}
+    pairs = []
+    for entry in plan.stage(layout.pp_rank):
+        names = [name for name in entry.megatron if name in parameters]
+        if len(names) != 1:
+            raise WeightsError(f"the Megatron model has no parameter {entry.megatron[0]!r} for {list(entry.hf)}")
+        parameter, shape = parameters.pop(names[0]), plan.shard_shape(entry, layout)
+        if tuple(parameter.shape) != shape:
+            raise WeightsError(
+                f"parameter {names[0]!r} has shape {list(parameter.shape)}, the config says {list(shape)}"
+            )
+        pairs.append((entry, parameter))
+    if parameters:
+        raise WeightsError(f"the Megatron model has parameters without a Hugging Face tensor: {sorted(parameters)[:3]}")
+    return pairs
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _entry(row: Row, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False) -> Entry:
+    hf = {name.format(layer=layer): dims.shape(shape) for name, shape in row.hf.items()}
+    return Entry(stage, tuple(name.format(layer=local) for name in row.megatron), row.shard, hf, tied)
+
+
+def _vocab_pieces(entry: Entry, vocab: int, rows: int, tp_rank: int) -> list[Piece]:
+    ((name, _),) = entry.hf.items()
+    start = tp_rank * rows
+    length = min(vocab, start + rows) - start
+    return [Piece(name, 0, start, length, blocks=1, offset=0, width=length)] if length > 0 else []
+
+
+def _divide(size: int, parts: int) -> int:
+    assert size % parts == 0, f"{size} does not split into {parts} equal parts"
+    return size // parts
