@@ -1,0 +1,162 @@
+"""Checks of the arguments of both forms of the loss, made on every rank before any collective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.errors import ConfigError
+from opd_megatron.losses.divergences import DIVERGENCES, Divergence
+
+COMBINATIONS = ("logit_mean", "prob_mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What one call computes, and the columns of the vocabulary that this rank computes it on."""
+
+    divergence: Divergence
+    temperature: float
+    teacher_weights: tuple[float, ...]
+    """Sum to one."""
+    combine: str
+    group: dist.ProcessGroup | None
+    """None when the vocabulary is not sharded."""
+    first_column: int
+    """Global index of this rank's first column."""
+    columns: int
+    """Columns of the true vocabulary held here, possibly none; they come first in the shard."""
+    vocab_size: int
+    dtype: torch.dtype
+    """Of statistics and sums."""
+
+
+def make_objective(
+    type: str,
+    beta: float,
+    temperature: float,
+    vocab_size: int | None,
+    group: dist.ProcessGroup | None,
+    teacher_weights: Sequence[float] | None,
+    combine: str,
+    widths: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+) -> Objective:
+    """Checks the scalars; `widths` and `dtypes` are the shard's columns and type of the student, then the teachers."""
+    if type not in DIVERGENCES:
+        raise ConfigError(f"type={type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta={beta} must lie in [0, 1]: 0 is forward KL, 1 is reverse KL")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature={temperature} must be a positive finite number: use 1 for plain softmax")
+    if combine not in COMBINATIONS:
+        raise ConfigError(f"combine={combine!r} is not a way to mix teachers: use one of {', '.join(COMBINATIONS)}")
+    ranks, rank = _group_shape(group)
+    vocab_size = _check_vocabulary(vocab_size, widths, ranks)
+    first = rank * widths[0]
+    return Objective(
+        divergence=DIVERGENCES[type](float(beta)),
+        temperature=float(temperature),
+        teacher_weights=_normalised(teacher_weights, len(widths) - 1),
+        combine=combine if len(widths) > 2 else "logit_mean",
+        group=group if ranks > 1 else None,
+        first_column=first,
+        columns=min(max(vocab_size - first, 0), widths[0]),
+        vocab_size=vocab_size,
+        dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
+    )
+
+
+def check_matrix(name: str, matrix: torch.Tensor, like: torch.Tensor, rows: int | None = None) -> None:
+    """A floating 2-D tensor on the device of `like`, with `rows` rows if given."""
+    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
+        got = list(matrix.shape) if isinstance(matrix, torch.Tensor) else f"a {matrix.__class__.__name__}"
+        raise ConfigError(f"{name} is {got} but must be a 2-D tensor: flatten batch and sequence into one dimension")
+    if not matrix.is_floating_point():
+        raise ConfigError(f"{name} has dtype {matrix.dtype} but must be floating: convert it to bfloat16 or float32")
+    if matrix.device != like.device:
+        raise ConfigError(f"{name} is on {matrix.device} but the student is on {like.device}: move it there")
+    if rows is not None and len(matrix) != rows:
+        raise ConfigError(f"{name} has {len(matrix)} rows but the student has {rows} tokens: pass the same tokens")
+
+
+def check_projection(name: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
+    """`hidden` [T, h] and `head` [v, h] can be multiplied."""
+    if hidden.shape[1] != head.shape[1]:
+        raise ConfigError(
+            f"{name} hidden size {hidden.shape[1]} differs from its head's {head.shape[1]}: pass the head [v, h] "
+            "of the model the hidden states came from"
+        )
+    if hidden.dtype != head.dtype:
+        raise ConfigError(f"{name} hidden is {hidden.dtype} but its head is {head.dtype}: convert one to the other")
+
+
+def check_per_token(name: str, values: torch.Tensor | None, like: torch.Tensor) -> None:
+    """None, or one value for each row of `like` on its device."""
+    if values is None:
+        return
+    if values.shape != like.shape[:1]:
+        raise ConfigError(f"{name} has shape {list(values.shape)} but must be [{len(like)}]: one value for each token")
+    if values.device != like.device:
+        raise ConfigError(f"{name} is on {values.device} but the student is on {like.device}: move it there")
+
+
+def check_targets(targets: torch.Tensor | None, like: torch.Tensor, vocab_size: int) -> None:
+    """None, or int64 token ids of the true vocabulary, one for each row of `like`."""
+    check_per_token("targets", targets, like)
+    if targets is None:
+        return
+    if targets.dtype != torch.int64:
+        raise ConfigError(f"targets has dtype {targets.dtype} but must be int64: convert it with .long()")
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < vocab_size):
+        raise ConfigError(
+            f"targets range over [{int(targets.min())}, {int(targets.max())}] but must lie in [0, {vocab_size}): "
+            "pass token ids of response tokens only"
+        )
+
+
+def _group_shape(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Ranks of the group and this rank's place in it."""
+    if group is None:
+        return 1, 0
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ConfigError(f"group={group!r} must be a process group that holds this rank: pass one, or None")
+    return dist.get_world_size(group), dist.get_rank(group)
+
+
+def _check_vocabulary(vocab_size: int | None, widths: Sequence[int], ranks: int) -> int:
+    held = widths[0] * ranks
+    if vocab_size is None:
+        vocab_size = held
+    if not 1 <= vocab_size <= held:
+        raise ConfigError(
+            f"vocab_size={vocab_size} must lie in [1, {held}], the columns that {ranks} ranks of {widths[0]} hold: "
+            "pass the true vocabulary size, or shards that cover it"
+        )
+    for index, width in enumerate(widths[1:]):
+        # Shards of other widths start at other columns, unless the first rank holds the whole vocabulary.
+        if width != widths[0] and min(width, widths[0]) < vocab_size:
+            raise ConfigError(
+                f"teacher {index} has {width} columns a rank but the student has {widths[0]}: reshard or pad its "
+                "head to the student's columns, and set vocab_size where only padding differs"
+            )
+    return vocab_size
+
+
+def _normalised(weights: Sequence[float] | None, teachers: int) -> tuple[float, ...]:
+    if teachers == 0:
+        raise ConfigError("teachers is empty but a divergence needs one or more: pass at least one teacher")
+    if weights is None:
+        return (1 / teachers,) * teachers
+    values = [float(weight) for weight in weights]
+    if len(values) != teachers:
+        raise ConfigError(
+            f"teacher_weights={values} must hold one weight for each of {teachers} teachers: pass as many"
+        )
+    if not all(math.isfinite(weight) and weight > 0 for weight in values):
+        raise ConfigError(f"teacher_weights={values} must be positive and finite: leave out a teacher with no say")
+    return tuple(weight / math.fsum(values) for weight in values)

@@ -1,0 +1,88 @@
+"""The divergence from logits that are already there: two collectives forward, none backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from opd_megatron.losses.arguments import Objective, check_matrix, make_objective
+from opd_megatron.losses.engine import Engine
+
+
+def vocab_parallel_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    type: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    combine: str = "logit_mean",
+) -> torch.Tensor:
+    """Exact divergence per token between vocabulary-sharded logits.
+
+    Rank r of the group holds columns [r v, (r + 1) v). Teachers are constants. Statistics are fp32 (float64 when an
+    input is); the gradient comes back in the dtype of `student_logits`, 0 in padded columns.
+
+    Args:
+        student_logits: [T, v], this rank's shard; differentiable.
+        teacher_logits: [T, v], or a list of them (an ensemble).
+        type: `reverse_kl`, `forward_kl` or `gkd`.
+        beta: of `gkd`; 0 is forward KL, 1 is reverse KL.
+        temperature: divides all logits; the gradient carries its 1/T and no T^2.
+        vocab_size: true vocabulary; columns at or past it take no part. All columns by default.
+        group: tensor-parallel process group; None = not sharded.
+        teacher_weights: shares of the ensemble, normalised to sum to one; equal by default.
+        combine: `logit_mean` mixes the teachers' logits, `prob_mean` their probabilities.
+
+    Returns:
+        [T] divergence in nats, the same on every rank of the group.
+
+    Raises:
+        ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
+    """
+    teachers = [teacher_logits] if isinstance(teacher_logits, torch.Tensor) else list(teacher_logits)
+    check_matrix("student_logits", student_logits, student_logits)
+    for index, logits in enumerate(teachers):
+        check_matrix(f"teacher_logits[{index}]", logits, student_logits, rows=len(student_logits))
+    everyone = [student_logits, *teachers]
+    widths, dtypes = [x.shape[1] for x in everyone], [x.dtype for x in everyone]
+    objective = make_objective(
+        type, beta, temperature, vocab_size, group, teacher_weights, combine, widths=widths, dtypes=dtypes
+    )
+    differentiable = torch.is_grad_enabled() and student_logits.requires_grad
+    loss: torch.Tensor = _FromLogits.apply(student_logits, teachers, objective, differentiable)
+    return loss
+
+
+class _FromLogits(torch.autograd.Function):
+    """Computes value and gradient together; keeps only the gradient, [T, v] in the logits' dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teachers: list[torch.Tensor], objective: Objective, differentiable: bool
+    ) -> torch.Tensor:
+        held = slice(0, objective.columns)
+        gradient = None
+        if differentiable:
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+            gradient[:, objective.columns :].zero_()
+            ctx.save_for_backward(gradient)
+        if not len(student):
+            return student.new_zeros(0, dtype=objective.dtype)
+        engine = Engine(objective, len(student), student.device)
+        local = None if gradient is None else gradient[:, held]
+        sums = engine.run(student[:, held], [teacher[:, held] for teacher in teachers], gradient=local)
+        return engine.value(sums).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), None, None, None
