@@ -35,7 +35,7 @@ make_venv() {
         say "vLLM needs Python 3.11 or newer: uv provides one in .cache/python"
         "${PYTHON:-python3}" -m venv .cache/bootstrap >/dev/null ||
             die "'${PYTHON:-python3} -m venv' failed: install Python 3.11 or newer with its venv module"
-        .cache/bootstrap/bin/python -m pip install --quiet uv
+        .cache/bootstrap/bin/python -m pip install -qq --constraint constraints.txt uv
         .cache/bootstrap/bin/uv venv --quiet --seed --python 3.11 .venv
     fi
 }
@@ -43,7 +43,7 @@ make_venv() {
 # The CPU build of torch carries a local version (+cpu) that the default package index does not have. A wheel that the
 # machine already offers (pip's find-links) comes first, then TORCH_INDEX, then the index that uv knows as `cpu`.
 fetch_cpu_torch() {
-    local pip=(.venv/bin/python -m pip download --quiet --no-deps --dest "$wheels" "$torch_pin")
+    local pip=(.venv/bin/python -m pip download -qq --no-deps --dest "$wheels" "$torch_pin")
     if compgen -G "$wheels/torch-*+cpu-*.whl" >/dev/null; then return; fi
     if [ -n "${TORCH_INDEX:-}" ]; then
         "${pip[@]}" --index-url "$TORCH_INDEX" || die "TORCH_INDEX=$TORCH_INDEX has no $torch_pin for this machine"
@@ -55,7 +55,7 @@ fetch_cpu_torch() {
 mkdir -p "$wheels"
 if ! [ -x .venv/bin/python ]; then make_venv; fi
 is_new_enough .venv/bin/python || die ".venv holds an older Python than 3.11: remove it and run make again"
-.venv/bin/python -m uv --version >/dev/null 2>&1 || .venv/bin/python -m pip install --quiet uv
+.venv/bin/python -m uv --version >/dev/null 2>&1 || .venv/bin/python -m pip install -qq --constraint constraints.txt uv
 
 arguments=(--quiet --find-links "$wheels" --constraint constraints.txt -e ".[$extras]")
 if [[ ",$extras," == *,cpu,* ]]; then
