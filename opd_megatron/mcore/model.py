@@ -15,6 +15,7 @@ from opd_megatron.config import Dtype
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.platform import has_gpu
 from opd_megatron.mcore.spec import block_spec
+from opd_megatron.weights.families import rope_factor
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -115,6 +116,8 @@ def build_gpt_model(
         share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
         position_embedding_type="rope",
         rotary_base=rope_theta(hf),
+        rope_scaling=rope_factor(hf) is not None,
+        rope_scaling_factor=rope_factor(hf) or 1.0,
         pg_collection=grid.groups,
     )
     return model.cuda() if has_gpu() else model

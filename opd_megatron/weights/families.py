@@ -193,6 +193,12 @@ def architecture_of(hf_config: PretrainedConfig) -> str:
     return _ARCHITECTURE_OF_TYPE.get(hf_config.model_type, hf_config.model_type)
 
 
+def rope_factor(hf_config: PretrainedConfig) -> float | None:
+    """By how much Llama 3.1's rope scaling stretches the context; None where there is none."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    return float(rope["factor"]) if rope.get("rope_type") == "llama3" else None
+
+
 def _check_rope(architecture: str, rope: dict[str, Any]) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
