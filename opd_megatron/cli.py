@@ -1,0 +1,111 @@
+"""`opd-megatron train | evaluate | report | doctor | config`, and the names of what comes later."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from opd_megatron import __version__, launcher
+from opd_megatron.errors import ConfigError, NotAvailableError
+from opd_megatron.flags import Parser, config_reference, parse_run, run_parser
+from opd_megatron.train import check, describe, train
+
+_LATER = {
+    "convert": "use tools/checkpoint_convert/ for the conversions that exist",
+    "plan": "`opd-megatron train CONFIG --dry-run` prints layout and memory of one configuration",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0, 2 for an error a user can mend, 130 for Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    return launcher.run_command(lambda: _dispatch(words))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"opd-megatron {__version__}")
+        return 0
+    command, *rest = words
+    if command in _LATER:
+        raise NotAvailableError(f"`opd-megatron {command}` is not available yet: {_LATER[command]}")
+    if command not in _COMMANDS:
+        close = difflib.get_close_matches(command, [*_COMMANDS, *_LATER], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(_COMMANDS)}"
+        raise ConfigError(f"unknown command {command!r}: {hint}")
+    return _COMMANDS[command][0](rest)
+
+
+def _evaluate(argv: list[str]) -> int:
+    description = "Score a student against its teachers on held-out answers: a run directory's newest weights, or CONFIG."
+    arguments = parse_run(run_parser("opd-megatron evaluate", description), argv)
+    config = arguments.config
+    check(config)
+    if arguments.dry_run:
+        print(describe(config))
+        return 0
+    if launcher.needs_launch(config):
+        return launcher.launch("opd_megatron.cli", ["evaluate", *argv], config.world_size)
+    from opd_megatron.trainer import OPDTrainer
+
+    launcher.leave_cleanly_on_sigterm()
+    with OPDTrainer.from_config(config) as trainer:
+        trainer.restore()
+        figures = trainer.evaluate()
+    if launcher.is_first_rank():
+        for name, value in figures.items():
+            print(f"{name:<20} {value:.4f}")
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = Parser(prog="opd-megatron report", description="Draw the curves of a run again and print its table.")
+    parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a run")
+    run = Path(parser.parse_args(argv).run)
+    from opd_megatron.report import write_report
+
+    print(write_report(run))
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    Parser(prog="opd-megatron doctor", description="Print what is installed and whether a run can work.").parse_args(argv)
+    from opd_megatron.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _config(argv: list[str]) -> int:
+    Parser(prog="opd-megatron config", description="List every configuration key.").parse_args(argv)
+    print(config_reference())
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    return train(argv)
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "distil teachers into a student"),
+    "evaluate": (_evaluate, "score a student on held-out answers"),
+    "report": (_report, "draw the curves of a run again and print its table"),
+    "doctor": (_doctor, "what is installed, and can a run work here"),
+    "config": (_config, "every configuration key with type, default and meaning"),
+}
+
+
+def _overview() -> str:
+    lines = ["usage: opd-megatron COMMAND ...", "", "On-policy distillation on Megatron-Core and vLLM.", "", "commands:"]
+    lines += [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
+    lines += [f"  {name:<10} not available yet" for name in _LATER]
+    lines += ["", "`opd-megatron COMMAND --help` explains one of them. Start here: opd-megatron train configs/demo.yaml"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

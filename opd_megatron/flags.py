@@ -1,0 +1,171 @@
+"""The command line of a run: a YAML file, the field's usual flags as aliases, and key.path=value overrides.
+
+    train CONFIG --student_model_path DIR --lambda_rl=0.1 optimizer.lr=5e-5
+
+Precedence: file < aliases < key.path=value. An alias is only another spelling of a configuration key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from opd_megatron.config import RunConfig, load_config
+from opd_megatron.errors import ConfigError
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "student.path": ("student_model_path", "student_model"),
+    "teachers.0.path": ("teacher_model_path", "teacher_model"),
+    "data.source": ("dataset_path", "dataset"),
+    "objective.type": ("distillation_type",),
+    "objective.beta": ("distillation_beta",),
+    "objective.temperature": ("distillation_temperature", "temperature"),
+    "objective.lambda_rl": ("lambda_rl",),
+    "objective.lambda_distill": ("lambda_distill",),
+    "output_dir": ("output_dir",),
+}
+"""Configuration key -> flags that set it. `--temperature` divides the logits in the loss; how the student samples is
+`rollout.temperature`."""
+
+EXAMPLES = """examples:
+  opd-megatron train configs/demo.yaml
+  opd-megatron train configs/demo.yaml parallel.tensor=3 optimizer.lr=5e-5
+  opd-megatron train configs/gkd_gsm8k.yaml --student_model_path ./student --distillation_beta=0.5
+  opd-megatron train configs/gkd_gsm8k.yaml --dry-run
+  torchrun --nproc-per-node 4 -m opd_megatron.train configs/demo.yaml parallel.pipeline=4
+
+A run that needs several ranks and was not started by torchrun starts torchrun on this machine itself.
+`opd-megatron config` lists every key with its type, default and meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunArguments:
+    """What a command line of `train` or `evaluate` says."""
+
+    config: RunConfig
+    dry_run: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ConfigErrors, so that the command line reports them like any other."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: see {self.prog} --help")
+
+
+def run_parser(prog: str, description: str) -> Parser:
+    """Parser of a command that takes a run configuration."""
+    parser = Parser(prog=prog, description=description, epilog=EXAMPLES)
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG | key.path=value", help="YAML file, then overrides")
+    parser.add_argument("--config", metavar="CONFIG", help="the YAML file, where it is not given by position")
+    parser.add_argument("--dry-run", action="store_true", help="print config, process layout and memory, then stop")
+    table = [f"{', '.join(f'--{name}' for name in names):<45} {key}" for key, names in ALIASES.items()]
+    note = "other spellings of configuration keys, as --flag VALUE or --flag=VALUE; dashes for underscores work too"
+    group = parser.add_argument_group("aliases", "\n".join([note, "", *table]))
+    for key, names in ALIASES.items():
+        group.add_argument(*_spellings(names), dest=key, action="append", metavar="VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
+    """Reads a command line into a validated configuration.
+
+    Raises:
+        ConfigError: an unknown flag, a second config file, nothing to go by, or a value that breaks a rule.
+        MissingPathError: the YAML file does not exist.
+    """
+    known, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        raise ConfigError(unknown_flag(unknown[0], parser))
+    paths = [word for word in known.arguments if "=" not in word]
+    if known.config is not None:
+        paths.insert(0, known.config)
+    if len(paths) > 1:
+        raise ConfigError(f"two config files, {paths[0]!r} and {paths[1]!r}: give one, and overrides as key.path=value")
+    overrides = [*_alias_overrides(known), *(word for word in known.arguments if "=" in word)]
+    if not paths and not overrides:
+        raise ConfigError(f"no config file: give a YAML file, e.g. {parser.prog} configs/demo.yaml")
+    path = _config_file(paths[0]) if paths else None
+    return RunArguments(load_config(path, overrides), known.dry_run)
+
+
+def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
+    """One line on a flag that does not exist: the closest one, or the key it may have meant."""
+    name = flag.partition("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    key = name.lstrip("-")
+    keys = [key for key, *_ in config_keys()]
+    if key in keys:
+        return f"unknown flag {name!r}: write {key}=value without dashes"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"unknown flag {name!r}: did you mean {close[0]!r}?"
+    return f"unknown flag {name!r}: see {parser.prog} --help, or set a configuration key with key.path=value"
+
+
+def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Every configuration key, in the order of the schema: (key, type, default, meaning)."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        section = next((part for part in (annotation, *_parts(annotation)) if _is_section(part)), None)
+        if section is not None:
+            index = "" if section is annotation else ".0"
+            yield from config_keys(section, f"{prefix}{name}{index}.")
+            continue
+        default = "required" if field.default is PydanticUndefined else json.dumps(field.default)
+        yield prefix + name, _type_name(annotation), default, " ".join((field.description or "").split())
+
+
+def config_reference() -> str:
+    """The text of `opd-megatron config`: one key a line, its meaning below."""
+    lines = [f"{key}  ({kind}, default {default})\n    {meaning}" for key, kind, default, meaning in config_keys()]
+    return "\n".join(lines)
+
+
+def _alias_overrides(known: argparse.Namespace) -> list[str]:
+    overrides = []
+    for key, names in ALIASES.items():
+        values = list(dict.fromkeys(getattr(known, key) or []))
+        if len(values) > 1:
+            raise ConfigError(f"--{names[0]} is given as {values[0]!r} and as {values[1]!r} (key {key}): give one value")
+        # JSON is YAML, so a quoted value stays the text it is; pydantic turns it into a number where one is due.
+        overrides += [f"{key}={json.dumps(value)}" for value in values]
+    return overrides
+
+
+def _config_file(path: str) -> str:
+    """A run directory stands for the resolved configuration inside it."""
+    inside = os.path.join(path, "config.yaml")
+    return inside if os.path.isdir(path) and os.path.isfile(inside) else path
+
+
+def _spellings(names: tuple[str, ...]) -> list[str]:
+    return list(dict.fromkeys(flag for name in names for flag in (f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ())
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _type_name(annotation: Any) -> str:
+    parts = _parts(annotation)
+    if not parts:
+        return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+    if hasattr(annotation, "__metadata__"):  # Annotated: the rule is shown by the error, the type here
+        return _type_name(parts[0])
+    return " | ".join(json.dumps(part) if isinstance(part, str) else _type_name(part) for part in parts)
