@@ -1,0 +1,41 @@
+"""One sampled answer as text for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedTokenizerBase
+
+from opd_megatron.types import Rollout
+
+
+def readable_sample(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, step: int | None = None, max_chars: int = 600
+) -> str:
+    """Question, the student's answer and the gold one, each cut to `max_chars` with its middle left out.
+
+    Special tokens of the answer are shown: whether it ended by itself is worth seeing. Plain text, no markup.
+    """
+    answer = tokenizer.decode(list(rollout.response_ids), skip_special_tokens=False)
+    count = len(rollout.response_ids)
+    where = "" if step is None else f"step {step} | "
+    nll = -math.fsum(rollout.logprobs) / count if count else 0.0
+    lines = [
+        f"{where}{rollout.prompt.id} | policy {rollout.policy_version} | {count} tokens, {rollout.finish_reason}"
+        f" | {nll:.2f} nats/token",
+        f"  question: {_trim(rollout.prompt.text, max_chars)}",
+        f"  student:  {_trim(answer, max_chars)}",
+    ]
+    if rollout.prompt.answer is not None:
+        lines.append(f"  gold:     {_trim(rollout.prompt.answer, max_chars)}")
+    return "\n".join(lines)
+
+
+def _trim(text: str, limit: int) -> str:
+    """Printable text of at most `limit` characters; later lines are indented."""
+    clean = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text.strip())
+    if len(clean) > limit:
+        head = limit * 2 // 3
+        tail = max(limit - head - len(" [...] "), 0)
+        clean = f"{clean[:head]} [...] {clean[len(clean) - tail :]}"
+    return clean.replace("\n", "\n            ")
