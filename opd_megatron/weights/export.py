@@ -65,11 +65,13 @@ def export_weights(
 def _buckets(plan: Plan, limit: int) -> Iterator[list[Entry]]:
     """Entries of one stage at a time, at most `limit` elements together unless one entry alone has more."""
     bucket: list[Entry] = []
+    size = 0
     for entry in plan.exported():
-        if bucket and (entry.stage != bucket[0].stage or sum(e.numel for e in bucket) + entry.numel > limit):
+        if bucket and (entry.stage != bucket[0].stage or size + entry.numel > limit):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(entry)
+        size += entry.numel
     yield bucket
 
 

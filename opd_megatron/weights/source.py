@@ -76,7 +76,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
 
 
 class SafetensorsSource:
-    """The tensors of a checkpoint folder, one file or many. Files are memory-mapped; a slice reads only itself.
+    """The tensors of a checkpoint folder, in one file or many, memory-mapped: a slice reads the pages it lies on.
 
     Raises WeightsError from every method: one line naming the file and the tensor.
     """
@@ -100,7 +100,7 @@ class SafetensorsSource:
         return tuple(self._handle(name).get_shape())
 
     def get_slice(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
-        """`tensor[slices]` on CPU, in the file's dtype; no other bytes of the tensor are read."""
+        """`tensor[slices]` on CPU in the file's dtype: a view of the mapped file, read when it is used."""
         handle = self._handle(name)
         if handle.get_dtype() not in _DTYPES:
             raise WeightsError(
