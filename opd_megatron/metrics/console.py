@@ -1,0 +1,129 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from opd_megatron.types import StepMetrics
+
+
+class NullDisplay:
+    """Shows nothing: what every rank but the first holds."""
+
+    def step(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
+        """Reports a row of metrics.jsonl: an optimizer step, an evaluation, or both."""
+
+    def note(self, text: str) -> None:
+        """One line the user should read."""
+
+    def sample(self, text: str) -> None:
+        """A prompt and an answer of the student, as text."""
+
+    def print(self, renderable: Any) -> None:
+        """Anything rich can draw, such as `result_table(rows)`."""
+
+    def close(self) -> None:
+        """Takes the progress bar down. Safe to call twice."""
+
+    def __enter__(self) -> NullDisplay:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class TrainingDisplay(NullDisplay):
+    """The first rank's display.
+
+    Where the console is a terminal and `enabled`, a bar with KL, tokens/s and time left; elsewhere one plain line a
+    step, thinned to one every `plain_seconds` (the first, the last and evaluations are always printed).
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        *,
+        console: Console | None = None,
+        plain_seconds: float = 2.0,
+    ) -> None:
+        self.console = console or Console()
+        self._total, self._start, self._plain_seconds = total_steps, start_step, plain_seconds
+        self._began = time.monotonic()
+        self._last_line = -plain_seconds
+        self._bar: Progress | None = None
+        if enabled and self.console.is_terminal:
+            self._bar = _progress(self.console)
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, status="starting")
+            self._bar.start()
+
+    def step(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
+        row = metrics.as_dict() if isinstance(metrics, StepMetrics) else dict(metrics)
+        if "loss" in row:
+            self._training_step(row)
+        evaluated = [
+            f"{name} {row[key]:.3f}"
+            for key, name in (("eval/forward_kl", "forward KL"), ("eval/nll", "NLL"), ("eval/accuracy", "accuracy"))
+            if row.get(key) is not None
+        ]
+        if evaluated:
+            self.note(f"step {row['step']}: held-out {', '.join(evaluated)}")
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def sample(self, text: str) -> None:
+        if self.console.is_terminal:
+            self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
+        else:
+            self.note("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+
+    def print(self, renderable: Any) -> None:
+        self.console.print(renderable)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _training_step(self, row: Mapping[str, Any]) -> None:
+        step, seconds = int(row["step"]), row.get("time/step")
+        status = f"KL {row['reverse_kl']:.3f}  loss {row['loss']:.3f}"
+        if seconds:
+            status += f"  {row['tokens'] / seconds:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+            return
+        now = time.monotonic()
+        if step in (self._start + 1, self._total) or now - self._last_line >= self._plain_seconds:
+            self._last_line = now
+            pace = f"  {seconds:.2f} s/step" if seconds else ""
+            self.note(f"step {step}/{self._total}  {status}{pace}  {self._time_left(step, now)} left")
+
+    def _time_left(self, step: int, now: float) -> str:
+        per_step = (now - self._began) / max(1, step - self._start)
+        return str(timedelta(seconds=round(per_step * (self._total - step))))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        speed_estimate_period=600,  # steps take seconds: the default half minute holds too few of them
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
