@@ -102,6 +102,7 @@ def _serve(connection: Connection) -> None:
             rank, world_size, store, body, args, timeout = connection.recv()
         except EOFError:
             return
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun would
         try:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,

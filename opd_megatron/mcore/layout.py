@@ -76,7 +76,8 @@ def describe(config: RunConfig) -> str:
     micro = config.micro_batch_size(data)
     per_rank = config.sequences_per_step // data
     lines = [
-        f"ranks            {parallel.model * data} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}",
+        f"ranks            {parallel.model * data} = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+        f"x data {data}",
         f"step             {config.sequences_per_step} sequences, {per_rank} a data-parallel rank "
         f"in {per_rank // micro} micro batches of {micro}",
         f"vocabulary       {resolved.vocab_size} shared, padded to {resolved.padded_vocab(parallel.tensor)}, "
@@ -162,7 +163,8 @@ def _check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None
     if hf.num_hidden_layers % pipeline:
         choices = [n for n in range(1, hf.num_hidden_layers + 1) if hf.num_hidden_layers % n == 0]
         raise ConfigError(
-            f"parallel.pipeline={pipeline} must divide the {hf.num_hidden_layers} layers of {name}: use one of {choices}"
+            f"parallel.pipeline={pipeline} must divide the {hf.num_hidden_layers} layers of {name}: "
+            f"use one of {choices}"
         )
 
 

@@ -79,7 +79,11 @@ def transformer_config(
         pipeline_dtype=DTYPES[dtype],
         bf16=dtype == "bf16",
         calculate_per_token_loss=True,
-        perform_initialization=False,  # every parameter is read from the checkpoint
+        # Every parameter is read from a checkpoint. Initialisation still has to run, doing nothing: it is where
+        # upstream marks a weight as tensor parallel, without which gradient norms would miss other ranks' shards.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
         gradient_accumulation_fusion=False,  # needs Apex; DDP adds into the fp32 main gradient instead
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -121,6 +125,10 @@ def build_gpt_model(
         pg_collection=grid.groups,
     )
     return model.cuda() if has_gpu() else model
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def rope_theta(hf: PretrainedConfig) -> float:

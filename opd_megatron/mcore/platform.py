@@ -62,9 +62,9 @@ def init_platform() -> None:
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Joins the default process group from torchrun's environment, or makes one of a single rank."""
+    init_platform()
     if dist.is_initialized():
         return
-    init_platform()
     if "RANK" not in os.environ:
         # An in-memory store needs no port, so that two plain runs on one machine never collide.
         dist.init_process_group(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 from transformers import PretrainedConfig
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig
 from opd_megatron.config import ObjectiveConfig, RunConfig
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.losses import linear_divergence_terms
-from opd_megatron.losses.reduction import METRIC_NAMES, pack_sums
+from opd_megatron.losses.reduction import METRIC_NAMES, TokenSums, global_means, token_sums
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
@@ -119,7 +118,7 @@ class Student:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _loss(self, teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int) -> LossFunction:
-        def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
             mask = batch.weights > 0
             token_weights = batch.weights[mask]
             terms = linear_divergence_terms(
@@ -137,23 +136,17 @@ class Student:
                 chunk_tokens=objective.chunk_tokens,
                 targets=batch.targets[mask],
             )
-            num_tokens = token_weights.sum().to(torch.int)
-            return terms.loss_sum * objective.lambda_distill, num_tokens, pack_sums(terms, token_weights)
+            sums = token_sums(terms, token_weights)
+            return sums.loss_sum * objective.lambda_distill, sums.num_tokens.to(torch.int), sums
 
         return loss
 
-    def _global_means(self, sums: list[torch.Tensor]) -> tuple[dict[str, float], int]:
-        """Sums of all micro batches and ranks over one global token count: never a mean of means."""
+    def _global_means(self, sums: list[TokenSums]) -> tuple[dict[str, float], int]:
+        """Token means over all micro batches and ranks, the same on every rank."""
+        groups = self.grid.groups
         device = next(self.model.parameters()).device
-        total = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64, device=device)
-        for part in sums:  # the last pipeline stage alone has any
-            total += part
-        dist.all_reduce(total, group=self.grid.groups.dp_cp)
-        dist.all_reduce(total, group=self.grid.groups.pp)
-        values = total.tolist()
-        tokens = values[-1]
-        means = {name: value / max(tokens, 1.0) for name, value in zip(METRIC_NAMES, values, strict=False)}
-        return means, round(tokens)
+        means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device)
+        return dict(zip(METRIC_NAMES, means, strict=True)), tokens
 
 
 def _head(view: TeacherView) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""Making the parts of a run, in an order that finds mistakes early: sizes, data, process groups, models, engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config import RunConfig
+from opd_megatron.data.prompts import PromptStream, build_train_and_eval
+from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+from opd_megatron.evaluation import Evaluator
+from opd_megatron.mcore.checkpoint import list_checkpoints
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.layout import ResolvedModels, check
+from opd_megatron.mcore.model import DTYPES
+from opd_megatron.mcore.platform import device, init_distributed
+from opd_megatron.mcore.student import Student
+from opd_megatron.metrics import NullDisplay, TrainingDisplay
+from opd_megatron.rollout import build_engine
+from opd_megatron.rollout.sampler import RolloutSampler
+from opd_megatron.run_dir import RunDir
+from opd_megatron.teacher import build_teachers
+from opd_megatron.teacher.base import Teacher
+from opd_megatron.weights.save import save_hf
+
+
+@dataclass(slots=True)
+class RunParts:
+    """Everything a run is made of, on this rank."""
+
+    config: RunConfig
+    models: ResolvedModels
+    run_dir: RunDir
+    tokenizer: Any
+    prompts: PromptStream
+    student: Student
+    teachers: list[Teacher]
+    sampler: RolloutSampler
+    evaluator: Evaluator
+    display: NullDisplay
+    """The terminal on rank 0; shows nothing elsewhere."""
+    device: torch.device
+    length_multiple: int
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.models.vocab_size
+
+    def export_hf(self) -> Path:
+        """Writes the student as a Hugging Face folder. Collective over all ranks."""
+        if dist.get_rank() == 0:
+            save_hf(
+                self.student.export(),
+                self.student.hf,
+                self.run_dir.hf,
+                tokenizer_dir=self.models.tokenizer,
+                dtype=DTYPES[self.config.student.dtype],
+            )
+        else:
+            for _ in self.student.export():
+                pass
+        dist.barrier()
+        return self.run_dir.hf
+
+    def close(self) -> None:
+        """Ends the engine, the display and the process group. Safe after a failure on some ranks only."""
+        self.sampler.close()
+        self.display.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def build_parts(config: RunConfig) -> RunParts:
+    """Raises an OPDError child on every rank when something about the run is wrong."""
+    run_dir = RunDir(Path(config.output_dir))
+    models = check(config)
+    run_dir.check(config)
+    tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
+    for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
+        other = load_tokenizer(str(path), config.trust_remote_code)
+        check_same_tokenizer(tokenizer, other, str(models.tokenizer), teacher.path)
+    prompts, held_out = build_train_and_eval(config, tokenizer)
+
+    init_distributed()
+    torch.manual_seed(config.seed)
+    first = dist.get_rank() == 0
+    parallel = config.parallel
+    grid = ParallelGrid.build(
+        parallel.tensor, parallel.pipeline, models.data_parallel, sequence_parallel=parallel.sequence_parallel
+    )
+    padded_vocab = models.padded_vocab(parallel.tensor)
+    student = Student(config, models.student, models.student_config, grid, padded_vocab)
+    teachers = build_teachers(config, models.teachers, grid, padded_vocab)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    engine = build_engine(config, models.student, longest, run_dir.rollout_log) if first else None
+    display = _display(config, run_dir) if first else NullDisplay()
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    length_multiple = parallel.tensor if parallel.sequence_parallel else 1
+    return RunParts(
+        config=config,
+        models=models,
+        run_dir=run_dir,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        student=student,
+        teachers=teachers,
+        sampler=RolloutSampler(
+            engine, student.export, group, max_restarts=config.rollout.max_restarts, on_event=display.note
+        ),
+        evaluator=Evaluator(
+            config,
+            held_out or [prompts.dataset[row] for row in range(min(len(prompts.dataset), 8))],
+            teachers,
+            grid,
+            vocab_size=models.vocab_size,
+            length_multiple=length_multiple,
+            device=device(),
+        ),
+        display=display,
+        device=device(),
+        length_multiple=length_multiple,
+        stop_token_ids=tuple(stop_token_ids(tokenizer, models.student)),
+    )
+
+
+def _display(config: RunConfig, run_dir: RunDir) -> NullDisplay:
+    found = list_checkpoints(run_dir.checkpoints)
+    return TrainingDisplay(config.steps, found[-1][0] if found else 0, config.logging.progress)

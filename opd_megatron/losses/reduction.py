@@ -1,0 +1,78 @@
+"""From per-token terms to the numbers a step reports: sums over tokens, divided once by one global token count.
+
+Megatron's contract for a loss function is (loss_sum, num_tokens, metrics); a mean of per-rank or per-micro-batch
+means would weight tokens unequally, so only sums travel until `global_means`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.losses.linear import DivergenceTerms
+
+METRIC_NAMES = ("loss", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "nll", "teacher_nll")
+"""Names of the sums where `targets` are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSums:
+    """One micro batch, summed over its response tokens."""
+
+    loss_sum: torch.Tensor
+    """Scalar, fp32 (float64 for float64 models), differentiable."""
+    num_tokens: torch.Tensor
+    """Scalar int64: tokens whose weight is not 0."""
+    sums: torch.Tensor
+    """[len(names)] float64, detached: `global_means` adds those of micro batches and ranks."""
+    names: tuple[str, ...]
+
+
+def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None) -> TokenSums:
+    """Packs what a step needs from one micro batch.
+
+    `loss` is summed with the token weights, every other metric over the tokens whose weight is not 0.
+
+    Args:
+        terms: of `linear_divergence_terms`, called with the same `token_weights`.
+        token_weights: [T]; ones by default.
+    """
+    kept = torch.ones_like(terms.per_token, dtype=torch.bool) if token_weights is None else token_weights != 0
+    columns = {
+        "reverse_kl": terms.reverse_kl,
+        "forward_kl": terms.forward_kl,
+        "student_entropy": terms.student_entropy,
+        "teacher_entropy": terms.teacher_entropy,
+    }
+    if terms.student_logprob is not None and terms.teacher_logprob is not None:
+        columns |= {"nll": -terms.student_logprob, "teacher_nll": -terms.teacher_logprob}
+    # Selection, not multiplication: a masked infinity must not become a NaN.
+    per_token = torch.stack(list(columns.values()))[:, kept].double()
+    return TokenSums(
+        loss_sum=terms.loss_sum,
+        num_tokens=kept.sum(),
+        sums=torch.cat([terms.loss_sum.detach().double().reshape(1), per_token.sum(dim=1)]),
+        names=("loss", *columns),
+    )
+
+
+def global_means(
+    parts: Sequence[TokenSums], groups: Sequence[dist.ProcessGroup], device: torch.device
+) -> tuple[list[float], int]:
+    """Means of `METRIC_NAMES` over the tokens of all micro batches and ranks, and how many tokens those are.
+
+    Args:
+        parts: this rank's micro batches; none on the pipeline stages that compute no loss.
+        groups: one all-reduce of sums and count together over each, e.g. data parallel and then pipeline ranks.
+    """
+    packed = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64, device=device)
+    for part in parts:
+        assert part.names == METRIC_NAMES, "metrics need `targets` in the divergence"
+        packed += torch.cat([part.sums, part.num_tokens.double().reshape(1)])
+    for group in groups:
+        dist.all_reduce(packed, group=group)
+    *sums, tokens = packed.tolist()
+    return [value / max(tokens, 1.0) for value in sums], round(tokens)

@@ -1,0 +1,93 @@
+"""Rules of the layout are checked by arithmetic, before a process group exists, each with a remedy in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_megatron.config import RunConfig, load_config
+from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError, OPDError
+from opd_megatron.mcore.layout import check, describe, shard_parameters
+from tests.tiny_models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("layout")
+    return (
+        save_tiny(root / "student", vocab_size=250),
+        save_tiny(root / "teacher", vocab_size=272, num_hidden_layers=6),
+    )
+
+
+def _config(pair: tuple[Path, Path], **values: Any) -> RunConfig:
+    settings = {
+        "student.path": pair[0],
+        "teachers.0.path": pair[1],
+        "data.max_prompt_tokens": 100,
+        "rollout.max_new_tokens": 50,
+        **values,
+    }
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+
+
+def test_a_fitting_layout_resolves_both_models(pair: tuple[Path, Path]) -> None:
+    models = check(_config(pair, **{"parallel.tensor": 2, "parallel.pipeline": 2}))
+    assert models.data_parallel == 1
+    assert models.vocab_size == 250, "columns that only one model has are padding"
+    assert models.padded_vocab(2) == 272
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "parts"),
+    [
+        ({"parallel.tensor": 3}, ConfigError, ["parallel.tensor=3", "4 attention heads", "[1, 2]"]),
+        ({"parallel.tensor": 4}, ConfigError, ["parallel.tensor=4", "2 key-value heads", "student"]),
+        ({"parallel.pipeline": 3}, ConfigError, ["parallel.pipeline=3", "4 layers", "[1, 2, 4]"]),
+        ({"parallel.pipeline": 4}, ConfigError, ["parallel.pipeline=4", "6 layers", "teacher"]),
+        ({"rollout.max_new_tokens": 500}, ConfigError, ["max_new_tokens 500", "512"]),
+        ({"student.path": "/nowhere/model"}, MissingPathError, ["/nowhere/model"]),
+        ({"objective.type": "jsd"}, NotAvailableError, ["objective.type=jsd", "not available yet"]),
+        ({"objective.lambda_rl": 0.5}, NotAvailableError, ["objective.lambda_rl=0.5", "not available yet"]),
+    ],
+)
+def test_a_broken_rule_is_one_line_with_value_and_remedy(
+    pair: tuple[Path, Path], values: dict[str, Any], error: type[OPDError], parts: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        check(_config(pair, **values))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_world_size_that_does_not_match_names_both_numbers(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"world size 3 must be a multiple of parallel.tensor 2"):
+        check(_config(pair, **{"parallel.tensor": 2}))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert check(_config(pair, **{"parallel.tensor": 2})).data_parallel == 2
+    with pytest.raises(ConfigError, match=r"world size 4 must equal .*parallel.data 1"):
+        check(_config(pair, **{"parallel.tensor": 2, "parallel.data": 1}))
+
+
+def test_dry_run_text_accounts_for_every_rank(pair: tuple[Path, Path]) -> None:
+    text = describe(_config(pair, **{"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.data": 2}))
+    assert "8 = tensor 2 x pipeline 2 x data 2" in text
+    assert "stage 0" in text
+    assert "stage 1" in text
+
+
+def test_parameter_count_equals_the_real_model_without_norms(pair: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = _config(pair)
+    models = check(config)
+    real = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pair[0]).parameters() if p.ndim > 1)
+    padding = (models.padded_vocab(1) - 250) * 64
+    assert shard_parameters(models.student_config, config, models, stage=0) == real + padding
