@@ -42,7 +42,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    description = "Score a student against its teachers on held-out answers: a run directory's newest weights, or CONFIG."
+    description = "Score a student against its teachers on held-out answers. CONFIG may be a run directory."
     arguments = parse_run(run_parser("opd-megatron evaluate", description), argv)
     config = arguments.config
     check(config)
@@ -67,14 +67,16 @@ def _report(argv: list[str]) -> int:
     parser = Parser(prog="opd-megatron report", description="Draw the curves of a run again and print its table.")
     parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a run")
     run = Path(parser.parse_args(argv).run)
+    from rich.console import Console
+
     from opd_megatron.report import write_report
 
-    print(write_report(run))
+    Console().print(write_report(run))
     return 0
 
 
 def _doctor(argv: list[str]) -> int:
-    Parser(prog="opd-megatron doctor", description="Print what is installed and whether a run can work.").parse_args(argv)
+    Parser(prog="opd-megatron doctor", description="What is installed, and can a run work here?").parse_args(argv)
     from opd_megatron.doctor import run_doctor
 
     return run_doctor()
@@ -100,10 +102,10 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 
 
 def _overview() -> str:
-    lines = ["usage: opd-megatron COMMAND ...", "", "On-policy distillation on Megatron-Core and vLLM.", "", "commands:"]
+    lines = ["usage: opd-megatron COMMAND ...\n", "On-policy distillation on Megatron-Core and vLLM.\n", "commands:"]
     lines += [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
     lines += [f"  {name:<10} not available yet" for name in _LATER]
-    lines += ["", "`opd-megatron COMMAND --help` explains one of them. Start here: opd-megatron train configs/demo.yaml"]
+    lines += ["\n`opd-megatron COMMAND --help` explains one. Start here: opd-megatron train configs/demo.yaml"]
     return "\n".join(lines)
 
 

@@ -72,7 +72,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("gpu", "ok", "none: training runs on CPU over gloo")
     extra = [name for name in _CUDA_ONLY if importlib.util.find_spec(name) is not None]
     if extra:
-        yield Finding(" ".join(extra), "note", "installed beside a CPU torch", "uninstall if transformers fails to import")
+        yield Finding(" ".join(extra), "note", "beside a CPU torch", "uninstall if transformers fails to import")
 
 
 def _packages() -> Iterator[Finding]:
@@ -100,7 +100,9 @@ def _package(name: str, module: str, otherwise: str, remedy: str) -> Finding:
         found = importlib.util.find_spec(module) is not None
     except ImportError:
         found = False
-    return Finding(name, "ok" if found else otherwise, version if found else f"{version}, but no module {module}", remedy)
+    if not found:
+        return Finding(name, otherwise, f"{version}, but no module {module}", remedy)
+    return Finding(name, "ok", version)
 
 
 def _version(name: str) -> str | None:

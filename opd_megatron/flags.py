@@ -138,7 +138,7 @@ def _alias_overrides(known: argparse.Namespace) -> list[str]:
     for key, names in ALIASES.items():
         values = list(dict.fromkeys(getattr(known, key) or []))
         if len(values) > 1:
-            raise ConfigError(f"--{names[0]} is given as {values[0]!r} and as {values[1]!r} (key {key}): give one value")
+            raise ConfigError(f"--{names[0]} (key {key}) is given as {values[0]!r} and as {values[1]!r}: keep one")
         # JSON is YAML, so a quoted value stays the text it is; pydantic turns it into a number where one is due.
         overrides += [f"{key}={json.dumps(value)}" for value in values]
     return overrides

@@ -70,9 +70,7 @@ def launch(module: str, argv: Sequence[str], ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its own reports of a failed rank are tracebacks and tables; ours is one line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    _silence_torchrun()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
     os.environ[PARENT_REPORTS] = "1"
     config = LaunchConfig(
@@ -106,10 +104,17 @@ def leave_cleanly_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _exit)
 
 
+def _silence_torchrun() -> None:
+    """Its own reports of a failed rank are tables and tracebacks; ours is one line."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def _report(line: str) -> None:
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        reply = {"message": line, "timestamp": int(time.time())}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(reply))
+        reply = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": reply}))
     if PARENT_REPORTS not in os.environ and is_first_rank():
         print(line, file=sys.stderr, flush=True)
 
@@ -117,8 +122,9 @@ def _report(line: str) -> None:
 def _exit_code_of(failures: dict[int, ProcessFailure]) -> int:
     ordered = sorted(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     for _, failure in ordered:
-        if failure.exitcode in (USER_ERROR, INTERRUPTED) and failure.error_file_data["message"] != "<NONE>":
-            print(failure.message, file=sys.stderr)
+        reply = failure.error_file_data["message"]
+        if failure.exitcode in (USER_ERROR, INTERRUPTED) and isinstance(reply, dict):
+            print(reply["message"], file=sys.stderr)
             return failure.exitcode
     # Ranks that ended after SIGTERM did so because another one failed first.
     causes = [item for item in ordered if item[1].exitcode not in (TERMINATED, -signal.SIGTERM)] or ordered

@@ -14,12 +14,6 @@ def every_rank_refuses() -> None:
     raise ConfigError("steps=0 must be positive: raise it")
 
 
-def last_rank_refuses() -> None:
-    if RANK == 1:
-        raise ConfigError("rank 1 alone found the mistake: mend it")
-    time.sleep(60)
-
-
 def last_rank_refuses_and_breaks_the_others() -> None:
     if RANK == 1:
         raise ConfigError("rank 1 alone found the mistake: mend it")
@@ -44,7 +38,7 @@ def prints_threads() -> None:
 
 
 def waits() -> None:
-    print("waiting", flush=True)
+    print("waiting", os.getpid(), flush=True)
     time.sleep(60)
 
 

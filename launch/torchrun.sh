@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# One run over one or more machines with torchrun. Start it on every machine with the same arguments:
+#
+#   launch/torchrun.sh configs/gkd_gsm8k.yaml [key.path=value ...]                                    # one machine
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh configs/gkd_gsm8k.yaml parallel.data=2    # on node0
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/torchrun.sh configs/gkd_gsm8k.yaml parallel.data=2    # on node1
+#
+# NPROC_PER_NODE   ranks on this machine; by default its GPUs, 1 without any
+# NNODES           machines (1)
+# NODE_RANK        which of them this is, from 0 (0)
+# MASTER_ADDR      name or address of machine 0; needed when NNODES is above 1
+# MASTER_PORT      a free port on it (29500)
+# OMP_NUM_THREADS  threads of each rank; by default the machine's cores shared among its ranks
+#
+# output_dir must lie on storage that all machines see.
+set -euo pipefail
+
+if [ $# -eq 0 ]; then
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
+    exit 2
+fi
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+nnodes=${NNODES:-1}
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+
+if [ "$nnodes" -eq 1 ]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-0}"
+        --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the name of machine 0}" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" -m opd_megatron.train "$@"

@@ -1,0 +1,161 @@
+"""The run configuration: what it refuses, what it says, and that nothing is lost on the way to the file."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd_megatron.config import RunConfig, build_config, dump_config, load_config, set_by_path
+from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError
+from opd_megatron.flags import config_keys
+
+
+def refusal(*overrides: str) -> str:
+    """The message with which the defaults plus `overrides` are refused; always one line."""
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_valid() -> None:
+    assert build_config({}) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("optimzer.lr=1", "'optimizer'"),
+        ("optimizer.learning_rate=1", "known keys: lr, min_lr"),
+        ("rollout.max_new_token=5", "'max_new_tokens'"),
+        ("teachers.0.pth=x", "'path'"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_neighbour(override: str, suggestion: str) -> None:
+    message = refusal(override)
+    assert message.startswith("unknown config key")
+    assert suggestion in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps=0",
+        "optimizer.lr=0",
+        "optimizer.beta2=1",
+        "objective.beta=1.5",
+        "objective.temperature=0",
+        "objective.lambda_rl=-1",
+        "objective.type=kl",
+        "rollout.temperature=0",
+        "rollout.top_p=0",
+        "parallel.tensor=0",
+        "parallel.data=0",
+        "student.dtype=fp16",
+        "teachers=[]",
+        "steps=ten",
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_name_and_value(override: str) -> None:
+    key, _, value = override.partition("=")
+    message = refusal(override)
+    assert message.startswith(f"{key}=")
+    assert value.strip("'\"") in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("parallel.sequence_parallel=true",), ("parallel.sequence_parallel", "parallel.tensor > 1")),
+        (("steps=5", "optimizer.warmup_steps=5"), ("optimizer.warmup_steps=5", "steps=5")),
+        (("optimizer.lr=1e-5", "optimizer.min_lr=1e-4"), ("optimizer.min_lr=0.0001", "optimizer.lr=1e-05")),
+        (("rollout.prompts_per_step=6", "parallel.data=4"), ("= 6", "data-parallel size 4")),
+        (("parallel.micro_batch_size=3",), ("= 8", "micro_batch_size 3")),
+    ],
+)
+def test_rules_across_fields_name_every_value_they_concern(overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+    message = refusal(*overrides)
+    assert all(word in message for word in words), message
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 7\noptimizer: {lr: 1.0e-3, beta1: 0.5}\n")
+    config = load_config(path, ["optimizer.lr=5e-5"])
+    assert (config.steps, config.optimizer.lr, config.optimizer.beta1) == (7, 5e-5, 0.5)
+
+
+def test_a_list_element_is_addressed_by_its_index() -> None:
+    config = load_config(None, ["teachers.0.path=a", "teachers.1.path=b", "teachers.1.weight=2"])
+    assert [(teacher.path, teacher.weight) for teacher in config.teachers] == [("a", 1.0), ("b", 2.0)]
+
+
+@pytest.mark.parametrize("override", ["teachers.1.path=a", "steps.x=1", "=1", "steps"])
+def test_an_override_that_leads_nowhere_is_refused(override: str) -> None:
+    overrides = ["steps=1", override] if override.startswith("steps.") else [override]
+    assert "override" in refusal(*overrides)
+
+
+def test_set_by_path_makes_what_is_missing() -> None:
+    tree: dict[str, object] = {"a": None}
+    set_by_path(tree, "a.b.0.c", 1)
+    assert tree == {"a": {"b": [{"c": 1}]}}
+
+
+def test_an_empty_value_is_null() -> None:
+    assert load_config(None, ["data.answer_column="]).data.answer_column is None
+
+
+def test_dumping_and_loading_gives_the_same_configuration(tmp_path: Path) -> None:
+    config = load_config(None, ["teachers.0.path=x", "parallel.tensor=2", "optimizer.lr=3e-7", "data.limit=5"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_assignment_is_checked_as_well() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        RunConfig().optimizer.lr = -1.0
+
+
+def test_a_file_that_does_not_exist_is_named() -> None:
+    with pytest.raises(MissingPathError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just text"])
+def test_a_file_that_holds_no_mapping_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("sequences", "data", "expected"), [(8, 1, 8), (64, 1, 8), (12, 2, 6), (14, 1, 7), (11, 1, 1)])
+def test_the_default_micro_batch_is_the_largest_divisor_up_to_8(sequences: int, data: int, expected: int) -> None:
+    config = load_config(None, [f"rollout.prompts_per_step={sequences}"])
+    assert config.micro_batch_size(data) == expected
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.type=jsd"],
+        ["objective.type=on_policy_distill"],
+        ["objective.lambda_rl=0.1"],
+        ["teachers.0.path=a", "teachers.1.path=b"],
+    ],
+)
+def test_what_this_release_cannot_do_is_refused_and_never_replaced(overrides: list[str]) -> None:
+    with pytest.raises(NotAvailableError, match="not available yet"):
+        load_config(None, overrides).require_available()
+
+
+def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
+    listed = list(config_keys())
+    assert all(meaning for *_, meaning in listed)
+    defaults = {key: yaml.safe_load(default) for key, _, default, _ in listed if default != "required"}
+    config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in defaults.items())])
+    assert config == load_config(None, ["teachers.0.path=t"])
