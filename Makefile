@@ -38,7 +38,7 @@ lint: env  ## ruff, mypy
 	@$(BIN)/mypy
 
 bench: env  ## measure what README's table claims, in a quick form
-	@for script in benchmarks/*.py; do case $$script in */_*) continue;; esac; \
+	@for script in $$(grep -l __main__ benchmarks/*.py); do \
 	    echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
 clean:  ## remove .venv, .cache and everything built; runs/ stays

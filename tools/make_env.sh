@@ -32,7 +32,7 @@ make_venv() {
         say "making .venv with $("$python" --version)"
         "$python" -m venv .venv >/dev/null || die "'$python -m venv' failed: install the venv module (Debian: apt install python3-venv)"
     else
-        say "vLLM needs Python 3.11 or newer: uv provides one in .cache/python"
+        say "vLLM needs Python 3.11 or newer: uv finds one, or fetches one into .cache/python"
         "${PYTHON:-python3}" -m venv .cache/bootstrap >/dev/null ||
             die "'${PYTHON:-python3} -m venv' failed: install Python 3.11 or newer with its venv module"
         .cache/bootstrap/bin/python -m pip install -qq --constraint constraints.txt uv
