@@ -6,7 +6,7 @@ untrained student. So row 1's `reverse_kl` is the student's before any training,
 """
 
 from opd_megatron.metrics.console import NullDisplay, TrainingDisplay
-from opd_megatron.metrics.jsonl import MetricsLog, read_metrics
+from opd_megatron.metrics.jsonl import MetricsLog, NullLog, read_metrics
 from opd_megatron.metrics.plots import plot_curves
 from opd_megatron.metrics.summary import Summary, result_table, summarize
 from opd_megatron.metrics.timers import PhaseTimers, peak_memory_bytes
@@ -14,6 +14,7 @@ from opd_megatron.metrics.timers import PhaseTimers, peak_memory_bytes
 __all__ = [
     "MetricsLog",
     "NullDisplay",
+    "NullLog",
     "PhaseTimers",
     "Summary",
     "TrainingDisplay",

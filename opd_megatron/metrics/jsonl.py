@@ -18,7 +18,23 @@ Row = dict[str, Any]
 FILE_NAME = "metrics.jsonl"
 
 
-class MetricsLog:
+class NullLog:
+    """Writes nothing: what every rank but the first holds."""
+
+    def write(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
+        """Records a step, or a plain mapping with `step` (the evaluation before training has nothing else)."""
+
+    def close(self) -> None:
+        """Closes every writer. Safe to call twice."""
+
+    def __enter__(self) -> NullLog:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class MetricsLog(NullLog):
     """Appends one JSON object a line to `<run_dir>/metrics.jsonl`, flushed, so that a killed run keeps its history.
 
     `resume_step=N` continues after step N: rows of later steps, which will be repeated, are dropped first.
@@ -48,7 +64,6 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
-        """Writes a step, or a plain mapping with `step` (the evaluation before training has nothing else)."""
         row = _clean(metrics.as_dict() if isinstance(metrics, StepMetrics) else metrics)
         self._file.write(_line(row))
         self._file.flush()
@@ -61,7 +76,6 @@ class MetricsLog:
             self._wandb.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        """Closes every writer. Safe to call twice."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -69,12 +83,6 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[Row]:

@@ -1,0 +1,125 @@
+"""Runs a command as a user would, and measures the memory of the whole process tree it becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from harness import REPOSITORY, BenchmarkError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """A finished `opd_megatron.train`."""
+
+    rows: list[dict[str, Any]]
+    """Training rows of its metrics.jsonl (the evaluation before training is left out)."""
+    peak_bytes: int
+    """Largest memory of all its processes together."""
+
+
+class TreeMemory:
+    """Peak memory of a process and all its descendants, sampled while they run.
+
+    Each sample is the sum of proportional set sizes (PSS): a page that several processes share, such as a library's
+    code, counts once in the sum, so one process is not favoured over several. Where the system has no PSS, the sum of
+    resident sizes is taken. GPU memory is not included.
+    """
+
+    def __init__(self, pid: int, interval: float = 0.1) -> None:
+        self.peak_bytes = 0
+        self._root = psutil.Process(pid)
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> TreeMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.peak_bytes = max(self.peak_bytes, self._sample())
+            self._stop.wait(self._interval)
+
+    def _sample(self) -> int:
+        try:
+            tree = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return 0
+        return sum(_memory(process) for process in tree)
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        full = process.memory_full_info()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return 0
+    return int(getattr(full, "pss", 0) or full.rss)
+
+
+def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> int:
+    """Runs `command` in the repository; returns the peak memory of its process tree in bytes.
+
+    Raises BenchmarkError with the end of its output when it fails.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            list(command), stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY,
+            env=os.environ | dict(environment or {}),
+        )  # fmt: skip
+        with TreeMemory(process.pid) as memory:
+            try:
+                process.wait()
+            finally:
+                process.terminate()
+        if process.returncode != 0:
+            output.seek(0)
+            tail = output.read().decode(errors="replace").strip().splitlines()[-30:]
+            raise BenchmarkError(f"{' '.join(command)} exited with {process.returncode}\n" + "\n".join(tail))
+    return memory.peak_bytes
+
+
+def train(config: str | Path, run_dir: str | Path, overrides: Mapping[str, Any], **environment: str) -> TrainingRun:
+    """Runs `python -m opd_megatron.train CONFIG output_dir=RUN_DIR key=value ...` and reads its metrics."""
+    from opd_megatron.metrics import read_metrics
+
+    settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    command = [sys.executable, "-m", "opd_megatron.train", str(config), f"output_dir={run_dir}", *settings]
+    peak = run_measured(command, environment=environment)
+    return TrainingRun([row for row in read_metrics(run_dir) if row["step"] > 0], peak)
+
+
+# Nothing but steps: no evaluation, no checkpoint on the way, no export, nothing on the terminal.
+ONLY_STEPS: dict[str, Any] = {
+    "evaluation.every": 0,
+    "checkpoint.every": 0,
+    "checkpoint.export_hf": False,
+    "logging.tensorboard": False,
+    "logging.sample_every": 0,
+    "logging.progress": False,
+}
+
+
+def assets(folder: str | Path) -> tuple[Path, Path]:
+    """(teacher, student) folders of the demo pair. Raises BenchmarkError when they have not been made."""
+    pair = (Path(folder).resolve() / "teacher", Path(folder).resolve() / "student")
+    for path in pair:
+        if not (path / "config.json").is_file():
+            raise BenchmarkError(
+                f"{str(path)!r} is not a model: run `make demo` once, or name its folder with --assets"
+            )
+    return pair

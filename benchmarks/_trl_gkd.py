@@ -1,0 +1,105 @@
+"""The other side of `step_vs_trl.py`: TRL's GKDTrainer on the same pair and prompts, one JSON object as the result.
+
+Fully on-policy (lmbda=1), reverse KL (beta=1), temperature 1, AdamW without weight decay, constant learning rate.
+Settings are TRL's fastest on a plain CPU: bf16 weights without autocast (which would turn the logits into fp32), no
+gradient checkpointing (it would also switch the generation cache off), no logging, evaluation, saving or workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the moment a batch is at hand to the end of its optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+class CountingGKDTrainer(GKDTrainer):
+    """GKDTrainer that remembers the number of sampled tokens and the loss of each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sampled_tokens: list[int] = []
+        self.losses: list[float] = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.sampled_tokens.append(int((inputs["labels"] != -100).sum()))
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+def gkd_config(arguments: argparse.Namespace, output_dir: str) -> GKDConfig:
+    """The trainer's arguments."""
+    return GKDConfig(
+        output_dir=output_dir,
+        lmbda=1.0, beta=1.0, temperature=1.0, seq_kd=False,
+        max_new_tokens=arguments.max_new_tokens, max_length=1024,
+        per_device_train_batch_size=arguments.batch, gradient_accumulation_steps=1, max_steps=arguments.steps,
+        learning_rate=arguments.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
+        bf16=arguments.autocast, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+        logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_num_workers=0, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the steps; returns their seconds, sampled tokens and losses."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.student)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        for path in (arguments.student, arguments.teacher)
+    )
+    rows = [json.loads(line) for line in Path(arguments.prompts).read_text().splitlines()]
+    messages = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
+    ]
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = CountingGKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=gkd_config(arguments, output_dir),
+            train_dataset=Dataset.from_dict({"messages": messages}),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        trainer.train()
+    return {"seconds": clock.seconds, "tokens": trainer.sampled_tokens, "losses": trainer.losses}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("student", "teacher", "prompts", "out"):
+        parser.add_argument(f"--{name}", required=True, metavar="PATH")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="prompts a step")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--autocast", action="store_true", help="bf16 autocast on top of bf16 weights")
+    arguments = parser.parse_args()
+    Path(arguments.out).write_text(json.dumps(train(arguments)))
+
+
+if __name__ == "__main__":
+    main()
