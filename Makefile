@@ -38,7 +38,7 @@ lint: env  ## ruff, mypy
 	@$(BIN)/mypy
 
 bench: env  ## measure what README's table claims, in a quick form
-	@for script in $$(grep -l __main__ benchmarks/*.py); do \
+	@for script in $(filter-out benchmarks/_% benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
 clean:  ## remove .venv, .cache and everything built; runs/ stays
