@@ -260,29 +260,26 @@ class _Chunked:
         return None if weights is None else weights.to(self.plan.objective.dtype)
 
     def _new_head_gradient(self, head: torch.Tensor) -> torch.Tensor:
-        one_chunk = self.tokens == len(self.hidden)
-        dtype = head.dtype if one_chunk else torch.promote_types(head.dtype, torch.float32)
+        # Products of bf16 matrices are bf16, so a sum of two needs no wider storage; a longer one does.
+        dtype = head.dtype if len(self.hidden) <= 2 * self.tokens else torch.promote_types(head.dtype, torch.float32)
         gradient = torch.empty_like(head, dtype=dtype, memory_format=torch.contiguous_format)
         gradient[self.columns if len(self.hidden) else 0 :].zero_()
         return gradient
 
     @staticmethod
     def _add_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, first: bool) -> None:
-        """total (+)= gradient^T hidden, [columns, h]."""
-        if total.dtype == hidden.dtype:
-            if first:
-                torch.mm(gradient.t(), hidden, out=total)
-            else:
-                total.addmm_(gradient.t(), hidden)
+        """total (+)= gradient^T hidden, [columns, h]; added in fp32 or wider."""
+        if first and total.dtype == hidden.dtype:
+            torch.mm(gradient.t(), hidden, out=total)
             return
-        # bf16 products into an fp32 sum, in pieces: no bf16 copy of the whole, and conversions stay in the cache.
+        if hidden.element_size() >= 4:
+            total.addmm_(gradient.t(), hidden)
+            return
+        # In pieces: no copy of the whole, and conversions stay in the cache.
         for start in range(0, len(total), _HEAD_ROWS):
             rows = slice(start, start + _HEAD_ROWS)
             part = torch.mm(gradient[:, rows].t(), hidden)
-            if first:
-                total[rows].copy_(part)
-            else:
-                total[rows].add_(part.to(total.dtype))
+            total[rows].copy_(part if first else part.float().add_(total[rows].float()))
 
     def head_gradient_in(self, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.head_gradient is None else self.head_gradient.to(dtype)
