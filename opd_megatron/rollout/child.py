@@ -1,0 +1,119 @@
+"""A child process that answers requests over a socket pair: started, watched, ended, its last words quoted.
+
+Knows nothing of vLLM. The pair is private to the two processes, so no address and no key are needed, and either
+side notices the other's end at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from opd_megatron.errors import EngineDiedError, RolloutError
+
+_POLL_SECONDS = 0.5
+_alive: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
+class Child:
+    """`python -m module FD` in a session of its own, with its output in a log file."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], log_path: Path | None, timeout: float) -> None:
+        """Starts the process. `timeout`: seconds any one request may take."""
+        self._timeout = timeout
+        self._scratch = Path(tempfile.mkdtemp(prefix="opd-rollout-"))
+        self.log_hint = f"; see {log_path}" if log_path else ""
+        self.log_path = log_path or self._scratch / "rollout.log"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self._connection, theirs = Pipe()
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                env=dict(environment), pass_fds=(theirs.fileno(),), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        theirs.close()
+        _alive.add(self)
+
+    def call(self, name: str, arguments: Any) -> Any:
+        """One request and its reply. Raises EngineDiedError, or RolloutError when the child refuses."""
+        self.send(name, arguments)
+        return self.receive(name)
+
+    def send(self, name: str, arguments: Any) -> None:
+        with self._death_is_an_error(name):
+            self._connection.send((name, arguments))
+
+    def receive(self, name: str) -> Any:
+        deadline = time.monotonic() + self._timeout
+        with self._death_is_an_error(name):
+            while not self._connection.poll(_POLL_SECONDS):
+                # Processes that the child forked may keep its end of the pair open.
+                if self.process.poll() is not None and not self._connection.poll(0):
+                    raise EOFError
+                if time.monotonic() > deadline:
+                    self._kill()
+                    raise EngineDiedError(
+                        f"rollout engine did not finish {name!r} within rollout.start_timeout={self._timeout:g} s and "
+                        f"was ended: raise it{self.log_hint}"
+                    )
+            status, value = self._connection.recv()
+        if status == "refused":
+            raise RolloutError(value)
+        return value
+
+    @contextlib.contextmanager
+    def _death_is_an_error(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)  # the socket closes a moment before the process is gone
+            self._kill()
+            raise EngineDiedError(
+                f"rollout engine (pid {self.process.pid}) ended during {name!r} with exit code "
+                f"{self.process.returncode}; last log line: {self.last_words()!r}{self.log_hint}"
+            ) from None
+
+    def last_words(self) -> str:
+        """The last line of this process's log that names an error, else its last line."""
+        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
+            log.seek(max(self._log_start, self.log_path.stat().st_size - 20_000))
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            telling = [line for line in lines if "Error" in line or "Exception" in line]
+            return (telling or lines or [""])[-1][-300:]
+        return ""
+
+    def close(self, grace: float = 10.0) -> None:
+        """Hangs up, which ends the child; ends it by force after `grace` seconds. Safe to call twice."""
+        self._connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace)
+        self._kill()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _kill(self) -> None:
+        # The whole session: vLLM's own workers must not outlive it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        _alive.discard(self)
+
+
+@atexit.register
+def _end_all() -> None:
+    for child in list(_alive):
+        child.close(grace=0)

@@ -1,0 +1,180 @@
+"""Makes one engine, on one rank, look the same on all: samples and errors are shared, a dead engine is replaced.
+
+    sampler.start(version)          bring the engine up, push the weights
+    sampler.sample(prompts, how)    -> the same list of rollouts on every rank, all from the version last pushed
+    sampler.push(version)           after every optimizer step
+
+Each call is a collective over `group`. Whatever happens to the engine, rank 0 tells the others before anyone acts
+on it, so that all ranks raise, restart or go on together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from opd_megatron.errors import EngineDiedError, OPDError, RolloutError, StalePolicyError
+from opd_megatron.rollout.base import RolloutEngine
+from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+
+Result = TypeVar("Result")
+_Packed = tuple[list[int], torch.Tensor, torch.Tensor, list[str], int]
+
+
+class RolloutSampler:
+    """See the module. Not for concurrent use."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine | None,
+        export_weights: Callable[[], Iterator[Bucket]],
+        group: ProcessGroup | None,
+        *,
+        max_restarts: int,
+        on_event: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            engine: the engine on rank 0 of `group`, None on the others.
+            export_weights: called on every rank; a collective generator whose buckets come out on rank 0 (what
+                the others get is ignored). It is always exhausted on every rank.
+            group: a gloo group of all ranks that sample (objects travel over it, so NCCL will not do); None for
+                a single process.
+            max_restarts: how often in a row a dead engine is replaced.
+            on_event: gets one line about each restart, on rank 0.
+        """
+        self._is_host = group is None or dist.get_rank(group) == 0
+        assert (engine is not None) == self._is_host, "the engine belongs on rank 0 of the group, and only there"
+        self._engine = engine
+        self._export = export_weights
+        self._group = group
+        self._max_restarts = max_restarts
+        self._on_event = on_event
+        self._version = -1
+
+    def start(self, version: int) -> None:
+        """Brings the engine up and pushes the current weights as `version`."""
+        self._version = version
+        self._until_alive(self._bring_up, again=self._bring_up)
+
+    def push(self, version: int) -> None:
+        """Pushes the current weights as `version`.
+
+        Raises, on all ranks (as `start` and `sample` do):
+            EngineDiedError: the engine died more than `max_restarts` times in a row.
+            OPDError: whatever else the engine on rank 0 raised, with its type and message.
+        """
+        self._version = version
+        self._until_alive(self._push, again=self._bring_up)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One answer per prompt (the same list on every rank), in order, on every rank.
+
+        Raises StalePolicyError when the engine samples from other weights than the ones last pushed, and what
+        `push` raises.
+        """
+
+        def generate() -> list[Rollout]:
+            return _unpack(prompts, self._on_host(lambda engine: _pack(self._sample_fresh(engine, prompts, sampling))))
+
+        def bring_up_and_generate() -> list[Rollout]:
+            self._bring_up()
+            return generate()
+
+        return self._until_alive(generate, again=bring_up_and_generate)
+
+    def close(self) -> None:
+        """Ends the engine. Not a collective; safe to call twice."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _until_alive(self, first: Callable[[], Result], again: Callable[[], Result]) -> Result:
+        """`first()`, or `again()` as often as the engine dies on the way and restarts are left."""
+        deaths = 0
+        while True:
+            try:
+                return again() if deaths else first()
+            except EngineDiedError as error:
+                deaths += 1
+                if deaths > self._max_restarts:
+                    raise EngineDiedError(
+                        f"the rollout engine died {deaths} times in a row, rollout.max_restarts="
+                        f"{self._max_restarts} allows no further start; the last time: {error}"
+                    ) from None
+                if self._is_host:
+                    self._on_event(f"{error}; restarting {deaths}/{self._max_restarts}")
+
+    def _bring_up(self) -> None:
+        self._on_host(lambda engine: engine.start())
+        self._push()
+
+    def _push(self) -> None:
+        buckets = iter(self._export())
+
+        def update(engine: RolloutEngine) -> None:
+            try:
+                engine.update_weights(buckets, self._version)
+            finally:
+                _exhaust(buckets)  # also when the engine stopped reading: the other ranks are in these collectives
+
+        if not self._is_host:
+            _exhaust(buckets)
+        self._on_host(update)
+
+    def _sample_fresh(self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        rollouts = engine.generate(prompts, sampling)
+        stale = next((r for r in rollouts if r.policy_version != self._version), None)
+        if stale is not None:
+            raise StalePolicyError(
+                f"the answer to prompt {stale.prompt.id!r} was sampled by policy version {stale.policy_version}, but "
+                f"version {self._version} is being trained: push weights before sampling"
+            )
+        return rollouts
+
+    def _on_host(self, action: Callable[[RolloutEngine], Result]) -> Result:
+        """Runs `action` on rank 0; every rank returns its result or raises its error."""
+        outcome: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self._engine is not None:
+            try:
+                outcome[1] = action(self._engine)
+            except Exception as error:
+                failure = error
+                # A bug's exception may not pickle; its text will do for the other ranks.
+                outcome[0] = error if isinstance(error, OPDError) else RolloutError(f"{type(error).__name__}: {error}")
+        if self._group is not None:
+            dist.broadcast_object_list(outcome, group_src=0, group=self._group, device=torch.device("cpu"))
+        if failure is not None:
+            raise failure
+        if outcome[0] is not None:
+            raise outcome[0]
+        return outcome[1]
+
+
+def _exhaust(iterator: Iterable[Any]) -> None:
+    for _ in iterator:
+        pass
+
+
+def _pack(rollouts: Sequence[Rollout]) -> _Packed:
+    """Lengths, all tokens, all logprobs, reasons, version: prompts stay home, every rank has them."""
+    return (
+        [len(r.response_ids) for r in rollouts],
+        torch.tensor([token for r in rollouts for token in r.response_ids], dtype=torch.int32),
+        torch.tensor([logprob for r in rollouts for logprob in r.logprobs], dtype=torch.float32),
+        [r.finish_reason for r in rollouts],
+        rollouts[0].policy_version if rollouts else -1,
+    )
+
+
+def _unpack(prompts: Sequence[Prompt], packed: _Packed) -> list[Rollout]:
+    lengths, tokens, logprobs, reasons, version = packed
+    pieces = zip(prompts, tokens.split(lengths), logprobs.split(lengths), reasons, strict=True)
+    return [
+        Rollout(prompt, tuple(ids.tolist()), tuple(values.tolist()), version, reason)
+        for prompt, ids, values, reason in pieces
+    ]

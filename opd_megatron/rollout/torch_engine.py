@@ -1,0 +1,130 @@
+"""A plain transformers engine behind the RolloutEngine protocol: no process, no cache, no speed. For tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_megatron.errors import RolloutError
+from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+
+
+class TorchEngine:
+    """Builds the architecture of `model_dir/config.json`; weights come only from `update_weights`."""
+
+    def __init__(self, model_dir: Path, max_model_len: int, dtype: torch.dtype = torch.float32) -> None:
+        self.policy_version = -1
+        self._model_dir = model_dir
+        self._max_model_len = max_model_len
+        self._dtype = dtype
+        self._model: Any = None
+
+    def start(self) -> None:
+        """Builds the model with weights that no method will use."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self._model_dir, local_files_only=True)
+        self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+        self.policy_version = -1
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One answer per prompt. Raises RolloutError before the first update and for a prompt that is too long."""
+        self._check_ready()
+        return [self._answer(prompt, sampling, i) for i, prompt in enumerate(prompts)]
+
+    @torch.no_grad()
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs in nats of tokens 1 .. len - 1 of each sequence, at temperature 1."""
+        self._check_ready()
+        result = []
+        for ids in sequences:
+            tokens = torch.tensor([list(ids)])
+            logprobs = self._model(tokens).logits[0, :-1].float().log_softmax(-1)
+            result.append(logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist())
+        return result
+
+    @torch.no_grad()
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """Copies full HF tensors in. Raises RolloutError when one is missing, unknown or of the wrong shape."""
+        if self._model is None:
+            raise RolloutError("the rollout engine is not running: call start first")
+        self.policy_version = -1
+        state = self._model.state_dict()
+        filled: set[int] = set()
+        for name, tensor in (pair for bucket in buckets for pair in bucket):
+            target = state.get(name)
+            if target is None or target.shape != tensor.shape:
+                expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
+                raise RolloutError(
+                    f"weights of version {version}: {name!r} of shape {tuple(tensor.shape)} does not fit the "
+                    f"architecture in {self._model_dir}/config.json, which has {expected}"
+                )
+            target.copy_(tensor)
+            filled.add(target.data_ptr())
+        missing = [name for name, target in state.items() if target.data_ptr() not in filled]
+        if missing:
+            raise RolloutError(
+                f"weights of version {version} lack {', '.join(missing[:5])} ({len(missing)} tensors): "
+                "the stream must hold the whole model"
+            )
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Drops the model."""
+        self._model, self.policy_version = None, -1
+
+    def _check_ready(self) -> None:
+        if self._model is None or self.policy_version < 0:
+            raise RolloutError("the rollout engine has no weights yet (policy version -1): call update_weights first")
+
+    @torch.no_grad()
+    def _answer(self, prompt: Prompt, sampling: Sampling, index: int) -> Rollout:
+        if len(prompt.token_ids) + sampling.max_new_tokens > self._max_model_len:
+            raise RolloutError(
+                f"prompt {prompt.id!r}: {len(prompt.token_ids)} tokens + max_new_tokens={sampling.max_new_tokens} is "
+                f"more than the engine's max_model_len={self._max_model_len}: "
+                "shorten data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+        generator = torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed + index)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        inputs, cache = torch.tensor([prompt.token_ids]), None
+        while len(ids) < sampling.max_new_tokens and not (ids and ids[-1] in sampling.stop_token_ids):
+            output = self._model(inputs, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            policy = _policy(output.logits[0, -1].float(), sampling)
+            token = _draw(policy, sampling, generator)
+            ids.append(token)
+            logprobs.append(float(policy[token]))
+            inputs = torch.tensor([[token]])
+        reason = "stop" if ids and ids[-1] in sampling.stop_token_ids else "length"
+        return Rollout(prompt, tuple(ids), tuple(logprobs), self.policy_version, reason)
+
+
+def _policy(logits: Tensor, sampling: Sampling) -> Tensor:
+    """[V] logits -> [V] logprobs that tokens are drawn from; temperature 0 keeps the model's own."""
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if sampling.top_k:
+        threshold = logits.topk(min(sampling.top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        # A token stays while the mass before it is below top_p, so the first one always does.
+        outside = order[ordered.cumsum(-1) - ordered >= sampling.top_p]
+        logits = logits.index_fill(0, outside, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def _draw(policy: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(policy.argmax())
+    return int(torch.multinomial(policy.exp(), 1, generator=generator))

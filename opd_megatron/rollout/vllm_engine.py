@@ -1,0 +1,298 @@
+"""vLLM behind the RolloutEngine protocol, in a process of its own so that its end is not the trainer's.
+
+Nothing here imports vLLM. The engine starts with dummy weights: the trainer's, pushed by `update_weights`, are
+the only ones it ever samples from, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from opd_megatron.errors import EngineDiedError, RolloutError
+from opd_megatron.rollout.child import Child
+from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_TORCHRUN_VARIABLES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMOptions:
+    """What the engine needs to know at its start."""
+
+    model_dir: Path
+    """Folder with the HF `config.json`; weights in it are not read."""
+    max_model_len: int
+    """Longest prompt plus answer, in tokens."""
+    dtype: str = "bf16"
+    tensor: int = 1
+    """Tensor-parallel size of the engine."""
+    kv_cache_gib: float = 1.0
+    """Key-value cache on CPU."""
+    gpu_memory_utilization: float = 0.4
+    seed: int = 0
+    start_timeout: float = 600.0
+    """Seconds the start, or any other call, may take."""
+    log_path: Path | None = None
+    """Where vLLM's log goes; by default a temporary file that lives as long as the engine."""
+
+    def for_vllm(self, on_gpu: bool) -> dict[str, object]:
+        """Arguments of `vllm.LLM`."""
+        memory: dict[str, object] = {"gpu_memory_utilization": self.gpu_memory_utilization}
+        if not on_gpu:
+            # Compiling costs a minute and gained nothing on CPU; vLLM's own kernels gain 6%.
+            memory = {
+                "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
+                "enforce_eager": True,
+                "compilation_config": {"custom_ops": ["all"]},
+            }
+        return memory | {
+            "model": str(self.model_dir),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # the model folder's sampling defaults are not ours
+            "max_model_len": self.max_model_len,
+            "dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.dtype],
+            "enable_prefix_caching": True,
+            "tensor_parallel_size": self.tensor,
+            "seed": self.seed,
+            "max_logprobs": 1,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": "opd_megatron.rollout.vllm_worker.WeightReceiver",
+        }
+
+    def environment(self, on_gpu: bool) -> dict[str, str]:
+        """The child's environment: this process's without torchrun's variables, plus vLLM's."""
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+        }
+        package_root = str(Path(__file__).parents[2])
+        env |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")])),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in the child itself
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if on_gpu:
+            return env
+        cores = len(os.sched_getaffinity(0))
+        if under_torchrun:
+            env.pop("OMP_NUM_THREADS", None)  # torchrun's 1; the trainer's ranks wait while the engine samples
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.tensor)))
+        env |= {
+            # Spinning threads steal the cores of whoever shares them; a short spin keeps most of its speed.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "20000",
+            "TORCHDYNAMO_DISABLE": "1",  # else the first request for logprobs compiles for half a minute
+        }
+        if self.tensor > 1:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        return env
+
+
+class VLLMEngine:
+    """One vLLM process: started, fed with weights, asked for samples, ended. See `rollout.base.RolloutEngine`."""
+
+    def __init__(self, options: VLLMOptions) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise RolloutError(
+                "rollout.engine=vllm needs the vllm package, which is not installed: "
+                'pip install "opd_megatron[vllm]" on a GPU machine, "opd_megatron[cpu]" elsewhere'
+            )
+        self.options = options
+        self.policy_version = -1
+        self._child: Child | None = None
+        self._started = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine; None when it is not running."""
+        return self._child.process.pid if self._child else None
+
+    def launch(self) -> None:
+        """Starts the process without waiting, so that its imports (most of the start) run while the trainer builds
+        its models. Optional; `start` launches what is not there."""
+        self.close()
+        self._child = Child(
+            "opd_megatron.rollout.vllm_server",
+            self.options.environment(torch.cuda.is_available()),
+            self.options.log_path,
+            self.options.start_timeout,
+        )
+
+    def start(self) -> None:
+        """Ends the process that is there, if any, and brings up a new one.
+
+        Raises:
+            RolloutError: vLLM does not take the model or the sizes asked for.
+            EngineDiedError: the process ended, or took longer than `start_timeout`.
+        """
+        if self._child is None or self._started:
+            self.launch()
+        child = self._running()
+        self._started = True
+        try:
+            child.call("start", self.options.for_vllm(torch.cuda.is_available()))
+        except EngineDiedError:
+            self.close()
+            raise
+        except RolloutError as error:
+            hint = child.log_hint
+            self.close()
+            raise RolloutError(f"vLLM could not start: {error}{hint}") from None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One answer per prompt. Raises RolloutError before the first `update_weights`, or for a prompt that is
+        too long; EngineDiedError when the process ended."""
+        if self.policy_version < 0:
+            raise RolloutError("the rollout engine has no weights yet (policy version -1): call update_weights first")
+        for prompt in prompts:
+            self._check_length(len(prompt.token_ids) + sampling.max_new_tokens, f"prompt {prompt.id!r}: "
+                f"{len(prompt.token_ids)} tokens + max_new_tokens={sampling.max_new_tokens}")  # fmt: skip
+        request = {
+            "prompts": [list(prompt.token_ids) for prompt in prompts],
+            "sampling": {
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "seed": sampling.seed,
+            },
+        }
+        answers = self._running().call("generate", request)
+        return [
+            Rollout(prompt, tuple(ids), tuple(logprobs), self.policy_version, reason)
+            for prompt, (ids, logprobs, reason) in zip(prompts, answers, strict=True)
+        ]
+
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs in nats of tokens 1 .. len - 1 of each sequence, at temperature 1; same errors as `generate`."""
+        if self.policy_version < 0:
+            raise RolloutError("the rollout engine has no weights yet (policy version -1): call update_weights first")
+        for i, sequence in enumerate(sequences):
+            self._check_length(len(sequence) + 1, f"sequence {i}: {len(sequence)} tokens + 1")
+        return self._running().call("token_logprobs", {"sequences": [list(ids) for ids in sequences]})
+
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """Streams full HF tensors through files, two buckets at a time, and drops cached prefixes.
+
+        Raises RolloutError, and leaves the engine without a version, when the stream does not fit the model:
+        a tensor that is missing, unknown or of the wrong shape. The next full update mends it.
+        """
+        child = self._running()
+        self.policy_version = -1
+        child.call("begin_update", {})
+        problem = self._stream(child, buckets)
+        problem = problem or child.call("end_update", {})
+        if problem:
+            raise RolloutError(
+                f"vLLM cannot use the weights of version {version}: {problem}: the stream must hold "
+                f"every tensor of the architecture in {self.options.model_dir}/config.json"
+            )
+        self.policy_version = version
+
+    def _stream(self, child: Child, buckets: Iterable[Bucket]) -> str | None:
+        """Sends every bucket; returns the first thing the engine has against one of them."""
+        problems: list[str | None] = []
+        loading = False
+        with _Spool(_DTYPES[self.options.dtype]) as spool:
+            try:
+                for bucket in buckets:
+                    path = spool.write(bucket)
+                    # The engine loads one bucket while the trainer gathers and writes the next.
+                    if loading:
+                        loading = False
+                        problems.append(child.receive("load"))
+                    child.send("load", {"path": str(path)})
+                    loading = True
+            finally:
+                # Also when the trainer's side fails: an unread reply would be taken for that of the next call.
+                if loading:
+                    problems.append(child.receive("load"))
+        return next(filter(None, problems), None)
+
+    def close(self) -> None:
+        """Ends the process. Safe to call twice."""
+        self.policy_version, self._started = -1, False
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _running(self) -> Child:
+        if self._child is None:
+            raise RolloutError("the rollout engine is not running: call start first")
+        return self._child
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        if tokens > self.options.max_model_len:
+            raise RolloutError(
+                f"{what} is more than the engine's max_model_len={self.options.max_model_len}: "
+                "shorten data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+
+
+class _Spool:
+    """A private folder for buckets on their way: in memory (/dev/shm) while that has room, else on disk."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._folders: dict[str, Path] = {}
+        self._count = 0
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for folder in self._folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write(self, bucket: Bucket) -> Path:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in bucket:
+            # Rounding here is what the engine would do with it, at half the bytes.
+            tensors[name] = tensor.detach().to("cpu", self._dtype).contiguous()
+        tensors = _unshared(tensors)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        path = self._folder(size) / f"{self._count}.safetensors"
+        self._count += 1
+        save_file(tensors, path)
+        return path
+
+    def _folder(self, size: int) -> Path:
+        root = tempfile.gettempdir()
+        with contextlib.suppress(OSError):
+            # Two buckets are on their way at once, and the engine may hold a third until a layer is complete.
+            if shutil.disk_usage("/dev/shm").free > 4 * size:
+                root = "/dev/shm"
+        if root not in self._folders:
+            self._folders[root] = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
+        return self._folders[root]
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory, as tied heads do."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result

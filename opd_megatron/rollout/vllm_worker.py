@@ -1,0 +1,90 @@
+"""What runs inside each vLLM worker: takes Hugging Face tensors and makes them the model's weights.
+
+Injected by `worker_extension_cls`, the one seam that reaches a worker on CPU and GPU, in-process and in worker
+processes of their own (engine tensor > 1). Methods return problems as text instead of raising: an exception in
+one of several workers would leave the replies of the others unread and put every later call out of step.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+# It warns at every update about rotary tables and tied heads; `opd_end_update` tells what is really missing.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker class; `self` is the worker."""
+
+    opd_update_open: bool = False
+    model_config: Any
+    model_runner: Any
+    vllm_config: Any
+
+    def opd_begin_update(self) -> None:
+        """Puts every layer into loading mode; closes an update that was left open."""
+        if self.opd_update_open:
+            self.opd_end_update()
+        with set_current_vllm_config(self.vllm_config):
+            # Bare load_weights fails on CPU, where linear weights are prepacked; the layerwise reload unpacks,
+            # loads, packs again and keeps the storage that CUDA graphs point to.
+            initialize_layerwise_reload(self.model_runner.get_model())
+        self.opd_update_open = True
+
+    def opd_load(self, path: str) -> str | None:
+        """Loads one safetensors file of full HF tensors; returns what is wrong with it, if anything is."""
+        model = self.model_runner.get_model()
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                model.load_weights(list(load_file(path).items()))
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return None
+
+    def opd_end_update(self) -> str | None:
+        """Makes the loaded weights the ones in use; returns which modules did not get all of theirs, if any."""
+        model = self.model_runner.get_model()
+        tied = _tied_heads(model)
+        missing = [name for name, layer in model.named_modules() if layer not in tied and _is_incomplete(layer)]
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.model_config)
+            for head in tied:
+                # The reload does not see that a tied head shares the embedding; on CPU it keeps its own packed copy.
+                head.quant_method.process_weights_after_loading(head)
+        self.opd_update_open = False
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return f"no or not enough values for {', '.join(missing[:5])} ({len(missing)} modules)" if missing else None
+
+
+def _tied_heads(model: nn.Module) -> list[ParallelLMHead]:
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return []
+    return [layer for layer in model.modules() if isinstance(layer, ParallelLMHead)]
+
+
+def _is_incomplete(layer: nn.Module) -> bool:
+    """Whether a layer in loading mode still waits for parameters (a layer leaves that mode when it has them all)."""
+    info = get_layerwise_info(layer)
+    parameters, _ = info.restore_metadata
+    if not info.can_load() or not parameters or is_deferred_attention_layer(layer):
+        return False
+    return info.load_numel < _checkpoint_numel(layer, sum(p.numel() for p in parameters.values()))
+
+
+def _checkpoint_numel(layer: nn.Module, numel: int) -> int:
+    # vLLM pads the vocabulary; the padding rows are in no checkpoint.
+    if not isinstance(layer, VocabParallelEmbedding):
+        return numel
+    shard = layer.shard_indices
+    return numel * shard.num_org_elements // layer.num_embeddings_per_partition
