@@ -21,7 +21,7 @@ help:  ## this list
 
 env: $(STAMP)  ## make .venv with everything in it
 
-$(STAMP): setup.py pyproject.toml constraints.txt overrides.txt tools/make_env.sh
+$(STAMP): setup.py pyproject.toml constraints.txt overrides.txt overrides-cpu.txt tools/make_env.sh
 	@tools/make_env.sh
 	@touch $@
 

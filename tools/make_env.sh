@@ -57,10 +57,10 @@ if ! [ -x .venv/bin/python ]; then make_venv; fi
 is_new_enough .venv/bin/python || die ".venv holds an older Python than 3.11: remove it and run make again"
 .venv/bin/python -m uv --version >/dev/null 2>&1 || .venv/bin/python -m pip install -qq --constraint constraints.txt uv
 
-arguments=(--quiet --find-links "$wheels" --constraint constraints.txt -e ".[$extras]")
+arguments=(--quiet --find-links "$wheels" --constraint constraints.txt --override overrides.txt -e ".[$extras]")
 if [[ ",$extras," == *,cpu,* ]]; then
     fetch_cpu_torch
-    arguments+=(--override overrides.txt)
+    arguments+=(--override overrides-cpu.txt)
     compgen -G "$wheels/torch-*.whl" >/dev/null || arguments+=(--torch-backend cpu)
 fi
 say "installing .[$extras]"

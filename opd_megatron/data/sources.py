@@ -5,8 +5,11 @@ Held-out rows never share a question with the training rows, whatever the source
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import sys
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -136,6 +139,9 @@ def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Row]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
+        if importlib.util.find_spec("pycosat") is None:
+            # A SAT solver of other puzzles, left out of the environment because it needs a C compiler.
+            sys.modules["pycosat"] = types.ModuleType("pycosat")
         import reasoning_gym  # slow to import, and only this source needs it
 
     problems = reasoning_gym.create_dataset(GSM_SYMBOLIC, seed=seed * 1_000_003, size=count)
