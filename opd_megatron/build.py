@@ -12,8 +12,9 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+from opd_megatron.errors import OPDError
 from opd_megatron.evaluation import Evaluator
-from opd_megatron.mcore.checkpoint import list_checkpoints
+from opd_megatron.mcore.checkpoint import list_checkpoints, raise_together
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.layout import ResolvedModels, check
 from opd_megatron.mcore.model import DTYPES
@@ -52,19 +53,21 @@ class RunParts:
         return self.models.vocab_size
 
     def export_hf(self) -> Path:
-        """Writes the student as a Hugging Face folder. Collective over all ranks."""
+        """Writes the student as a Hugging Face folder. Collective over all ranks.
+
+        Raises OPDError on every rank when rank 0 cannot write; an earlier export is left as it was.
+        """
+        buckets = self.student.export()
+        failure: Exception | None = None
         if dist.get_rank() == 0:
-            save_hf(
-                self.student.export(),
-                self.student.hf,
-                self.run_dir.hf,
-                tokenizer_dir=self.models.tokenizer,
-                dtype=DTYPES[self.config.student.dtype],
-            )
-        else:
-            for _ in self.student.export():
-                pass
-        dist.barrier()
+            dtype = DTYPES[self.config.student.dtype]
+            try:
+                save_hf(buckets, self.student.hf, self.run_dir.hf, tokenizer_dir=self.models.tokenizer, dtype=dtype)
+            except (OPDError, OSError) as error:
+                failure = error
+        for _ in buckets:  # the export is collective: also when nobody reads it, or its reader failed
+            pass
+        raise_together(failure, f"the student was not exported to {str(self.run_dir.hf)!r}")
         return self.run_dir.hf
 
     def close(self) -> None:

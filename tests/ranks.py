@@ -50,7 +50,7 @@ def _pool(size: int) -> list[tuple[Any, Connection]]:
     context = multiprocessing.get_context("spawn")
     while len(_workers) < size:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = context.Process(target=_serve, args=(theirs,))  # not a daemon: saving forks writers
         process.start()
         theirs.close()
         _workers.append((process, ours))

@@ -16,14 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 
 from opd_megatron.errors import CheckpointError
 from opd_megatron.mcore.student import Student
 
 _NAME = re.compile(r"step_(\d{8})")
 _STATE_FILE = "run.json"
+_Problems = (OSError, EOFError, ValueError, KeyError, RuntimeError, CheckpointingException, TorchCheckpointException)
+"""What reading or writing a checkpoint can raise; torch's is not even an Exception."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -49,21 +53,22 @@ def save_checkpoint(folder: Path, step: int, student: Student, state: dict[str, 
     final = checkpoint_path(folder, step)
     partial = folder / f".{final.name}.partial"
     first = dist.get_rank() == 0
-    error: Exception | None = None
+    error: BaseException | None = None
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
         except OSError as problem:
             error = problem
-    _agree(error, final)
+    not_written = f"checkpoint {str(final)!r} was not written, earlier ones are intact"
+    raise_together(error, not_written)
     try:
         dist_checkpointing.save(_sharded_state(student, loading=False), str(partial))
         if first:
             (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as problem:
+    except _Problems as problem:
         error = problem
-    _agree(error, final)
+    raise_together(error, not_written)
     if first:
         if final.exists():
             shutil.rmtree(final)
@@ -88,8 +93,9 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         loaded = dist_checkpointing.load(_sharded_state(student, loading=True), str(path))
         student.model.load_state_dict(loaded["model"], strict=False)  # strictness is the loader's: it names the tensor
         student.optimizer.load_state_dict(loaded["optimizer"])
+        _own_step_counts(student.optimizer)
         torch.set_rng_state(loaded["rng"])
-    except (OSError, ValueError, KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as problem:
+    except _Problems as problem:
         raise CheckpointError(
             f"checkpoint {str(path)!r} cannot be loaded ({_one_line(problem)}): it is damaged or belongs to another "
             "model; remove it to resume from the one before"
@@ -133,16 +139,21 @@ def _make_optimizer_state(optimizer: MegatronOptimizer) -> None:
             group["lr"], group["weight_decay"] = lr, weight_decay
 
 
-def _agree(error: Exception | None, target: Path) -> None:
-    """Raises on every rank when any rank failed, so that none waits for another."""
+def _own_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Loading leaves one step count shared by all parameters, which torch's AdamW would raise once for each of them."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def raise_together(error: BaseException | None, what: str) -> None:
+    """Raises CheckpointError on every rank when any rank failed, so that none waits for another. Collective."""
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, _one_line(error) if error else None)
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise CheckpointError(
-                f"checkpoint {str(target)!r} was not written (rank {rank}: {failure}): earlier checkpoints are intact; "
-                "free disk space or change output_dir"
-            ) from error
+            raise CheckpointError(f"{what} (rank {rank}: {failure}): free disk space or change output_dir") from error
 
 
 def _sync(folder: Path, *, files: bool = True) -> None:
@@ -155,5 +166,7 @@ def _sync(folder: Path, *, files: bool = True) -> None:
             os.close(descriptor)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, TorchCheckpointException):  # holds the failures of all ranks with their tracebacks
+        error = next(iter(error.failures.values()))[0]
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import PretrainedConfig
 
 from opd_megatron.config import Dtype
@@ -30,6 +31,26 @@ class HiddenStatesModel(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         # Upstream's hook after the decoder: everything it does beyond this point is the head and its loss.
         return hidden_states
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """The checkpoint entry of a tied head on its own pipeline stage: a replica of the first stage's embedding.
+
+        Upstream's version does the same but asks a global for the data-parallel rank.
+        """
+        if self.pre_process or not self.post_process:
+            return
+        group = metadata["dp_cp_group"]
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.head_weight,
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, group.rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=group,
+        )
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -35,7 +35,9 @@ def quiet_upstream() -> None:
     """Drops warnings about things that are as they should be here: no Apex, torch names that upstream still uses."""
     for message in (".*Apex.*", ".*full scope is deprecated.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
+    for message in (".*torch.distributed.*deprecated.*", ".*deprecating ShardedTensor.*", ".*`load_state_dict` is.*"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*not a leaf Tensor is being accessed.*", category=UserWarning)
 
 
 def init_platform() -> None:
@@ -51,6 +53,7 @@ def init_platform() -> None:
         _patch_torch_cuda()
         _patch_factories()
         _patch_type_checks()
+    _patch_adam_loading()
     from megatron.core import parallel_state
 
     # The stock attention and sequence-parallel linears ask for this buffer; upstream makes it in
@@ -127,6 +130,23 @@ def _patch_type_checks() -> None:
 
     tensor: Any = torch.Tensor
     tensor.type = type_
+
+
+def _patch_adam_loading() -> None:
+    """Also needed on a GPU without Transformer Engine and Apex: it is torch's AdamW that upstream stumbles over."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        # torch's AdamW keeps a step count beside the moments. Checkpoints hold it once for all parameters, and this
+        # method looks for it in every one of them.
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        original(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
 def _seed_rng_tracker() -> None:
