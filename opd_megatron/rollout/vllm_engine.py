@@ -195,40 +195,48 @@ class VLLMEngine:
     def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
         """Streams full HF tensors through files, two buckets at a time, and drops cached prefixes.
 
-        Raises RolloutError, and leaves the engine without a version, when the stream does not fit the model:
-        a tensor that is missing, unknown or of the wrong shape. The next full update mends it.
+        Raises RolloutError when the stream does not fit the model. After a missing tensor the engine has no
+        version until the next full update; after an unknown or misshapen one its layers are in no known state and
+        it is ended.
         """
         child = self._running()
         self.policy_version = -1
         child.call("begin_update", {})
-        problem = self._stream(child, buckets)
-        problem = problem or child.call("end_update", {})
-        if problem:
+        try:
+            self._stream(child, buckets)
+            missing = child.call("end_update", {})
+        except _BadTensorError as error:
+            self.close()
+            missing = str(error)
+        if missing:
             raise RolloutError(
-                f"vLLM cannot use the weights of version {version}: {problem}: the stream must hold "
+                f"vLLM cannot use the weights of version {version}: {missing}: the stream must hold "
                 f"every tensor of the architecture in {self.options.model_dir}/config.json"
             )
         self.policy_version = version
 
-    def _stream(self, child: Child, buckets: Iterable[Bucket]) -> str | None:
-        """Sends every bucket; returns the first thing the engine has against one of them."""
-        problems: list[str | None] = []
+    def _stream(self, child: Child, buckets: Iterable[Bucket]) -> None:
+        """Sends every bucket; the engine loads one while the trainer gathers and writes the next."""
         loading = False
+
+        def loaded() -> None:
+            nonlocal loading
+            if loading:
+                loading = False
+                problem = child.receive("load")
+                if problem:
+                    raise _BadTensorError(problem)
+
         with _Spool(_DTYPES[self.options.dtype]) as spool:
             try:
                 for bucket in buckets:
                     path = spool.write(bucket)
-                    # The engine loads one bucket while the trainer gathers and writes the next.
-                    if loading:
-                        loading = False
-                        problems.append(child.receive("load"))
+                    loaded()
                     child.send("load", {"path": str(path)})
                     loading = True
             finally:
                 # Also when the trainer's side fails: an unread reply would be taken for that of the next call.
-                if loading:
-                    problems.append(child.receive("load"))
-        return next(filter(None, problems), None)
+                loaded()
 
     def close(self) -> None:
         """Ends the process. Safe to call twice."""
@@ -248,6 +256,10 @@ class VLLMEngine:
                 f"{what} is more than the engine's max_model_len={self.options.max_model_len}: "
                 "shorten data.max_prompt_tokens or rollout.max_new_tokens"
             )
+
+
+class _BadTensorError(Exception):
+    """vLLM's own words about a tensor it cannot load."""
 
 
 class _Spool:

@@ -1,0 +1,189 @@
+"""Real vLLM, one start for the module: what it samples from is exactly what was pushed last.
+
+Prompts are longer than 200 tokens and sampled before and after each update: a prefix cache that survived the
+update would show in them, and only in them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+
+import pytest
+
+from opd_megatron.errors import EngineDiedError, RolloutError
+from opd_megatron.rollout import RolloutSampler
+from opd_megatron.rollout.base import RolloutEngine
+from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
+from opd_megatron.types import Rollout, Sampling
+
+from .tiny import VOCAB, buckets_of, prompts_of, reference_logprobs, save_config, tiny_model
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+
+PROMPTS = prompts_of(3, 230)
+SAMPLING = Sampling(max_new_tokens=12, seed=11)
+
+
+def make_engine(folder, tied: bool = True, **options) -> VLLMEngine:
+    options = {"dtype": "fp32", "kv_cache_gib": 0.1, "log_path": folder / "rollout.log"} | options
+    return VLLMEngine(VLLMOptions(model_dir=save_config(folder / "model", tied), max_model_len=256, **options))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    engine = make_engine(tmp_path_factory.mktemp("vllm"))
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def assert_sampled_from(model, rollouts: list[Rollout], temperature: float = 1.0, tolerance: float = 1e-4) -> None:
+    """The logprobs that came with the samples are those of `model` under transformers."""
+    for rollout in rollouts:
+        ids = [*rollout.prompt.token_ids, *rollout.response_ids]
+        expected = reference_logprobs(model, ids, temperature)[-len(rollout.response_ids) :]
+        assert rollout.logprobs == pytest.approx(expected, abs=tolerance)
+
+
+def test_there_is_nothing_to_sample_from_before_the_first_push(engine):
+    assert isinstance(engine, RolloutEngine)
+    assert engine.policy_version == -1
+    with pytest.raises(RolloutError, match="no weights yet"):
+        engine.generate(PROMPTS, SAMPLING)
+
+
+def test_after_each_push_long_prompts_are_continued_by_the_new_weights(engine):
+    for version in (0, 1):
+        model = tiny_model(seed=version)
+        engine.update_weights(buckets_of(model), version)
+        rollouts = engine.generate(PROMPTS, SAMPLING)
+        assert [r.policy_version for r in rollouts] == [version] * 3
+        assert_sampled_from(model, rollouts)
+
+
+def test_a_push_of_a_changed_embedding_changes_the_tied_head(engine):
+    model = tiny_model(seed=2)
+    engine.update_weights(buckets_of(model), 2)
+    before = engine.generate(PROMPTS, SAMPLING)
+    model.lm_head.weight.data.copy_(model.lm_head.weight.data.roll(1, dims=0))
+    engine.update_weights(buckets_of(model), 3)
+    after = engine.generate(PROMPTS, SAMPLING)
+    assert_sampled_from(model, after)
+    assert before[0].logprobs != after[0].logprobs
+
+
+def test_logprobs_are_under_the_sampling_temperature(engine):
+    model = tiny_model(seed=4)
+    engine.update_weights(buckets_of(model), 4)
+    rollouts = engine.generate(PROMPTS, Sampling(max_new_tokens=12, temperature=0.7, seed=1))
+    assert_sampled_from(model, rollouts, temperature=0.7)
+
+
+def test_given_sequences_are_scored_at_temperature_one(engine):
+    model = tiny_model(seed=5)
+    engine.update_weights(buckets_of(model), 5)
+    sequences = [list(p.token_ids) for p in prompts_of(2, 240, seed=9)] + [[3, 4]]
+    for ids, logprobs in zip(sequences, engine.token_logprobs(sequences), strict=True):
+        assert logprobs == pytest.approx(reference_logprobs(model, ids), abs=1e-4)
+
+
+def test_a_seed_repeats_the_answers_and_equal_prompts_get_different_ones(engine):
+    engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
+    prompts = [PROMPTS[0]] * 3
+    first, second = (engine.generate(prompts, SAMPLING) for _ in range(2))
+    assert [r.response_ids for r in first] == [r.response_ids for r in second]
+    assert len({r.response_ids for r in first}) == 3
+
+
+def test_an_answer_ends_with_its_stop_token_and_with_nothing_else(engine):
+    engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
+    stopped = engine.generate(PROMPTS, Sampling(max_new_tokens=12, seed=1, stop_token_ids=tuple(range(VOCAB))))
+    assert {(len(r.response_ids), len(r.logprobs), r.finish_reason) for r in stopped} == {(1, 1, "stop")}
+    free = engine.generate(PROMPTS, Sampling(max_new_tokens=12, seed=1))
+    assert {(len(r.response_ids), r.finish_reason) for r in free} == {(12, "length")}
+
+
+def test_a_prompt_over_the_context_names_the_lengths_and_harms_nothing(engine):
+    engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
+    with pytest.raises(RolloutError, match=r"'p0': 230 tokens \+ max_new_tokens=40 .*max_model_len=256"):
+        engine.generate(PROMPTS, Sampling(max_new_tokens=40))
+    assert len(engine.generate(PROMPTS, SAMPLING)) == 3
+
+
+@pytest.mark.parametrize("lost", ["model.embed_tokens", "layers.1.self_attn.k_proj", "model.norm"])
+def test_a_missing_tensor_is_refused_and_the_next_full_push_mends_it(engine, lost):
+    model = tiny_model(seed=7)
+    stream = [[pair for pair in bucket if lost not in pair[0]] for bucket in buckets_of(model)]
+    with pytest.raises(RolloutError, match=r"version 7: no or not enough values for .*must hold every tensor"):
+        engine.update_weights(stream, 7)
+    with pytest.raises(RolloutError, match="no weights yet"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.update_weights(buckets_of(model), 8)
+    assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
+
+
+def test_a_trainer_that_fails_in_the_middle_of_a_push_leaves_the_engine_usable(engine):
+    model = tiny_model(seed=8)
+
+    def failing():
+        yield from list(buckets_of(model))[:2]
+        raise KeyError("the trainer's own")
+
+    with pytest.raises(KeyError):
+        engine.update_weights(failing(), 8)
+    engine.update_weights(buckets_of(model), 9)
+    assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
+
+
+def test_a_killed_engine_is_an_error_for_its_user_and_restarted_by_the_sampler(engine):
+    model = tiny_model(seed=10)
+    engine.update_weights(buckets_of(model), 10)
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(EngineDiedError, match="exit code -9"):
+        engine.generate(PROMPTS, SAMPLING)
+
+    events: list[str] = []
+    impatient, patient = (
+        RolloutSampler(engine, lambda: buckets_of(model), None, max_restarts=n, on_event=events.append) for n in (0, 1)
+    )
+    with pytest.raises(EngineDiedError, match=r"died 1 times in a row.*max_restarts=0.*exit code -9"):
+        impatient.push(10)
+    assert events == []
+    patient.push(11)
+    assert_sampled_from(model, patient.sample(PROMPTS, SAMPLING))
+    assert len(events) == 1
+    assert "restarting 1/1" in events[0]
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused_and_ends_the_engine(engine):
+    name, tensor = next(buckets_of(tiny_model(seed=7)))[0]
+    with pytest.raises(RolloutError, match="cannot use the weights of version 7"):
+        engine.update_weights([[(name, tensor[:-1])]], 7)
+    assert engine.pid is None
+    with pytest.raises(RolloutError, match="not running: call start first"):
+        engine.update_weights(buckets_of(tiny_model(seed=7)), 7)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_over_two_workers_with_its_own_head_samples_from_what_was_pushed(tmp_path):
+    engine = make_engine(tmp_path, tied=False, tensor=2)
+    engine.start()
+    try:
+        for version in (0, 1):
+            model = tiny_model(seed=version, tied=False)
+            stream = list(buckets_of(model))
+            engine.update_weights(stream, version)
+            assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
+        without_head = [[pair for pair in bucket if pair[0] != "lm_head.weight"] for bucket in stream]
+        with pytest.raises(RolloutError, match="lm_head"):
+            engine.update_weights(without_head, 2)
+        engine.update_weights(stream, 3)
+        assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
+    finally:
+        engine.close()
