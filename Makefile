@@ -7,6 +7,8 @@ comma := ,
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRAS ?= $(if $(filter-out 0,$(GPU)),vllm$(comma)dev,cpu$(comma)dev)
 DATASET ?=
+# Another data set is another run, so it gets a folder of its own.
+RUN ?= runs/demo$(if $(DATASET),-$(notdir $(basename $(DATASET))))
 PYTEST_ARGS ?=
 export PYTHON EXTRAS TORCH_INDEX
 
@@ -17,7 +19,7 @@ STAMP := .venv/.made-$(subst $(comma),-,$(EXTRAS))
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
-	@echo "variables: EXTRAS=$(EXTRAS)  DATASET=<hub id or jsonl>  PYTHON=<interpreter>  TORCH_INDEX=<url>  PYTEST_ARGS=..."
+	@echo "variables: EXTRAS=$(EXTRAS)  DATASET=<hub id or jsonl>  RUN=$(RUN)  PYTHON=<interpreter>  TORCH_INDEX=<url>  PYTEST_ARGS=..."
 
 env: $(STAMP)  ## make .venv with everything in it
 
@@ -27,7 +29,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt overrides.txt overrides-cpu.tx
 
 demo: env  ## distil real weights (SmolLM2-135M, 24 layers from 30), print the result table
 	@$(BIN)/python tools/demo_assets.py --out runs/assets
-	@$(BIN)/opd-megatron train configs/demo.yaml $(if $(DATASET),data.source='$(DATASET)')
+	@$(BIN)/opd-megatron train configs/demo.yaml output_dir=$(RUN) $(if $(DATASET),data.source='$(DATASET)')
 
 test: env  ## the whole test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
