@@ -33,9 +33,12 @@ class Child:
     def __init__(self, module: str, environment: Mapping[str, str], log_path: Path | None, timeout: float) -> None:
         """Starts the process. `timeout`: seconds any one request may take."""
         self._timeout = timeout
-        self._scratch = Path(tempfile.mkdtemp(prefix="opd-rollout-"))
         self.log_hint = f"; see {log_path}" if log_path else ""
-        self.log_path = log_path or self._scratch / "rollout.log"
+        if log_path is None:
+            scratch = Path(tempfile.mkdtemp(prefix="opd-rollout-"))
+            log_path = scratch / "rollout.log"
+            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        self.log_path = log_path
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._connection, theirs = Pipe()
@@ -103,7 +106,6 @@ class Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace)
         self._kill()
-        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _kill(self) -> None:
         # The whole session: vLLM's own workers must not outlive it.
