@@ -88,7 +88,7 @@ def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | Non
                 process.terminate()
         if process.returncode != 0:
             output.seek(0)
-            tail = output.read().decode(errors="replace").strip().splitlines()[-30:]
+            tail = output.read().decode(errors="replace").strip().splitlines()[-100:]
             raise BenchmarkError(f"{' '.join(command)} exited with {process.returncode}\n" + "\n".join(tail))
     return memory.peak_bytes
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import _processes as processes
 from harness import REPOSITORY, Check, Report, main
 
+from opd_megatron.data.sources import gsm_symbolic_rows
+
 TIME_LIMIT = 0.5
 PROMPTS, NEW_TOKENS, LEARNING_RATE = 8, 48, 1e-4
 
@@ -63,10 +65,8 @@ class Side:
 
 def write_prompts(path: Path, seed: int) -> None:
     """Exactly one step's prompts: every step of both trainers then sees these, whatever their order of rows."""
-    import reasoning_gym
-
-    rows = reasoning_gym.create_dataset("gsm_symbolic", size=PROMPTS, seed=seed)
-    path.write_text("".join(json.dumps({"question": r["question"], "answer": r["answer"]}) + "\n" for r in rows))
+    rows = gsm_symbolic_rows(seed, PROMPTS)
+    path.write_text("".join(json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows))
 
 
 def run_ours(side: Side, work: Path, arguments: argparse.Namespace, steps: int) -> None:
