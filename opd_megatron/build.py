@@ -21,11 +21,12 @@ from opd_megatron.mcore.model import DTYPES
 from opd_megatron.mcore.platform import device, init_distributed
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
-from opd_megatron.rollout import build_engine
+from opd_megatron.rollout import RolloutEngine, build_engine
 from opd_megatron.rollout.sampler import RolloutSampler
 from opd_megatron.run_dir import RunDir
 from opd_megatron.teacher import build_teachers
 from opd_megatron.teacher.base import Teacher
+from opd_megatron.types import Prompt
 from opd_megatron.weights.save import save_hf
 
 
@@ -78,8 +79,11 @@ class RunParts:
             dist.destroy_process_group()
 
 
-def build_parts(config: RunConfig) -> RunParts:
-    """Raises an OPDError child on every rank when something about the run is wrong."""
+def build_parts(config: RunConfig, *, sampling: bool = True) -> RunParts:
+    """Raises an OPDError child on every rank when something about the run is wrong.
+
+    `sampling=False` is for a command that never samples: the rollout engine is not launched.
+    """
     run_dir = RunDir(Path(config.output_dir))
     models = check(config)
     run_dir.check(config)
@@ -92,6 +96,26 @@ def build_parts(config: RunConfig) -> RunParts:
     init_distributed()
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0
+    done = _steps_done(run_dir)
+    engine = _engine(config, models, run_dir, launch=sampling and done < config.steps) if first else None
+    try:
+        return _build_models(config, models, run_dir, tokenizer, prompts, held_out, engine, done)
+    except BaseException:
+        if engine is not None:
+            engine.close()
+        raise
+
+
+def _build_models(
+    config: RunConfig,
+    models: ResolvedModels,
+    run_dir: RunDir,
+    tokenizer: Any,
+    prompts: PromptStream,
+    held_out: list[Prompt],
+    engine: RolloutEngine | None,
+    done: int,
+) -> RunParts:
     parallel = config.parallel
     grid = ParallelGrid.build(
         parallel.tensor, parallel.pipeline, models.data_parallel, sequence_parallel=parallel.sequence_parallel
@@ -99,11 +123,10 @@ def build_parts(config: RunConfig) -> RunParts:
     padded_vocab = models.padded_vocab(parallel.tensor)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
     teachers = build_teachers(config, models.teachers, grid, padded_vocab)
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    engine = build_engine(config, models.student, longest, run_dir.rollout_log) if first else None
-    display = _display(config, run_dir) if first else NullDisplay()
-    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
     length_multiple = parallel.tensor if parallel.sequence_parallel else 1
+    first = dist.get_rank() == 0
+    display = TrainingDisplay(config.steps, done, config.logging.progress) if first else NullDisplay()
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
     return RunParts(
         config=config,
         models=models,
@@ -131,6 +154,15 @@ def build_parts(config: RunConfig) -> RunParts:
     )
 
 
-def _display(config: RunConfig, run_dir: RunDir) -> NullDisplay:
+def _steps_done(run_dir: RunDir) -> int:
     found = list_checkpoints(run_dir.checkpoints)
-    return TrainingDisplay(config.steps, found[-1][0] if found else 0, config.logging.progress)
+    return found[-1][0] if found else 0
+
+
+def _engine(config: RunConfig, models: ResolvedModels, run_dir: RunDir, *, launch: bool) -> RolloutEngine:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    engine = build_engine(config, models.student, longest, run_dir.rollout_log)
+    if launch:
+        run_dir.prepare(config)  # its log goes there
+        engine.launch()
+    return engine

@@ -54,7 +54,7 @@ def _evaluate(argv: list[str]) -> int:
     from opd_megatron.trainer import OPDTrainer
 
     launcher.leave_cleanly_on_sigterm()
-    with OPDTrainer.from_config(config) as trainer:
+    with OPDTrainer.from_config(config, sampling=False) as trainer:
         trainer.restore()
         figures = trainer.evaluate()
     if launcher.is_first_rank():

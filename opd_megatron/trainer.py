@@ -34,9 +34,12 @@ class OPDTrainer:
         self.timers = PhaseTimers()
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> OPDTrainer:
-        """Checks everything, joins the process group, loads models and starts the rollout engine."""
-        return cls(build_parts(config))
+    def from_config(cls, config: RunConfig, *, sampling: bool = True) -> OPDTrainer:
+        """Checks everything, joins the process group and loads the models.
+
+        Without `sampling` the rollout engine is not launched, which is all `evaluate` needs.
+        """
+        return cls(build_parts(config, sampling=sampling))
 
     def __enter__(self) -> OPDTrainer:
         return self

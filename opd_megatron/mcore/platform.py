@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
 _CPU_TYPE_PREFIX, _CUDA_TYPE_PREFIX = "torch.", "torch.cuda."
@@ -111,6 +112,9 @@ def _patch_factories() -> None:
 
         return wrapper
 
+    # `with torch.device("meta")`, which transformers loads models under, recognises factories by identity. Let it
+    # remember the real ones before they are replaced; the wrappers call those.
+    _device_constructors()
     for name in _FACTORIES:  # token counters, norms and found-inf flags are made with device="cuda"
         setattr(torch, name, redirect(getattr(torch, name)))
     tensor: Any = torch.Tensor

@@ -20,6 +20,9 @@ class RolloutEngine(Protocol):
     policy_version: int
     """Version of the weights it holds; -1 until the first `update_weights`."""
 
+    def launch(self) -> None:
+        """Begins to come up and returns at once, so that slow imports run beside other work. `start` does the rest."""
+
     def start(self) -> None:
         """Brings the engine up (again). Weights are unset until `update_weights`."""
 

@@ -23,6 +23,9 @@ class TorchEngine:
         self._dtype = dtype
         self._model: Any = None
 
+    def launch(self) -> None:
+        """Nothing to begin with: there is no process."""
+
     def start(self) -> None:
         """Builds the model with weights that no method will use."""
         from transformers import AutoConfig, AutoModelForCausalLM
