@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +26,12 @@ class TrainingRun:
     rows: list[dict[str, Any]]
     """Training rows of its metrics.jsonl (the evaluation before training is left out)."""
     peak_bytes: int
-    """Largest memory of all its processes together."""
+    """Largest memory of all its processes together, up to the end of its last step: the checkpoint that is written
+    then is no part of a step."""
 
 
 class TreeMemory:
-    """Peak memory of a process and all its descendants, sampled while they run.
+    """Memory of a process and all its descendants, sampled while they run.
 
     Each sample is the sum of proportional set sizes (PSS): a page that several processes share, such as a library's
     code, counts once in the sum, so one process is not favoured over several. Where the system has no PSS, the sum of
@@ -36,11 +39,15 @@ class TreeMemory:
     """
 
     def __init__(self, pid: int, interval: float = 0.1) -> None:
-        self.peak_bytes = 0
+        self._samples: list[tuple[float, int]] = []
         self._root = psutil.Process(pid)
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def peak_bytes(self, until: float = math.inf) -> int:
+        """Largest sample taken before the Unix time `until`."""
+        return max((size for moment, size in self._samples if moment < until), default=0)
 
     def __enter__(self) -> TreeMemory:
         self._thread.start()
@@ -52,7 +59,8 @@ class TreeMemory:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self.peak_bytes = max(self.peak_bytes, self._sample())
+            now = time.time()
+            self._samples.append((now, self._sample()))
             self._stop.wait(self._interval)
 
     def _sample(self) -> int:
@@ -71,8 +79,8 @@ def _memory(process: psutil.Process) -> int:
     return int(getattr(full, "pss", 0) or full.rss)
 
 
-def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> int:
-    """Runs `command` in the repository; returns the peak memory of its process tree in bytes.
+def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> TreeMemory:
+    """Runs `command` in the repository; returns the memory of its process tree over time.
 
     Raises BenchmarkError with the end of its output when it fails.
     """
@@ -90,7 +98,7 @@ def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | Non
             output.seek(0)
             tail = output.read().decode(errors="replace").strip().splitlines()[-100:]
             raise BenchmarkError(f"{' '.join(command)} exited with {process.returncode}\n" + "\n".join(tail))
-    return memory.peak_bytes
+    return memory
 
 
 def train(config: str | Path, run_dir: str | Path, overrides: Mapping[str, Any], **environment: str) -> TrainingRun:
@@ -99,8 +107,9 @@ def train(config: str | Path, run_dir: str | Path, overrides: Mapping[str, Any],
 
     settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     command = [sys.executable, "-m", "opd_megatron.train", str(config), f"output_dir={run_dir}", *settings]
-    peak = run_measured(command, environment=environment)
-    return TrainingRun([row for row in read_metrics(run_dir) if row["step"] > 0], peak)
+    memory = run_measured(command, environment=environment)
+    last_step = (Path(run_dir) / "metrics.jsonl").stat().st_mtime
+    return TrainingRun([row for row in read_metrics(run_dir) if row["step"] > 0], memory.peak_bytes(last_step))
 
 
 # Nothing but steps: no evaluation, no checkpoint on the way, no export, nothing on the terminal.

@@ -1,9 +1,15 @@
 """The other side of `step_vs_trl.py`: TRL's GKDTrainer on the same pair and prompts, one JSON object as the result.
 
 Fully on-policy (lmbda=1), reverse KL (beta=1), temperature 1, AdamW without weight decay, constant learning rate.
-Settings are TRL's best on a plain CPU: bf16 weights without autocast (which takes the same time and, because it turns
-the logits into fp32, about 1 GB more), no gradient checkpointing (it would also switch the generation cache off), no
-logging, evaluation, saving or workers. The `losses` are TRL's own: it divides by the gold answers' tokens.
+Settings are TRL's fastest on a plain CPU: no gradient checkpointing (it would also switch the generation cache off), no
+logging, evaluation, saving or workers. `--precision` chooses the arithmetic:
+
+    bf16        bf16 weights, gradients and Adam moments: the fastest and the smallest
+    autocast    the same with TRL's default bf16=True on top, which turns the logits into fp32
+    mixed       TRL's defaults: fp32 weights and moments with bf16 autocast (opd_megatron keeps these in fp32 too);
+                its generation runs outside autocast, in fp32
+
+The `losses` are TRL's own: it divides by the gold answers' tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +25,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+PRECISIONS = ("bf16", "autocast", "mixed")
 
 
 class StepClock(TrainerCallback):
@@ -58,7 +66,7 @@ def gkd_config(arguments: argparse.Namespace, output_dir: str) -> GKDConfig:
         max_new_tokens=arguments.max_new_tokens, max_length=1024,
         per_device_train_batch_size=arguments.batch, gradient_accumulation_steps=1, max_steps=arguments.steps,
         learning_rate=arguments.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-        bf16=arguments.autocast, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+        bf16=arguments.precision != "bf16", gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
         logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_num_workers=0, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -67,10 +75,9 @@ def gkd_config(arguments: argparse.Namespace, output_dir: str) -> GKDConfig:
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the steps; returns their seconds, sampled tokens and losses."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.student)
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        for path in (arguments.student, arguments.teacher)
-    )
+    main = torch.float32 if arguments.precision == "mixed" else torch.bfloat16
+    student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=main)
+    teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.bfloat16)
     rows = [json.loads(line) for line in Path(arguments.prompts).read_text().splitlines()]
     messages = [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="prompts a step")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--autocast", action="store_true", help="bf16 autocast on top of bf16 weights")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     arguments = parser.parse_args()
     Path(arguments.out).write_text(json.dumps(train(arguments)))
 

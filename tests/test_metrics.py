@@ -302,6 +302,12 @@ def test_a_two_step_run_is_not_compared_with_its_own_first_step():
     assert summarize(rows).change["reverse_kl"] == (4.0, 1.0)
 
 
+def test_one_evaluation_is_not_compared_with_itself():
+    before, after = summarize(finished_run()[:4]).change["eval/nll"]
+    assert before == 3.0
+    assert math.isnan(after)
+
+
 @pytest.mark.parametrize("rows", [[], finished_run()[:1], finished_run()[:2], finished_run()])
 def test_table_and_picture_are_drawn_for_a_run_of_any_length(tmp_path, rows):
     console, stream = text_console(terminal=False)

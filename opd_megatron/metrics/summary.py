@@ -29,7 +29,7 @@ class Summary:
 
     change: dict[str, tuple[float, float]]
     """Metric -> (untrained, trained). Own samples differ from step to step, so `reverse_kl` goes from row 1 to the
-    mean of the last three rows; `eval/*`, always on the same rows, from the first evaluation to the last."""
+    mean of the last three rows; `eval/*`, always on the same held-out rows, from the first evaluation to the last."""
     tokens_per_second: dict[str, float]
     """Phase -> median over steps of response tokens per second of that phase."""
     sync_seconds: float
@@ -66,7 +66,8 @@ def result_table(rows: Sequence[Row]) -> RenderableType:
     for heading, justify in (("", "left"), ("step 0", "right"), ("last", "right"), ("last / step 0", "right")):
         change.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for key, (before, after) in summary.change.items():
-        change.add_row(LABELS[key], f"{before:.3f}", f"{after:.3f}", _number(summary.ratio(key), "{:.2f}"))
+        cells = (_number(before, "{:.3f}"), _number(after, "{:.3f}"), _number(summary.ratio(key), "{:.2f}"))
+        change.add_row(LABELS[key], *cells)
 
     speed = Table(title="Median over steps", title_justify="left", show_header=False)
     speed.add_column()
@@ -84,7 +85,7 @@ def _change(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
     if not values:
         return None
     if key.startswith("eval/"):
-        return values[0], values[-1]
+        return values[0], values[-1] if len(values) > 1 else math.nan
     # A run of fewer than four steps has no tail apart from its first row.
     return values[0], statistics.fmean(values[-min(LAST_ROWS, max(1, len(values) - 1)) :])
 
