@@ -112,7 +112,8 @@ def show(name: str, report: Report) -> None:
     console = Console()
     table = Table(title=name, title_justify="left")
     for column in report.rows[0] if report.rows else ():
-        table.add_column(column, justify="left" if isinstance(report.rows[0][column], str) else "right")
+        words = isinstance(report.rows[0][column], str)
+        table.add_column(column, justify="left" if words else "right", no_wrap=words)
     for row in report.rows:
         table.add_row(*(text(value) for value in row.values()))
     console.print(table)
