@@ -35,6 +35,7 @@ EXTRAS = {
     "rl": ["math-verify>=0.9"],
     "wandb": ["wandb>=0.19"],
     "dev": [
+        "psutil",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "ruff>=0.12",

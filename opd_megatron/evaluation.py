@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from opd_megatron.config import ObjectiveConfig, RunConfig
-from opd_megatron.data.batching import make_batch
+from opd_megatron.data.batching import make_micro_batches
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student, TeacherView
 from opd_megatron.teacher.base import Teacher
@@ -84,11 +84,10 @@ def _token_pair(prompt: Prompt) -> TokenPair:
 def _split(
     pairs: list[TokenPair], grid: ParallelGrid, micro_batch_size: int, length_multiple: int, device: torch.device
 ) -> list[Batch]:
-    """This data-parallel rank's pairs, in micro batches of one shape that all ranks share."""
+    """This data-parallel rank's pairs, in micro batches (of one shape if there is a pipeline)."""
     padded = pairs + pairs[: -len(pairs) % grid.data]
     padded += padded[:1] * (-len(padded) % grid.data)  # fewer rows than ranks
-    longest = max(len(context) + len(scored) for context, scored in padded)
+    longest = max(len(context) + len(scored) for context, scored in padded) if grid.pipeline > 1 else None
     mine = sorted(padded[grid.dp_rank :: grid.data], key=lambda pair: len(pair[0]) + len(pair[1]))
     size = max(n for n in range(1, micro_batch_size + 1) if len(mine) % n == 0)
-    batch = make_batch(mine, length=-(-longest // length_multiple) * length_multiple)
-    return batch.to(device).micro_batches(size)
+    return make_micro_batches(mine, size, length=longest, multiple_of=length_multiple, device=device)

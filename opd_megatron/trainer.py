@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from opd_megatron.build import RunParts, build_parts
 from opd_megatron.config import RunConfig
-from opd_megatron.data.batching import global_length, make_batch, shard_rollouts
+from opd_megatron.data.batching import global_length, make_micro_batches, shard_rollouts
 from opd_megatron.data.readable import readable_sample
 from opd_megatron.mcore.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from opd_megatron.mcore.student import TeacherView
@@ -168,10 +168,16 @@ class OPDTrainer:
 
     def _micro_batches(self, rollouts: list[Rollout]) -> list[Batch]:
         grid = self.parts.student.grid
-        length = global_length(rollouts, multiple_of=self.parts.length_multiple)
-        mine = shard_rollouts(rollouts, grid.dp_rank, grid.data)
-        batch = make_batch([(r.prompt.token_ids, r.response_ids) for r in mine], length=length)
-        return batch.to(self.parts.device).micro_batches(self.config.micro_batch_size(grid.data))
+        pairs = [(r.prompt.token_ids, r.response_ids) for r in shard_rollouts(rollouts, grid.dp_rank, grid.data)]
+        # Stages of a pipeline exchange tensors of one shape; without one, each micro batch is as long as it must be.
+        length = global_length(rollouts) if grid.pipeline > 1 else None
+        return make_micro_batches(
+            pairs,
+            self.config.micro_batch_size(grid.data),
+            length=length,
+            multiple_of=self.parts.length_multiple,
+            device=self.parts.device,
+        )
 
     def _ask_teachers(self, micro_batches: list[Batch]) -> list[TeacherView]:
         return [

@@ -60,10 +60,12 @@ def _pool(size: int) -> list[tuple[Any, Connection]]:
 @atexit.register
 def close_pool() -> None:
     """Ends the workers; the next `run_ranks` starts new ones."""
-    while _workers:
-        process, connection = _workers.pop()
-        connection.close()
-        process.kill()
+    leaving = [_workers.pop() for _ in range(len(_workers))]
+    for _, connection in leaving:
+        connection.close()  # an idle worker ends by itself, and the helpers it started with it
+    for process, _ in leaving:
+        process.join(timeout=5)
+        process.kill()  # one that hangs does not
         process.join()
 
 

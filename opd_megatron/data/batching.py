@@ -42,6 +42,23 @@ def make_batch(
     return Batch(tokens, targets, weights)
 
 
+def make_micro_batches(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    size: int,
+    *,
+    length: int | None,
+    multiple_of: int,
+    device: torch.device,
+) -> list[Batch]:
+    """`make_batch` of `size` pairs at a time, in order. Without `length` each is as long as its longest sequence, so
+    pairs sorted by length leave little padding."""
+    assert len(pairs) % size == 0, f"{len(pairs)} sequences do not split into micro batches of {size}"
+    return [
+        make_batch(pairs[start : start + size], length=length, multiple_of=multiple_of).to(device)
+        for start in range(0, len(pairs), size)
+    ]
+
+
 def rollouts_to_batch(
     rollouts: Sequence[Rollout], *, multiple_of: int = 1, length: int | None = None, pad_id: int = 0
 ) -> Batch:

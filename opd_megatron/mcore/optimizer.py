@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
@@ -71,6 +72,18 @@ def build_scheduler(config: OptimizerConfig, optimizer: ChainedOptimizer, steps:
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,  # the step count alone places a resumed run on its schedule
     )
+
+
+def clip_and_step(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """Scales prepared gradients to `clip_grad` if their norm is above it, and updates the weights.
+
+    The second half of upstream's `step`, which would compute the norm that the caller has checked once more.
+    """
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def _use_fused_kernel(optimizer: ChainedOptimizer) -> None:

@@ -54,6 +54,7 @@ def init_platform() -> None:
         _patch_torch_cuda()
         _patch_factories()
         _patch_type_checks()
+        _patch_lone_collectives()
     _patch_adam_loading()
     from megatron.core import parallel_state
 
@@ -119,6 +120,24 @@ def _patch_factories() -> None:
         setattr(torch, name, redirect(getattr(torch, name)))
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_, **__: self  # tied embeddings are moved with .cuda() before their all-reduce
+
+
+def _patch_lone_collectives() -> None:
+    """A data-parallel group of one rank gathers and scatters a buffer into itself; gloo copies it all the same."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def wrapper(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if output.numel() == source.numel():
+                assert output.data_ptr() == source.data_ptr(), "a shard of a buffer is a view of it"
+                return None
+            return collective(output, source, *args, **kwargs)
+
+        return wrapper
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, skip_alone(getattr(param_and_grad_buffer, name)))
 
 
 def _patch_type_checks() -> None:

@@ -19,7 +19,7 @@ from opd_megatron.losses.reduction import METRIC_NAMES, TokenSums, global_means,
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
-from opd_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from opd_megatron.mcore.optimizer import build_optimizer, build_scheduler, clip_and_step, wrap_ddp
 from opd_megatron.mcore.spec import use_transformer_engine
 from opd_megatron.types import Batch, Bucket, TeacherStates
 from opd_megatron.weights.export import export_weights
@@ -92,7 +92,8 @@ class Student:
                 "lower optimizer.lr or resume from the last checkpoint"
             )
         self.scheduler.step(increment=1)
-        self.optimizer.step()
+        with torch.no_grad():
+            clip_and_step(self.optimizer, grad_norm)
         return UpdateResult(metrics, tokens, grad_norm, self.lr)
 
     @torch.no_grad()
