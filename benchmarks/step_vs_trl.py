@@ -6,8 +6,8 @@ alternate (ours, TRL, ours, TRL); each side's time is the median over all its st
 warms up. TRL's clock starts when its batch is at hand; ours is the whole of `time/step`, the push of the new weights
 into vLLM included. Memory is the peak of the whole process tree (vLLM's process and its KV cache included) up to the
 last step, sampled in the same way for both. --trl-precision chooses TRL's arithmetic (see _trl_gkd.py); the checks are
-against the first one given. By default that is TRL's own default, fp32 weights and moments under bf16 autocast, which is
-also what ours keeps; its fastest and smallest, everything in bf16, is measured beside it.
+against the first one given. By default that is TRL's own default, fp32 weights and moments under bf16 autocast, which
+is also what ours keeps; its fastest and smallest, everything in bf16, is measured beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs with the real vLLM: it holds the trainer's weights after every step, and may die without taking the run along."""
+"""Runs with the real vLLM: it holds the trainer's weights after every step, and its death does not end the run."""
 
 from __future__ import annotations
 
