@@ -79,10 +79,11 @@ class RunParts:
             dist.destroy_process_group()
 
 
-def build_parts(config: RunConfig, *, sampling: bool = True) -> RunParts:
+def build_parts(config: RunConfig, *, sampling: bool = True, scoring: bool = True) -> RunParts:
     """Raises an OPDError child on every rank when something about the run is wrong.
 
-    `sampling=False` is for a command that never samples: the rollout engine is not launched.
+    Without `sampling` the rollout engine is not launched, without `scoring` no teacher is loaded: for commands that
+    do not need them.
     """
     run_dir = RunDir(Path(config.output_dir))
     models = check(config)
@@ -99,7 +100,7 @@ def build_parts(config: RunConfig, *, sampling: bool = True) -> RunParts:
     done = _steps_done(run_dir)
     engine = _engine(config, models, run_dir, launch=sampling and done < config.steps) if first else None
     try:
-        return _build_models(config, models, run_dir, tokenizer, prompts, held_out, engine, done)
+        return _build_models(config, models, run_dir, tokenizer, prompts, held_out, engine, done, scoring)
     except BaseException:
         if engine is not None:
             engine.close()
@@ -115,6 +116,7 @@ def _build_models(
     held_out: list[Prompt],
     engine: RolloutEngine | None,
     done: int,
+    scoring: bool,
 ) -> RunParts:
     parallel = config.parallel
     grid = ParallelGrid.build(
@@ -122,7 +124,7 @@ def _build_models(
     )
     padded_vocab = models.padded_vocab(parallel.tensor)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
-    teachers = build_teachers(config, models.teachers, grid, padded_vocab)
+    teachers = build_teachers(config, models.teachers, grid, padded_vocab) if scoring else []
     length_multiple = parallel.tensor if parallel.sequence_parallel else 1
     first = dist.get_rank() == 0
     display = TrainingDisplay(config.steps, done, config.logging.progress) if first else NullDisplay()

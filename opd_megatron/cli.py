@@ -1,4 +1,4 @@
-"""`opd-megatron train | evaluate | report | doctor | config`, and the names of what comes later."""
+"""`opd-megatron train | evaluate | export | report | doctor | config`, and the names of what comes later."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd_megatron import __version__, launcher
 from opd_megatron.errors import ConfigError, NotAvailableError
 from opd_megatron.flags import Parser, config_reference, parse_run, run_parser
 from opd_megatron.train import check, describe, train
+
+if TYPE_CHECKING:
+    from opd_megatron.trainer import OPDTrainer
 
 _LATER = {
     "convert": "use tools/checkpoint_convert/ for the conversions that exist",
@@ -42,24 +46,41 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
+    def evaluate(trainer: OPDTrainer) -> list[str]:
+        return [f"{name:<20} {value:.4f}" for name, value in trainer.evaluate().items()]
+
     description = "Score a student against its teachers on held-out answers. CONFIG may be a run directory."
-    arguments = parse_run(run_parser("opd-megatron evaluate", description), argv)
+    return _on_newest_weights("evaluate", description, argv, evaluate, scoring=True)
+
+
+def _export(argv: list[str]) -> int:
+    def export(trainer: OPDTrainer) -> list[str]:
+        return [f"student   {trainer.parts.export_hf()}"]
+
+    description = "Write the newest weights as a Hugging Face folder, output_dir/hf. CONFIG may be a run directory."
+    return _on_newest_weights("export", description, argv, export, scoring=False)
+
+
+def _on_newest_weights(
+    command: str, description: str, argv: list[str], action: Callable[[OPDTrainer], list[str]], *, scoring: bool
+) -> int:
+    """Restores the newest checkpoint of a run on all its ranks, acts on it and prints the lines that come of it."""
+    arguments = parse_run(run_parser(f"opd-megatron {command}", description), argv)
     config = arguments.config
     check(config)
     if arguments.dry_run:
         print(describe(config))
         return 0
     if launcher.needs_launch(config):
-        return launcher.launch("opd_megatron.cli", ["evaluate", *argv], config.world_size)
+        return launcher.launch("opd_megatron.cli", [command, *argv], config.world_size)
     from opd_megatron.trainer import OPDTrainer
 
     launcher.leave_cleanly_on_sigterm()
-    with OPDTrainer.from_config(config, sampling=False) as trainer:
+    with OPDTrainer.from_config(config, sampling=False, scoring=scoring) as trainer:
         trainer.restore()
-        figures = trainer.evaluate()
+        lines = action(trainer)
     if launcher.is_first_rank():
-        for name, value in figures.items():
-            print(f"{name:<20} {value:.4f}")
+        print("\n".join(lines))
     return 0
 
 
@@ -95,6 +116,7 @@ def _train(argv: list[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
     "evaluate": (_evaluate, "score a student on held-out answers"),
+    "export": (_export, "write a run's newest weights as a Hugging Face folder"),
     "report": (_report, "draw the curves of a run again and print its table"),
     "doctor": (_doctor, "what is installed, and can a run work here"),
     "config": (_config, "every configuration key with type, default and meaning"),

@@ -34,12 +34,12 @@ class OPDTrainer:
         self.timers = PhaseTimers()
 
     @classmethod
-    def from_config(cls, config: RunConfig, *, sampling: bool = True) -> OPDTrainer:
+    def from_config(cls, config: RunConfig, *, sampling: bool = True, scoring: bool = True) -> OPDTrainer:
         """Checks everything, joins the process group and loads the models.
 
-        Without `sampling` the rollout engine is not launched, which is all `evaluate` needs.
+        `evaluate` does without `sampling` (no rollout engine), an export without `scoring` too (no teachers).
         """
-        return cls(build_parts(config, sampling=sampling))
+        return cls(build_parts(config, sampling=sampling, scoring=scoring))
 
     def __enter__(self) -> OPDTrainer:
         return self

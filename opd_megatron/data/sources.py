@@ -139,7 +139,7 @@ def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Row]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
-        if importlib.util.find_spec("pycosat") is None:
+        if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
             # A SAT solver of other puzzles, left out of the environment because it needs a C compiler.
             sys.modules["pycosat"] = types.ModuleType("pycosat")
         import reasoning_gym  # slow to import, and only this source needs it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
+from opd_megatron.mcore.platform import has_gpu
 from opd_megatron.weights.families import family_of
+from opd_megatron.weights.plan import hf_shapes
 from opd_megatron.weights.source import load_hf_config, resolve_model
 
 GIB = 2**30
@@ -88,7 +91,18 @@ def describe(config: RunConfig) -> str:
         parts = stage_memory(config, resolved, stage)
         body = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
         lines.append(f"  stage {stage}        {sum(parts.values()) / GIB:.2f} = {body}")
+    lines.append(f"rollout engine   {_engine_memory(config, resolved)}, in a process of its own beside rank 0")
     return "\n".join(lines)
+
+
+def _engine_memory(config: RunConfig, resolved: ResolvedModels) -> str:
+    """What the engine takes: a share of the GPU where there is one, else weights and cache."""
+    rollout, student = config.rollout, resolved.student_config
+    if has_gpu():
+        return f"{rollout.gpu_memory_utilization:.0%} of the memory of {rollout.tensor} GPU(s)"
+    width = 2 if (rollout.dtype or config.student.dtype) == "bf16" else 4
+    weights = sum(math.prod(shape) for shape in hf_shapes(student).values()) * width
+    return f"{weights / GIB:.2f} GiB of weights, {rollout.kv_cache_gib:.2f} GiB of key-value cache"
 
 
 def stage_memory(config: RunConfig, resolved: ResolvedModels, stage: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_megatron import cli
 from opd_megatron.errors import ConfigError, DataError, MissingPathError, OPDError, TokenizerMismatchError
 from opd_megatron.mcore.checkpoint import list_checkpoints
 from opd_megatron.metrics import read_metrics
@@ -130,6 +132,20 @@ def test_a_finished_run_is_reported_again_without_training(finished: Path, input
     before = (finished / "metrics.jsonl").read_text()
     _train(small_config(inputs, finished, **{"steps": 12, "checkpoint.every": 4}))
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_evaluate_and_export_use_the_newest_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = _weights(finished)
+    assert cli.main(["evaluate", str(finished)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eval/"))
+    row = read_metrics(finished)[-1]
+    assert {name: float(value) for name, value in printed.items()} == {
+        name: round(value, 4) for name, value in row.items() if name.startswith("eval/")
+    }
+    shutil.rmtree(finished / "hf")
+    assert cli.main(["export", str(finished)]) == 0
+    again = _weights(finished)
+    assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
 
 
 def test_another_run_in_the_same_directory_is_refused(finished: Path, inputs: dict[str, str], tmp_path: Path) -> None:
