@@ -38,7 +38,7 @@ class TreeMemory:
     resident sizes is taken. GPU memory is not included.
     """
 
-    def __init__(self, pid: int, interval: float = 0.1) -> None:
+    def __init__(self, pid: int, interval: float = 0.25) -> None:
         self._samples: list[tuple[float, int]] = []
         self._root = psutil.Process(pid)
         self._interval = interval
