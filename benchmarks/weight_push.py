@@ -30,6 +30,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         "teachers.0.path": str(teacher),
         # What is sampled does not matter here: two short answers keep the rest of the step small.
         "rollout.prompts_per_step": 2,
+        "parallel.micro_batch_size": 2,
         "rollout.max_new_tokens": 8,
         "optimizer.warmup_steps": 0,
     }
