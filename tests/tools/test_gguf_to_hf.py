@@ -14,7 +14,7 @@ from tests.byte_tokenizer import CHAT_TEMPLATE, byte_vocab
 from tests.tools.scripts import load_script
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
-REAL_FILE = Path(os.environ.get("OPD_SMOLLM2_GGUF", "models/demo/cache/SmolLM2-135M-Instruct.Q4_1.gguf"))
+REAL_FILE = Path(os.environ.get("OPD_SMOLLM2_GGUF", "runs/assets/cache/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
 def tiny_llama(tied: bool) -> LlamaForCausalLM:
