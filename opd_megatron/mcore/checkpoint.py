@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 
 from opd_megatron.errors import CheckpointError
+from opd_megatron.mcore.platform import release_memory
 from opd_megatron.mcore.student import Student
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -77,6 +78,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, state: dict[str, 
         _sync(folder, files=False)
         for _, old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+    release_memory()
     dist.barrier()
     return final
 

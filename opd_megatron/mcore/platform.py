@@ -7,6 +7,8 @@ process and before a model is built. With a GPU it does nothing.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import warnings
@@ -30,6 +32,15 @@ def has_gpu() -> bool:
 def device() -> torch.device:
     """The device of this rank's models."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def release_memory() -> None:
+    """Gives freed memory back to the system after work that needed much more than a step does.
+
+    glibc keeps it for itself otherwise; the GPU's caching allocator needs no such help.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def quiet_upstream() -> None:
