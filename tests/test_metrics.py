@@ -293,7 +293,7 @@ def test_the_summary_compares_the_untrained_student_with_the_trained_one():
     assert summary.ratio("reverse_kl") == pytest.approx(0.4)
     assert summary.ratio("eval/forward_kl") == pytest.approx(0.5)
     assert summary.ratio("eval/nll") == pytest.approx(0.8)
-    assert summary.tokens_per_second == {"rollout": 50.0, "teacher": 200.0, "train": 25.0}
+    assert summary.tokens_per_second == {"rollout": 50.0, "teacher": 200.0, "train": 25.0, "sync": 400.0}
     assert (summary.sync_seconds, summary.step_seconds, summary.peak_bytes) == (0.25, 7.0, 2.0**30 + 6)
 
 

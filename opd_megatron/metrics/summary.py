@@ -13,7 +13,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 LAST_ROWS = 3
-PHASES = ("rollout", "teacher", "train")
+PHASES = ("rollout", "teacher", "train", "sync")
 LABELS = {
     "reverse_kl": "reverse KL on own samples, nats/token",
     "eval/reverse_kl": "held-out reverse KL, nats/token",
@@ -74,7 +74,7 @@ def result_table(rows: Sequence[Row]) -> RenderableType:
     speed.add_column(justify="right")
     for phase, rate in summary.tokens_per_second.items():
         speed.add_row(phase, _number(rate, "{:,.0f} tokens/s"))
-    speed.add_row("weight sync", _number(summary.sync_seconds, "{:.2f} s"))
+    speed.add_row("one weight sync", _number(summary.sync_seconds, "{:.2f} s"))
     speed.add_row("whole step", _number(summary.step_seconds, "{:.2f} s"))
     speed.add_row("peak memory, rank 0", _number(summary.peak_bytes / 2**30, "{:.2f} GiB"))
     return Group(change, speed)
