@@ -20,6 +20,8 @@ class Objective:
     """What one call computes, and the columns of the vocabulary that this rank computes it on."""
 
     divergence: Divergence
+    lambda_distill: float
+    """Weight of the divergence beside a policy-gradient term."""
     temperature: float
     teacher_weights: tuple[float, ...]
     """Sum to one."""
@@ -34,41 +36,71 @@ class Objective:
     dtype: torch.dtype
     """Of statistics and sums."""
 
+    @property
+    def teachers(self) -> int:
+        return len(self.teacher_weights)
 
-def make_objective(
-    type: str,
-    beta: float,
-    temperature: float,
-    vocab_size: int | None,
-    group: dist.ProcessGroup | None,
-    teacher_weights: Sequence[float] | None,
-    combine: str,
-    widths: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-) -> Objective:
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The scalar arguments of both forms, as the caller gave them."""
+
+    type: str = "reverse_kl"
+    beta: float = 0.5
+    alpha: float = 0.1
+    lambda_coef: float = 0.5
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    group: dist.ProcessGroup | None = None
+    teacher_weights: Sequence[float] | None = None
+    combine: str = "logit_mean"
+    lambda_distill: float = 1.0
+
+
+def make_objective(choices: Choices, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> Objective:
     """Checks the scalars; `widths` and `dtypes` are the shard's columns and type of the student, then the teachers."""
-    if type not in DIVERGENCES:
-        raise ConfigError(f"type={type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
-    if not 0 <= beta <= 1:
-        raise ConfigError(f"beta={beta} must lie in [0, 1]: 0 is forward KL, 1 is reverse KL")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature={temperature} must be a positive finite number: use 1 for plain softmax")
-    if combine not in COMBINATIONS:
-        raise ConfigError(f"combine={combine!r} is not a way to mix teachers: use one of {', '.join(COMBINATIONS)}")
-    ranks, rank = _group_shape(group)
-    vocab_size = _check_vocabulary(vocab_size, widths, ranks)
+    _check_scalars(choices)
+    ranks, rank = _group_shape(choices.group)
+    vocab_size = _check_vocabulary(choices.vocab_size, widths, ranks)
     first = rank * widths[0]
+    family = DIVERGENCES[choices.type]
     return Objective(
-        divergence=DIVERGENCES[type](float(beta)),
-        temperature=float(temperature),
-        teacher_weights=_normalised(teacher_weights, len(widths) - 1),
-        combine=combine if len(widths) > 2 else "logit_mean",
-        group=group if ranks > 1 else None,
+        divergence=family.make(float(getattr(choices, family.argument)) if family.argument else 0.0),
+        lambda_distill=float(choices.lambda_distill),
+        temperature=float(choices.temperature),
+        teacher_weights=_normalised(choices.teacher_weights, len(widths) - 1),
+        combine=choices.combine,
+        group=choices.group if ranks > 1 else None,
         first_column=first,
         columns=min(max(vocab_size - first, 0), widths[0]),
         vocab_size=vocab_size,
         dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
     )
+
+
+def _check_scalars(choices: Choices) -> None:
+    if choices.type not in DIVERGENCES:
+        raise ConfigError(f"type={choices.type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
+    meanings = {
+        "beta": "0 is forward KL, 1 is reverse KL",
+        "alpha": "0 is the plain KL, 0.1 is usual",
+        "lambda_coef": "0.5 is the Jensen-Shannon divergence",
+    }
+    for name, meaning in meanings.items():
+        if not 0 <= getattr(choices, name) <= 1:
+            raise ConfigError(f"{name}={getattr(choices, name)} must lie in [0, 1]: {meaning}")
+    if not (math.isfinite(choices.temperature) and choices.temperature > 0):
+        raise ConfigError(
+            f"temperature={choices.temperature} must be a positive finite number: use 1 for plain softmax"
+        )
+    if not (math.isfinite(choices.lambda_distill) and choices.lambda_distill >= 0):
+        raise ConfigError(
+            f"lambda_distill={choices.lambda_distill} must be finite and not negative: 0 leaves the divergence out"
+        )
+    if choices.combine not in COMBINATIONS:
+        raise ConfigError(
+            f"combine={choices.combine!r} is not a way to mix teachers: use one of {', '.join(COMBINATIONS)}"
+        )
 
 
 def check_matrix(name: str, matrix: torch.Tensor, like: torch.Tensor, rows: int | None = None) -> None:

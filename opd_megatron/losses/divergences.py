@@ -1,141 +1,149 @@
-"""The divergences, each described once: its value per token and its gradient with respect to the student's logits.
+"""The divergences, each described once: its value and its gradient, one vocabulary entry at a time.
 
-Both forms of the loss (from logits, from hidden states) and every tensor-parallel layout run these descriptions on
-blocks of rows over the columns that one rank holds. Adding a divergence means adding one class and one entry to
-`DIVERGENCES`. Notation: p student, q teacher, r = log p - log q, d = q - p.
+Both forms of the loss, every tensor-parallel layout, the sampled-token advantages, top-k teachers and all three backends
+(torch, compiled for the CPU, Triton) run these functions. Adding a divergence means writing two functions and one
+entry of `DIVERGENCES`; the tests are parametrised over that table.
 
-A divergence L = sum_j f(p_j, q_j) has dL/ds_j = p_j (f'(p_j) - sum_i p_i f'(p_i)), derivatives taken in p.
+Notation: p student, q teacher, r = log p - log q, all of one vocabulary entry; `parameter` is the divergence's own
+number (beta, alpha or lambda). A divergence is L = sum_j f(p_j, q_j), and with respect to the student's logits s
+
+    dL/ds_j = pull_j - p_j sum_i pull_i,      pull_j = p_j df/dp_j.
+
+A constant added to df/dp drops out, so `pull` leaves such constants away. `value` adds first-order terms that sum to
+zero (q - p in the KLs): every such sum then has no negative term and feels an error of a normaliser at second order
+only, so that a divergence of 1e-4 keeps its digits in fp32.
+
+f must be homogeneous, f(c p, c q) = c f(p, q), which every f-divergence and every mixture of them is: the tail bucket
+of a top-k teacher and `slope` rely on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 
-Sums = dict[str, torch.Tensor]
-"""Per-token sums over the vocabulary by name, each [R]; `reverse_kl` and `forward_kl` are always among them."""
-
-# exp(80) is finite in fp32, and an entry whose probability is exp(-80) of the other's adds nothing to a mixture.
-_LARGEST_LOG_RATIO = 80.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A block of R tokens over this rank's n columns, all [R, n]. Divergences may overwrite `r`, `d`, `work`, `scratch`
-    in `gradient`, and the last two (and `r` where it is clamped) in `sums`."""
-
-    p: torch.Tensor
-    q: torch.Tensor
-    r: torch.Tensor
-    """log p - log q."""
-    d: torch.Tensor
-    """q - p."""
-    work: torch.Tensor
-    scratch: torch.Tensor
-
-
-class Divergence(Protocol):
-    """A divergence between student and teacher, per token."""
-
-    sum_names: ClassVar[tuple[str, ...]]
-    """Names of the sums it needs beyond the two KLs."""
-
-    def sums(self, rows: Rows) -> tuple[torch.Tensor, ...]:
-        """This rank's part of each of `sum_names`, each [R]; the parts of all ranks are added."""
-
-    def value(self, sums: Sums) -> torch.Tensor:
-        """[R] in nats, from the sums over the whole vocabulary."""
-
-    def gradient(self, rows: Rows, sums: Sums) -> torch.Tensor:
-        """[R, n] with respect to the student's logits (already divided by the temperature)."""
-
-
-def kl_sums(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reverse KL(p|q) and forward KL(q|p), this rank's parts.
-
-    sum p r + q - p rather than sum p r: no term is negative, and an error in a normaliser enters at second order, so
-    that a divergence of 1e-4 keeps its digits in fp32.
-    """
-    reverse = torch.addcmul(rows.d, rows.p, rows.r, out=rows.scratch).sum(-1)
-    forward = torch.addcmul(rows.d, rows.q, rows.r, out=rows.scratch).sum(-1).neg_()
-    return reverse, forward
-
-
-class ReverseKL:
-    """KL(p|q): f' = r + 1."""
-
-    sum_names: ClassVar[tuple[str, ...]] = ()
-
-    def sums(self, rows: Rows) -> tuple[torch.Tensor, ...]:
-        return ()
-
-    def value(self, sums: Sums) -> torch.Tensor:
-        return sums["reverse_kl"]
-
-    def gradient(self, rows: Rows, sums: Sums) -> torch.Tensor:
-        return rows.r.sub_(sums["reverse_kl"].unsqueeze(-1)).mul_(rows.p)
-
-
-class ForwardKL:
-    """KL(q|p): f' = -q / p, whose mean under p is -1."""
-
-    sum_names: ClassVar[tuple[str, ...]] = ()
-
-    def sums(self, rows: Rows) -> tuple[torch.Tensor, ...]:
-        return ()
-
-    def value(self, sums: Sums) -> torch.Tensor:
-        return sums["forward_kl"]
-
-    def gradient(self, rows: Rows, sums: Sums) -> torch.Tensor:
-        return rows.d.neg_()
-
+from opd_megatron.losses.elementwise import Elementwise, clamp, exp, expm1, log1p, where
 
 @dataclass(frozen=True)
-class GeneralizedJSD:
-    """beta KL(q|m) + (1 - beta) KL(p|m) with m = beta q + (1 - beta) p, 0 < beta < 1 (arXiv 2306.13649).
+class Divergence:
+    """One divergence with its parameter bound."""
 
-    With u = log m - log p the value is -sum(m u + beta q r) and f' = -(1 - beta) u; the first-order corrections of
-    the two KLs cancel, so that this sum has the same immunity to normaliser errors as `kl_sums`.
+    value: Elementwise
+    pull: Elementwise
+    parameter: float = 0.0
+
+    def slope(self, r: torch.Tensor) -> torch.Tensor:
+        """df/dp up to a constant, from r = log p - log q alone (f is homogeneous)."""
+        return self.pull(torch.ones_like(r), torch.exp(-r), r, self.parameter)
+
+
+def log_mixture(r, weight):  # type: ignore[no-untyped-def]
+    """(log m - log p, log m - log q) for m = weight q + (1 - weight) p.
+
+    Each is computed from the larger of p and q, so that nothing cancels, however far apart or close they are.
     """
+    distance = where(r < 0.0, -r, r)
+    lost = expm1(-clamp(distance, 0.0, 80.0))  # exp(-80) of the other adds nothing to a mixture
+    from_larger = log1p(where(r < 0.0, (1.0 - weight) * lost, weight * lost))
+    from_smaller = from_larger + distance
+    return where(r < 0.0, from_smaller, from_larger), where(r < 0.0, from_larger, from_smaller)
 
-    beta: float
-    sum_names: ClassVar[tuple[str, ...]] = ("generalized_jsd", "student_to_mixture_kl")
 
-    def sums(self, rows: Rows) -> tuple[torch.Tensor, ...]:
-        u = self._log_mixture_over_student(rows)
-        to_mixture = torch.mul(rows.d, self.beta, out=rows.scratch).addcmul_(rows.p, u, value=-1).sum(-1)
-        mixture = torch.add(rows.p, rows.d, alpha=self.beta, out=rows.scratch)
-        value = mixture.mul_(u).addcmul_(rows.q, rows.r, value=self.beta).sum(-1).neg_()
-        return value, to_mixture
+def reverse_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
+    return p * r + (q - p)
 
-    def value(self, sums: Sums) -> torch.Tensor:
-        return sums["generalized_jsd"]
 
-    def gradient(self, rows: Rows, sums: Sums) -> torch.Tensor:
-        u = self._log_mixture_over_student(rows)
-        return u.add_(sums["student_to_mixture_kl"].unsqueeze(-1)).mul_(rows.p).mul_(self.beta - 1)
+def reverse_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
+    return p * r
 
-    def _log_mixture_over_student(self, rows: Rows) -> torch.Tensor:
-        """u in `rows.work`, from whichever side keeps log1p's argument at or above -1/2."""
-        r = rows.r.clamp_(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-        if self.beta <= 0.5:
-            return torch.neg(r, out=rows.work).expm1_().mul_(self.beta).log1p_()
-        return torch.expm1(r, out=rows.work).mul_(1 - self.beta).log1p_().sub_(r)
+
+def forward_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
+    return (p - q) - q * r
+
+
+def forward_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
+    return -q
+
+
+def gkd_value(p, q, r, beta):  # type: ignore[no-untyped-def]
+    """beta KL(q|m) + (1 - beta) KL(p|m), m = beta q + (1 - beta) p (arXiv 2306.13649)."""
+    over_p, over_q = log_mixture(r, beta)
+    return -((1.0 - beta) * (p * over_p) + beta * (q * over_q))
+
+
+def gkd_pull(p, q, r, beta):  # type: ignore[no-untyped-def]
+    over_p, over_q = log_mixture(r, beta)
+    return (beta - 1.0) * (p * over_p)
+
+
+def skew_reverse_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
+    """KL(p|m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898)."""
+    over_p, over_q = log_mixture(r, 1.0 - alpha)
+    return (1.0 - alpha) * (q - p) - p * over_p
+
+
+def skew_reverse_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
+    over_p, over_q = log_mixture(r, 1.0 - alpha)
+    return -(p * (over_p + alpha * exp(-over_p)))
+
+
+def skew_forward_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
+    """KL(q|m), m = alpha q + (1 - alpha) p (DistiLLM, arXiv 2402.03898)."""
+    over_p, over_q = log_mixture(r, alpha)
+    return (1.0 - alpha) * (p - q) - q * over_q
+
+
+def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
+    over_p, over_q = log_mixture(r, alpha)
+    return (alpha - 1.0) * (p * exp(-over_q))
+
+
+def lambda_jsd_value(p, q, r, weight):  # type: ignore[no-untyped-def]
+    """weight KL(p|m) + (1 - weight) KL(q|m), m = (p + q) / 2."""
+    over_p, over_q = log_mixture(r, 0.5)
+    return (weight - 0.5) * (q - p) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
+
+
+def lambda_jsd_pull(p, q, r, weight):  # type: ignore[no-untyped-def]
+    over_p, over_q = log_mixture(r, 0.5)
+    # q / (2 m) is 1 - p / (2 m), and the constant drops out.
+    return -(p * (weight * over_p + (weight - 0.5) * exp(-over_p)))
+
+
+REVERSE_KL = Divergence(reverse_kl_value, reverse_kl_pull)
+FORWARD_KL = Divergence(forward_kl_value, forward_kl_pull)
 
 
 def _gkd(beta: float) -> Divergence:
     if beta == 0:
-        return ForwardKL()
-    return ReverseKL() if beta == 1 else GeneralizedJSD(beta)
+        return FORWARD_KL
+    return REVERSE_KL if beta == 1 else Divergence(gkd_value, gkd_pull, beta)
 
 
-DIVERGENCES: dict[str, Callable[[float], Divergence]] = {
-    "reverse_kl": lambda beta: ReverseKL(),
-    "forward_kl": lambda beta: ForwardKL(),
-    "gkd": _gkd,
+def _skew_reverse_kl(alpha: float) -> Divergence:
+    return REVERSE_KL if alpha == 0 else Divergence(skew_reverse_kl_value, skew_reverse_kl_pull, alpha)
+
+
+def _skew_forward_kl(alpha: float) -> Divergence:
+    return FORWARD_KL if alpha == 0 else Divergence(skew_forward_kl_value, skew_forward_kl_pull, alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What `type` names: a divergence for every value of one named argument."""
+
+    make: Callable[[float], Divergence]
+    argument: str | None = None
+    """`beta`, `alpha` or `lambda_coef`, a number in [0, 1]; None takes none."""
+
+
+DIVERGENCES: dict[str, Family] = {
+    "reverse_kl": Family(lambda _: REVERSE_KL),
+    "forward_kl": Family(lambda _: FORWARD_KL),
+    "gkd": Family(_gkd, "beta"),
+    "skew_reverse_kl": Family(_skew_reverse_kl, "alpha"),
+    "skew_forward_kl": Family(_skew_forward_kl, "alpha"),
+    "lambda_jsd": Family(lambda weight: Divergence(lambda_jsd_value, lambda_jsd_pull, weight), "lambda_coef"),
 }
-"""`type` of the objective to its description, built with beta."""

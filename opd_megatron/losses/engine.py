@@ -1,10 +1,9 @@
-"""The arithmetic behind both forms of the loss: normalise, sum, differentiate, over one rank's vocabulary columns.
+"""From logits to per-token terms and the gradient of the logits, over the vocabulary columns that one rank holds.
 
-    statistics (max, sum exp) -> all-gather -> per-token sums -> all-reduce -> gradient
+    statistics -> all-gather -> per-token sums -> all-reduce -> sampled-token terms -> gradient
 
-Rows are worked on in blocks that stay near the cache, in buffers made once. Without a group a block goes through all
-stages at once; with one, every stage runs over all blocks, so that a call makes two collectives whatever its size, and
-blocks are read again instead of kept.
+The passes over the vocabulary are a backend's (`kernels`); here are their order, the two collectives between them, and
+everything that has one number per token. Without a group and sampled-token terms a backend makes all passes in one go.
 """
 
 from __future__ import annotations
@@ -17,220 +16,279 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.losses.arguments import Objective
-from opd_megatron.losses.divergences import Rows, Sums, kl_sums
+from opd_megatron.losses.ensemble import mean_logits, mean_probabilities
+from opd_megatron.losses.kernels import choose_kernels
+from opd_megatron.losses.kernels.base import LOG_ZERO, SUMS, Normalisers, Statistics
+from opd_megatron.losses.policy import PolicyResult, PolicyTerm, policy_loss
 
-# Elements of one fp32 buffer (there are six or more): tens of MiB on a CPU, launches worth their cost on a GPU.
-_BLOCK_ELEMENTS = {"cpu": 2**21}
-_BLOCK_ELEMENTS_GPU = 2**25
-
-# Stands for log 0 so that 0 * log 0 is 0; sums beyond the limit were infinite and are reported so.
-_LOG_ZERO = -1e30
+# Sums beyond this were infinite (LOG_ZERO stands for log 0) and are reported so.
 _INFINITE = 1e24
-
-_BASE_SUMS = (
-    "reverse_kl",
-    "forward_kl",
-    "student_entropy",
-    "teacher_entropy",
-    "student_logprob",
-    "teacher_logprob",
-)
+# Elements of the fp32 block that an ensemble is mixed into.
+_ENSEMBLE_ELEMENTS = {"cpu": 2**19}
+_ENSEMBLE_ELEMENTS_GPU = 2**26
+# Log-probabilities closer than this are a tie where two ways of rounding meet.
+_TIE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """The tensors of one `Engine.run`, or some rows of them."""
+class Call:
+    """The tensors of one `Engine.run`: T tokens, this rank's n columns."""
 
     student: torch.Tensor
+    """Logits [T, n]."""
     teachers: Sequence[torch.Tensor]
-    targets: torch.Tensor | None
-    gradient: torch.Tensor | None
-    factor: torch.Tensor | None
+    """Logits [T, n] of each."""
+    weights: torch.Tensor | None = None
+    """[T] in the engine's dtype; ones by default."""
+    targets: torch.Tensor | None = None
+    """[T] global ids of the sampled tokens."""
+    policy: PolicyTerm | None = None
+    gradient: torch.Tensor | None = None
+    """[T, n] to write d sum(weights * loss) / d student to; may be `student`."""
 
-    def rows(self, rows: slice) -> _Call:
-        optional = [x if x is None else x[rows] for x in (self.targets, self.gradient, self.factor)]
-        return _Call(self.student[rows], [teacher[rows] for teacher in self.teachers], *optional)
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Per-token results over the whole vocabulary, the same on every rank of the group."""
+
+    sums: torch.Tensor
+    """[len(SUMS), T]."""
+    top1: torch.Tensor
+    """[T] 1 where both models prefer the same token."""
+    logprobs: torch.Tensor | None
+    """[2, T] of the targets: student, teacher."""
+    policy: PolicyResult | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.sums[SUMS.index("value")]
+
+
+class _Merged:
+    """Maxima and log sums over the whole vocabulary: row 0 is the student, the others the teacher matrices."""
+
+    def __init__(self, maxima: torch.Tensor, sums: torch.Tensor, at: torch.Tensor) -> None:
+        self.maxima, self.log_sums = maxima, sums.log()
+        self.at = at
+        """[teachers, T], their logits at the student's largest."""
 
 
 class Engine:
-    """Runs one objective over chunks of at most `tokens` rows."""
+    """Runs one objective on calls of at most `tokens` tokens."""
 
-    def __init__(self, objective: Objective, tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, objective: Objective, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()
+    ) -> None:
         self.objective = objective
-        self.names = (*_BASE_SUMS, *objective.divergence.sum_names)
-        self._normalisers = 1 + (len(objective.teacher_weights) if objective.combine == "prob_mean" else 1)
-        limit = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_GPU)
-        self._block_rows = max(1, min(tokens, limit // max(objective.columns, 1)))
-        shape = (self._normalisers + 4, self._block_rows, objective.columns)
-        self._buffers = torch.empty(shape, dtype=objective.dtype, device=device)
+        mixed = [objective.dtype] if objective.teachers > 1 else []
+        elements = tokens * objective.columns
+        self.kernels = choose_kernels(
+            objective.divergence, objective.temperature, objective.dtype, device, [*logits, *mixed], elements
+        )
+        bounds = [self.kernels.block_elements]
+        if objective.teachers > 1:
+            bounds.append(_ENSEMBLE_ELEMENTS.get(device.type, _ENSEMBLE_ELEMENTS_GPU))
+        limits = [bound // max(objective.columns, 1) for bound in bounds if bound is not None]
+        self._block_rows = max(1, min([tokens, *limits]))
 
-    def run(
-        self,
-        student: torch.Tensor,
-        teachers: Sequence[torch.Tensor],
-        targets: torch.Tensor | None = None,
-        gradient: torch.Tensor | None = None,
-        factor: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Per-token sums over the whole vocabulary, [len(names), T], the same on every rank of the group.
-
-        Args:
-            student: logits [T, columns], as are the `teachers`.
-            targets: [T] global token ids, for the log-probability sums (0 without).
-            gradient: [T, columns] to write d sum(factor * value) / d student to; may be `student` itself.
-            factor: [T]; ones by default.
-        """
-        step = max(len(student), 1) if self.objective.group is not None else self._block_rows
-        parts = []
-        for start in range(0, len(student), step):
-            rows = slice(start, start + step)
-            call = _Call(student, teachers, targets, gradient, factor).rows(rows)
-            parts.append(self._run(call))
-        sums = torch.cat(parts, dim=1) if parts else self._buffers.new_zeros(len(self.names), 0)
-        return torch.where(sums.abs() > _INFINITE, sums.sign() * math.inf, sums)
-
-    def value(self, sums: torch.Tensor) -> torch.Tensor:
-        """The objective per token, [T], from what `run` returned."""
-        return self.objective.divergence.value(self._named(sums))
-
-    def _named(self, sums: torch.Tensor) -> Sums:
-        return dict(zip(self.names, sums, strict=True))
-
-    def _run(self, call: _Call) -> torch.Tensor:
-        tokens, size = len(call.student), self._block_rows
-        blocks = [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-        again = len(blocks) > 1  # with one block the buffers still hold what the stage before left
-        local = torch.cat([self._statistics(self._load(call.rows(block))) for block in blocks], dim=-1)
-        shift = self._exchange_normalisers(local)
-        parts = []
-        for block in blocks:
-            logits = self._load(call.rows(block), local[0, :, block]) if again else self._views(tokens)
-            parts.append(self._sums(logits, shift[:, block], call.rows(block).targets))
-        sums = torch.cat(parts, dim=1)
-        if self.objective.group is not None:
-            dist.all_reduce(sums, group=self.objective.group)
-        if call.gradient is not None:
-            for block in blocks:
-                if again:
-                    self._normalise(self._load(call.rows(block), local[0, :, block]), shift[:, block])
-                    _to_ratio(self._rows(block.stop - block.start))
-                self._gradient(call.rows(block), sums[:, block])
-        return sums
-
-    # Buffers: 0 student (log p, then r), 1 teacher (log q, then d), 2... further teachers of prob_mean, then p, q,
-    # work and scratch.
-
-    def _views(self, rows: int) -> list[torch.Tensor]:
-        return [buffer[:rows] for buffer in self._buffers[: self._normalisers]]
-
-    def _rows(self, rows: int) -> Rows:
-        p, q, work, scratch = (buffer[:rows] for buffer in self._buffers[-4:])
-        return Rows(p=p, q=q, r=self._buffers[0, :rows], d=self._buffers[1, :rows], work=work, scratch=scratch)
-
-    def _load(self, call: _Call, local_max: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Copies a block's logits over the temperature into the buffers, minus this rank's maxima once known."""
-        views = self._views(len(call.student))
-        views[0].copy_(call.student)
-        if self.objective.combine == "prob_mean":
-            for view, logits in zip(views[1:], call.teachers, strict=True):
-                view.copy_(logits)
+    def run(self, call: Call) -> Terms:
+        """All terms of the call, and its gradient where one is asked for."""
+        if self.objective.group is None and call.policy is None and self.objective.teachers == 1:
+            terms = self._at_once(call)
         else:
-            self._mean_logits(call.teachers, views[1])
-        for index, view in enumerate(views):
-            if self.objective.temperature != 1:
-                view.div_(self.objective.temperature)
-            view.clamp_(min=_LOG_ZERO)
-            if local_max is not None:
-                view.sub_(local_max[index].unsqueeze(-1))
-        return views
+            terms = self._in_stages(call)
+        finite = torch.where(terms.sums.abs() > _INFINITE, terms.sums.sign() * math.inf, terms.sums)
+        return Terms(finite, terms.top1, terms.logprobs, terms.policy)
 
-    def _mean_logits(self, teachers: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        out.copy_(teachers[0])
-        if len(teachers) == 1:
-            return
-        out.mul_(self.objective.teacher_weights[0])
-        scratch = self._buffers[-1, : len(out)]
-        for weight, logits in zip(self.objective.teacher_weights[1:], teachers[1:], strict=True):
-            out.add_(scratch.copy_(logits), alpha=weight)
+    # The whole vocabulary, one teacher: every block goes through all passes before the next.
 
-    def _statistics(self, logits: list[torch.Tensor]) -> torch.Tensor:
-        """(max, sum exp) of this rank's columns, [2, normalisers, R]; subtracts the max from the logits in place."""
-        result = self._buffers.new_empty(2, len(logits), len(logits[0]))
+    def _at_once(self, call: Call) -> Terms:
+        scale = self._scale(call)
+        at_targets = self._at_targets(call.targets, call.student, call.teachers[0])
+        parts = []
+        for rows in self._blocks(len(call.student)):
+            out = None if call.gradient is None else call.gradient[rows]
+            parts.append(self.kernels.everything(call.student[rows], call.teachers[0][rows], scale[rows], out))
+        local = Statistics(*(torch.cat(field) for field in zip(*(statistics for statistics, _ in parts), strict=True)))
+        logprobs = None
+        if at_targets is not None:
+            maxima = torch.stack([local.student_max, local.teacher_max])
+            logprobs = at_targets - maxima - torch.stack([local.student_sum, local.teacher_sum]).log()
+        top1 = (local.teacher_at_student_max >= local.teacher_max).to(self.objective.dtype)
+        return Terms(torch.cat([sums for _, sums in parts], dim=1), top1, logprobs)
+
+    # Any group, any teachers: every pass over all blocks, so that a call makes two collectives whatever its size.
+
+    def _in_stages(self, call: Call) -> Terms:
+        blocks = self._blocks(len(call.student))
+        local = torch.cat([self._statistics(call, rows) for rows in blocks], dim=1)
+        merged = self._merge(local)
+        packed = torch.cat([self._sums(call, rows, merged) for rows in blocks], dim=1)
+        if self.objective.group is not None:
+            dist.all_reduce(packed, group=self.objective.group)
+        sums, above, at_targets = packed[: len(SUMS)], packed[len(SUMS)], packed[len(SUMS) + 1 :]
+        logprobs = None if call.targets is None else at_targets
+        policy = None
+        if call.policy is not None:
+            kept = None if call.weights is None else call.weights != 0
+            policy = policy_loss(call.policy, at_targets[0], at_targets[1], kept)
+        if call.gradient is not None:
+            self._write_gradient(call, blocks, merged, sums[-1], at_targets, policy)
+        return Terms(sums, (above == 0).to(self.objective.dtype), logprobs, policy)
+
+    def _statistics(self, call: Call, rows: slice) -> torch.Tensor:
+        """[2 + 3 teacher matrices, R]: (max, sum) of the student, then (max, sum, at the student's max) of each."""
+        student = call.student[rows]
+        matrices = [teacher[rows] for teacher in call.teachers]
+        if self.objective.teachers > 1 and self.objective.combine == "logit_mean":
+            matrices = [mean_logits(matrices, self.objective.teacher_weights, self.objective.dtype)]
         if self.objective.columns == 0:
-            result[0], result[1] = -math.inf, 0
-            return result
-        scratch = self._buffers[-1, : len(logits[0])]
-        for index, values in enumerate(logits):
-            torch.amax(values, dim=-1, out=result[0, index])
-            values.sub_(result[0, index].unsqueeze(-1))
-            torch.sum(torch.exp(values, out=scratch), dim=-1, out=result[1, index])
-        return result
+            empty = student.new_full((2 + 3 * len(matrices), len(student)), LOG_ZERO, dtype=self.objective.dtype)
+            empty[1] = 0
+            empty[3::3] = 0
+            return empty
+        of_each = [self.kernels.statistics(student, matrix) for matrix in matrices]
+        fields = [*of_each[0][:2]]
+        for statistics in of_each:
+            fields += [statistics.teacher_max, statistics.teacher_sum, statistics.teacher_at_student_max]
+        return torch.stack(fields)
 
-    def _exchange_normalisers(self, local: torch.Tensor) -> torch.Tensor:
-        """First collective: what to subtract from (logits - local max) to get log-probabilities, [normalisers, T]."""
+    def _merge(self, local: torch.Tensor) -> _Merged:
+        """First collective."""
         group = self.objective.group
-        if group is None:
-            return local[1].log()
-        ranks = dist.get_world_size(group)
-        gathered = local.new_empty(ranks * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local, group=group)
-        maxima, sums = gathered.view(ranks, *local.shape).unbind(dim=1)
+        ranks = 1 if group is None else dist.get_world_size(group)
+        everyone = local.unsqueeze(0)
+        if group is not None:
+            gathered = local.new_empty(ranks * len(local), local.shape[1])
+            dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+            everyone = gathered.view(ranks, *local.shape)
+        teachers = everyone[:, 2:].unflatten(1, (-1, 3))
+        maxima = torch.cat([everyone[:, :1], teachers[:, :, 0]], dim=1)
+        sums = torch.cat([everyone[:, 1:2], teachers[:, :, 1]], dim=1)
         top = maxima.amax(dim=0)
         total = (sums * (maxima - top).exp()).sum(dim=0)
-        return top - local[0] + total.log()
+        first = maxima[:, 0].argmax(dim=0)  # the rank whose student maximum is the largest
+        at = teachers[:, :, 2].gather(0, first.expand(1, teachers.shape[1], -1)).squeeze(0)
+        return _Merged(top, total, at)
 
-    def _normalise(self, logits: list[torch.Tensor], shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p and log q in buffers 0 and 1, p and q in theirs."""
-        rows = self._rows(len(logits[0]))
-        log_p, log_q = logits[0].sub_(shift[0].unsqueeze(-1)), logits[1]
-        if self.objective.combine == "prob_mean":
-            for index, weight in enumerate(self.objective.teacher_weights, start=1):
-                logits[index].sub_(shift[index].unsqueeze(-1) - math.log(weight))
-            for other in logits[2:]:
-                torch.logaddexp(log_q, other, out=log_q)
-        else:
-            log_q.sub_(shift[1].unsqueeze(-1))
-        torch.exp(log_p, out=rows.p)
-        torch.exp(log_q, out=rows.q)
-        return log_p, log_q
+    def _teacher(self, call: Call, rows: slice, merged: _Merged) -> torch.Tensor:
+        """The teacher's logits of a block, mixed from several where there are several."""
+        blocks = [teacher[rows] for teacher in call.teachers]
+        weights, dtype = self.objective.teacher_weights, self.objective.dtype
+        if self.objective.teachers == 1:
+            return blocks[0]
+        if self.objective.combine == "logit_mean":
+            return mean_logits(blocks, weights, dtype)
+        return mean_probabilities(
+            blocks, weights, self.objective.temperature, merged.maxima[1:, rows], merged.log_sums[1:, rows], dtype
+        )
 
-    def _sums(self, logits: list[torch.Tensor], shift: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-        """This rank's part of every sum, [len(names), R]; leaves the block ready for `_gradient`."""
-        count = len(logits[0])
+    def _normalisers(self, rows: slice, merged: _Merged) -> Normalisers:
+        student = merged.maxima[0, rows], merged.log_sums[0, rows]
+        if self._mixes_probabilities:
+            zero = torch.zeros_like(student[0])
+            return Normalisers(*student, zero, zero)
+        return Normalisers(*student, merged.maxima[1, rows], merged.log_sums[1, rows])
+
+    @property
+    def _mixes_probabilities(self) -> bool:
+        return self.objective.teachers > 1 and self.objective.combine == "prob_mean"
+
+    def _sums(self, call: Call, rows: slice, merged: _Merged) -> torch.Tensor:
+        """This rank's part of `SUMS`, of how many columns the teacher prefers, and of the targets' logprobs."""
+        student, normalisers = call.student[rows], self._normalisers(rows, merged)
+        packed = normalisers.student_max.new_zeros(len(SUMS) + 3, len(student))
         if self.objective.columns == 0:
-            return self._buffers.new_zeros(len(self.names), count)
-        log_p, log_q = self._normalise(logits, shift)
-        rows = self._rows(count)
-        entropies = [
-            torch.mul(probability, log, out=rows.scratch).sum(-1).neg_()
-            for probability, log in ((rows.p, log_p), (rows.q, log_q))
-        ]
-        logprobs = [self._at_targets(log, targets) for log in (log_p, log_q)]
-        _to_ratio(rows)
-        kls = kl_sums(rows)
-        return torch.stack([*kls, *entropies, *logprobs, *self.objective.divergence.sums(rows)])
+            return packed
+        teacher = self._teacher(call, rows, merged)
+        packed[: len(SUMS)] = self.kernels.sums(student, teacher, normalisers)
+        packed[len(SUMS)] = self._preferred(teacher, rows, merged)
+        at_targets = self._at_targets(None if call.targets is None else call.targets[rows], student, teacher)
+        if at_targets is not None:
+            student_max, student_log, teacher_max, teacher_log = normalisers
+            logprobs = at_targets - torch.stack([student_max, teacher_max]) - torch.stack([student_log, teacher_log])
+            assert call.targets is not None
+            packed[len(SUMS) + 1 :] = torch.where(self._held(call.targets[rows]), logprobs, 0)
+        return packed
 
-    def _at_targets(self, log: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-        """log[i, targets[i]] where this rank holds the column, else 0."""
-        if targets is None:
-            return log.new_zeros(len(log))
-        column = targets - self.objective.first_column
-        held = (column >= 0) & (column < self.objective.columns)
-        chosen = log.gather(1, column.clamp(0, self.objective.columns - 1).unsqueeze(-1)).squeeze(-1)
-        return chosen.where(held, chosen.new_zeros(()))
+    def _preferred(self, teacher: torch.Tensor, rows: slice, merged: _Merged) -> torch.Tensor:
+        """How many of this rank's columns the teacher likes better than the student's favourite."""
+        if not self._mixes_probabilities:
+            # The maximum is known: one rank says so.
+            ahead = (merged.at[0, rows] < merged.maxima[1, rows]).to(self.objective.dtype)
+            return ahead if self.objective.first_column == 0 else torch.zeros_like(ahead)
+        log_weights = torch.tensor(self.objective.teacher_weights, device=teacher.device, dtype=teacher.dtype).log()
+        log_q = merged.at[:, rows] - merged.maxima[1:, rows] - merged.log_sums[1:, rows] + log_weights.unsqueeze(-1)
+        favourite = (log_q.logsumexp(0) + _TIE) * self.objective.temperature
+        return (teacher > favourite.unsqueeze(-1)).sum(-1).to(self.objective.dtype)
 
-    def _gradient(self, call: _Call, sums: torch.Tensor) -> None:
+    def _write_gradient(
+        self,
+        call: Call,
+        blocks: list[slice],
+        merged: _Merged,
+        pulls: torch.Tensor,
+        logprobs: torch.Tensor,
+        policy: PolicyResult | None,
+    ) -> None:
+        if self.objective.columns == 0:
+            return
         assert call.gradient is not None
-        gradient = self.objective.divergence.gradient(self._rows(len(call.student)), self._named(sums))
-        # The factor and the chain rule through logits / temperature.
-        if call.factor is not None:
-            gradient.mul_((call.factor / self.objective.temperature).unsqueeze(-1))
-        elif self.objective.temperature != 1:
-            gradient.div_(self.objective.temperature)
-        call.gradient.copy_(gradient)
+        scale = self._scale(call)
+        # A masked token's sums may be infinite.
+        shared = torch.where(scale == 0, 0, scale * pulls)
+        of_target = None
+        if policy is not None and call.policy is not None:
+            weights = torch.ones_like(scale) if call.weights is None else call.weights
+            of_target = torch.where(weights == 0, 0, weights * policy.slope) * (
+                call.policy.coef / self.objective.temperature
+            )
+            shared = shared + of_target
+        for rows in blocks:
+            self.kernels.gradient(
+                call.student[rows], self._teacher(call, rows, merged), self._normalisers(rows, merged),
+                scale[rows], shared[rows], call.gradient[rows],
+            )  # fmt: skip
+        if of_target is not None:
+            self._write_targets(call, scale, shared, of_target, logprobs)
 
+    def _write_targets(
+        self, call: Call, scale: torch.Tensor, shared: torch.Tensor, of_target: torch.Tensor, logprobs: torch.Tensor
+    ) -> None:
+        """The sampled tokens' own entries, from scratch: of_target (1 - p) would be lost in a rounded -of_target p."""
+        assert call.targets is not None
+        assert call.gradient is not None
+        p, q, r = logprobs[0].exp(), logprobs[1].exp(), logprobs[0] - logprobs[1]
+        pull = self.objective.divergence.pull(p, q, r, self.objective.divergence.parameter)
+        entry = torch.where(scale == 0, 0, scale * pull) - shared * p + of_target
+        held = self._held(call.targets) & ((scale != 0) | (of_target != 0))
+        rows = held.nonzero().squeeze(-1)
+        columns = call.targets[rows] - self.objective.first_column
+        call.gradient[rows, columns] = entry[rows].to(call.gradient.dtype)
 
-def _to_ratio(rows: Rows) -> None:
-    """Turns the buffers of log p and log q into r and d."""
-    rows.r.sub_(rows.d)
-    torch.sub(rows.q, rows.p, out=rows.d)
+    # One number per token
+
+    def _blocks(self, tokens: int) -> list[slice]:
+        size = self._block_rows
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def _scale(self, call: Call) -> torch.Tensor:
+        """[T]: weight of the divergence's gradient with respect to the student's logits as they came in."""
+        factor = self.objective.lambda_distill / self.objective.temperature
+        if call.weights is None:
+            return torch.full((len(call.student),), factor, dtype=self.objective.dtype, device=call.student.device)
+        return call.weights * factor
+
+    def _held(self, targets: torch.Tensor) -> torch.Tensor:
+        column = targets - self.objective.first_column
+        return (column >= 0) & (column < self.objective.columns)
+
+    def _at_targets(
+        self, targets: torch.Tensor | None, student: torch.Tensor, teacher: torch.Tensor
+    ) -> torch.Tensor | None:
+        """[2, T] logits over the temperature at the targets (of some column where this rank does not hold them)."""
+        if targets is None:
+            return None
+        column = (targets - self.objective.first_column).clamp(0, self.objective.columns - 1).unsqueeze(-1)
+        chosen = [logits.gather(1, column).squeeze(-1).to(self.objective.dtype) for logits in (student, teacher)]
+        return (torch.stack(chosen) / self.objective.temperature).clamp_(min=LOG_ZERO)

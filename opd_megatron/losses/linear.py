@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.arguments import (
+    Choices,
     Objective,
     check_matrix,
     check_per_token,
@@ -23,18 +24,14 @@ from opd_megatron.losses.arguments import (
     check_targets,
     make_objective,
 )
-from opd_megatron.losses.engine import Engine
+from opd_megatron.losses.chunks import chunk_bounds
+from opd_megatron.losses.engine import Call, Engine, Terms
+from opd_megatron.losses.kernels.base import SUMS
+from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
+from opd_megatron.losses.products import add_outer, chunk_memory, large_empty, times_head
 
 Projection = tuple[torch.Tensor, torch.Tensor]
 """Hidden states [T, h] and this rank's rows of the LM head [v, h]."""
-
-# Bytes of one chunk's student logits. Fewer, larger chunks make larger matrix products and fewer passes over d head;
-# the softmax arithmetic works on smaller blocks of its own, so the cache sets no tighter bound.
-_CHUNK_BYTES = {"cpu": 32 * 2**20}
-_CHUNK_BYTES_GPU = 256 * 2**20
-_MIN_CHUNK_TOKENS = 64
-# Vocabulary rows of d head that are added to the fp32 sum at a time.
-_HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,21 @@ class DivergenceTerms:
     """
 
     loss_sum: torch.Tensor
-    """Scalar: sum over tokens of weight times divergence."""
+    """Scalar: sum over tokens of weight times loss."""
     per_token: torch.Tensor
-    """The divergence of each token, not weighted."""
+    """Loss of each token, not weighted: lambda_distill times the divergence plus the policy term."""
+    divergence: torch.Tensor
     reverse_kl: torch.Tensor
     forward_kl: torch.Tensor
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor
+    top1_agreement: torch.Tensor
+    """1 where both models prefer the same token, else 0."""
     student_logprob: torch.Tensor | None = None
     """Of `targets`; None without."""
     teacher_logprob: torch.Tensor | None = None
+    policy: PolicyResult | None = None
+    """Of the policy term; None without."""
 
 
 def linear_divergence(
@@ -65,6 +67,8 @@ def linear_divergence(
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    lambda_coef: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -72,12 +76,13 @@ def linear_divergence(
     combine: str = "logit_mean",
     token_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
+    sequence_parallel: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss_sum scalar, per_token [T] detached) of `linear_divergence_terms`."""
     terms = linear_divergence_terms(
-        student_hidden, student_head, teachers, type=type, beta=beta, temperature=temperature, vocab_size=vocab_size,
-        group=group, teacher_weights=teacher_weights, combine=combine, token_weights=token_weights,
-        chunk_tokens=chunk_tokens,
+        student_hidden, student_head, teachers, type=type, beta=beta, alpha=alpha, lambda_coef=lambda_coef,
+        temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights, combine=combine,
+        token_weights=token_weights, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel,
     )  # fmt: skip
     return terms.loss_sum, terms.per_token
 
@@ -89,14 +94,19 @@ def linear_divergence_terms(
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    lambda_coef: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     teacher_weights: Sequence[float] | None = None,
     combine: str = "logit_mean",
+    lambda_distill: float = 1.0,
     token_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
     targets: torch.Tensor | None = None,
+    policy: PolicyTerm | None = None,
+    sequence_parallel: bool = False,
 ) -> DivergenceTerms:
     """Exact divergence between a student and its teachers from hidden states, with two collectives for each chunk.
 
@@ -108,40 +118,55 @@ def linear_divergence_terms(
         student_hidden: [T, h]; differentiable. T may be 0.
         student_head: [v, h]; differentiable, and may be a tied embedding.
         teachers: (hidden [T, h_i], head [v, h_i]) of each.
+        lambda_distill: weight of the divergence in the loss.
         token_weights: [T]; ones by default, 0 masks a token.
         chunk_tokens: tokens whose logits exist at a time; must agree across the group. Chosen by memory by default.
         targets: [T] int64 global token ids whose log-probabilities are wanted.
+        policy: a policy-gradient term on the `targets`, in the same pass; with `level="sequence"` a chunk grows until
+            it holds whole sequences.
+        sequence_parallel: hidden states, the teachers' too, are this rank's [T / ranks, h] of all T tokens; everything
+            else is still [T]. Gathers them, and reduce-scatters the gradient in backward.
 
     Raises:
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
+    choices = Choices(
+        type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine, lambda_distill
+    )
     _check_tensors(student_hidden, student_head, teachers)
     heads = [student_head, *(head for _, head in teachers)]
-    objective = make_objective(
-        type, beta, temperature, vocab_size, group, teacher_weights, combine,
-        widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads],
-    )  # fmt: skip
-    check_per_token("token_weights", token_weights, student_hidden)
-    check_targets(targets, student_hidden, objective.vocab_size)
+    objective = make_objective(choices, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
+    shards = dist.get_world_size(objective.group) if sequence_parallel and objective.group is not None else 1
+    tokens = len(student_hidden) * shards
+    rows = student_hidden.new_empty(tokens, 0)
+    check_per_token("token_weights", token_weights, rows)
+    check_targets(targets, rows, objective.vocab_size)
+    if policy is not None:
+        check_policy(policy, rows)
+        if targets is None:
+            raise ConfigError("targets is missing but the policy term is about sampled tokens: pass their ids")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1: leave it out to have it chosen")
-    chunk = chunk_tokens or _default_chunk(student_hidden, student_head)
     tracked = torch.is_grad_enabled()
     plan = _Plan(
-        objective, teachers, token_weights, targets, chunk,
+        objective, teachers, token_weights, targets, policy,
+        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
     )  # fmt: skip
-    loss_sum, per_token, sums = _FromHidden.apply(student_hidden, student_head, plan)
-    reverse, forward, student_entropy, teacher_entropy, student_logprob, teacher_logprob = sums[:6]
+    loss_sum, per_token, sums, extra, of_policy = _FromHidden.apply(student_hidden, student_head, plan)
+    named = dict(zip(SUMS, sums, strict=True))
     return DivergenceTerms(
         loss_sum=loss_sum,
         per_token=per_token,
-        reverse_kl=reverse,
-        forward_kl=forward,
-        student_entropy=student_entropy,
-        teacher_entropy=teacher_entropy,
-        student_logprob=None if targets is None else student_logprob,
-        teacher_logprob=None if targets is None else teacher_logprob,
+        divergence=named["value"],
+        reverse_kl=named["reverse_kl"],
+        forward_kl=named["forward_kl"],
+        student_entropy=named["student_entropy"],
+        teacher_entropy=named["teacher_entropy"],
+        top1_agreement=extra[0],
+        student_logprob=None if targets is None else extra[1],
+        teacher_logprob=None if targets is None else extra[2],
+        policy=None if policy is None else PolicyResult(*of_policy),
     )
 
 
@@ -157,14 +182,6 @@ def _check_tensors(hidden: torch.Tensor, head: torch.Tensor, teachers: Sequence[
         check_projection(f"teacher {index}", teacher_hidden, teacher_head)
 
 
-def _default_chunk(hidden: torch.Tensor, head: torch.Tensor) -> int:
-    """Equal chunks of bounded size, from what is the same on all ranks of a group."""
-    tokens = max(len(hidden), 1)
-    limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_GPU) // (len(head) * head.element_size())
-    chunks = -(-tokens // max(limit, _MIN_CHUNK_TOKENS))
-    return -(-tokens // chunks)
-
-
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """The arguments of one call that autograd does not track."""
@@ -173,7 +190,10 @@ class _Plan:
     teachers: Sequence[Projection]
     token_weights: torch.Tensor | None
     targets: torch.Tensor | None
-    chunk: int
+    policy: PolicyTerm | None
+    chunks: Sequence[slice]
+    shards: int
+    """Ranks that the tokens are sharded over."""
     hidden_grad: bool
     head_grad: bool
 
@@ -182,104 +202,144 @@ class _FromHidden(torch.autograd.Function):
     """Keeps d hidden [T, h] and d head [v, h], made in forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, plan: _Plan
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, plan: _Plan) -> tuple[torch.Tensor, ...]:
         chunked = _Chunked(hidden, head, plan)
-        sums = chunked.run()
-        per_token = chunked.engine.value(sums).clone()
+        terms = chunked.run()
+        sums, extra = terms.sums, torch.stack([terms.top1, *([] if terms.logprobs is None else terms.logprobs)])
+        per_token = terms.value * plan.objective.lambda_distill if plan.objective.lambda_distill else terms.value * 0
+        of_policy = per_token.new_zeros(0)
+        if plan.policy is not None and terms.policy is not None:
+            of_policy = torch.stack(list(terms.policy))
+            per_token = per_token + plan.policy.coef * terms.policy.loss
         weighted = per_token
-        if plan.token_weights is not None:
-            weights = plan.token_weights.to(per_token.dtype)
-            weighted = torch.where(weights == 0, 0, weights * per_token)  # a masked infinity is not a NaN
-        ctx.group = plan.objective.group
+        if chunked.weights is not None:
+            # A masked infinity is not a NaN.
+            weighted = torch.where(chunked.weights == 0, 0, chunked.weights * per_token)
+        ctx.group, ctx.shards = plan.objective.group, plan.shards
         ctx.save_for_backward(chunked.hidden_gradient, chunked.head_gradient_in(head.dtype))
-        ctx.mark_non_differentiable(per_token, sums)
-        return weighted.sum(), per_token, sums
+        ctx.mark_non_differentiable(per_token, sums, extra, of_policy)
+        return weighted.sum(), per_token, sums, extra, of_policy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
-            dtype = hidden_gradient.dtype
-            total = hidden_gradient.to(grad_loss.dtype) * grad_loss
-            if ctx.group is not None and total.numel():
-                dist.all_reduce(total, group=ctx.group)
-            hidden_gradient = total.to(dtype)
+            hidden_gradient = _summed(hidden_gradient, grad_loss, ctx.group, ctx.shards)
         if head_gradient is not None:
-            head_gradient = head_gradient * grad_loss
+            head_gradient = _times(head_gradient, grad_loss)
         return hidden_gradient, head_gradient, None
+
+
+def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The product; without a pass over memory where the factor is 1 and asking costs no synchronisation."""
+    return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient * factor
+
+
+def _summed(gradient: torch.Tensor, factor: torch.Tensor, group: dist.ProcessGroup | None, shards: int) -> torch.Tensor:
+    """d hidden of the whole vocabulary: of all tokens, or of this rank's where they are sharded."""
+    total = gradient.to(factor.dtype) * factor
+    if group is not None and total.numel():
+        if shards > 1:
+            mine = total.new_empty(len(total) // shards, total.shape[1])
+            dist.reduce_scatter_tensor(mine, total, group=group)
+            total = mine
+        else:
+            dist.all_reduce(total, group=group)
+    return total.to(gradient.dtype)
+
+
+def _gathered(hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """[T, h] of all tokens."""
+    hidden = hidden.detach()
+    if plan.shards == 1 or not hidden.numel():
+        return hidden
+    whole = hidden.new_empty(len(hidden) * plan.shards, hidden.shape[1])
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=plan.objective.group)
+    return whole
 
 
 class _Chunked:
     """One forward pass over chunks of tokens, with the buffers they share."""
 
     def __init__(self, hidden: torch.Tensor, head: torch.Tensor, plan: _Plan) -> None:
-        self.plan, self.hidden = plan, hidden
+        self.plan, self.hidden = plan, _gathered(hidden, plan)
         self.columns = plan.objective.columns
-        self.head = head[: self.columns]
-        self.teachers = [(states.detach(), weight.detach()[: self.columns]) for states, weight in plan.teachers]
-        self.tokens = min(plan.chunk, len(hidden))
-        self.engine = Engine(plan.objective, max(self.tokens, 1), hidden.device)
-        shape = (self.tokens, self.columns)
-        self.logits = [states.new_empty(shape) for states in (hidden, *(states for states, _ in self.teachers))]
-        self.factor = self._factor()
-        self.hidden_gradient = torch.empty_like(hidden) if plan.hidden_grad else None
+        self.head = head.detach()[: self.columns]
+        self.teachers = [(_gathered(states, plan), weight.detach()[: self.columns]) for states, weight in plan.teachers]
+        self.tokens = max((chunk.stop - chunk.start for chunk in plan.chunks), default=0)
+        self.engine = Engine(
+            plan.objective, max(self.tokens, 1), hidden.device, [states.dtype for states in self._all_hidden()]
+        )
+        weights = plan.token_weights
+        self.weights = None if weights is None else weights.to(plan.objective.dtype)
+        self.hidden_gradient = torch.empty_like(self.hidden) if plan.hidden_grad else None
         self.head_gradient = self._new_head_gradient(head) if plan.head_grad else None
 
-    def run(self) -> torch.Tensor:
-        """All per-token sums, [len(engine.names), T]."""
+    def run(self) -> Terms:
         if not len(self.hidden):
-            return self.engine.run(self.logits[0], self.logits[1:])
-        starts = range(0, len(self.hidden), self.tokens)
-        return torch.cat([self._chunk(slice(start, start + self.tokens)) for start in starts], dim=1)
+            return self._nothing()
+        buffers = [chunk_memory.borrow((self.tokens, self.columns), states) for states in self._all_hidden()]
+        try:
+            parts = [self._chunk(rows, buffers) for rows in self.plan.chunks]
+        finally:
+            for buffer in buffers:
+                chunk_memory.give_back(buffer)
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
-    def _chunk(self, rows: slice) -> torch.Tensor:
-        hidden, targets = self.hidden[rows], self.plan.targets
-        logits = [buffer[: len(hidden)] for buffer in self.logits]
+    def _all_hidden(self) -> list[torch.Tensor]:
+        return [self.hidden, *(states for states, _ in self.teachers)]
+
+    def _nothing(self) -> Terms:
+        empty = torch.empty(0, dtype=self.plan.objective.dtype, device=self.hidden.device)
+        policy = None if self.plan.policy is None else PolicyResult(*[empty] * len(PolicyResult._fields))
+        logprobs = None if self.plan.targets is None else empty.expand(2, 0)
+        return Terms(empty.expand(len(SUMS), 0), empty, logprobs, policy)
+
+    def _chunk(self, rows: slice, buffers: Sequence[torch.Tensor]) -> Terms:
+        hidden = self.hidden[rows]
+        logits = [buffer[: len(hidden)] for buffer in buffers]
         torch.mm(hidden, self.head.t(), out=logits[0])
         for (states, head), out in zip(self.teachers, logits[1:], strict=True):
             torch.mm(states[rows], head.t(), out=out)
-        wanted = self.plan.hidden_grad or self.plan.head_grad
-        sums = self.engine.run(
-            logits[0],
-            logits[1:],
-            targets=None if targets is None else targets[rows],
-            gradient=logits[0] if wanted else None,
-            factor=None if self.factor is None else self.factor[rows],
+        plan = self.plan
+        wanted = plan.hidden_grad or plan.head_grad
+        terms = self.engine.run(
+            Call(
+                student=logits[0],
+                teachers=logits[1:],
+                weights=None if self.weights is None else self.weights[rows],
+                targets=None if plan.targets is None else plan.targets[rows],
+                policy=None if plan.policy is None else plan.policy.rows(rows),
+                gradient=logits[0] if wanted else None,
+            )
         )
         if self.hidden_gradient is not None:
-            torch.mm(logits[0], self.head, out=self.hidden_gradient[rows])
+            times_head(logits[0], self.head, out=self.hidden_gradient[rows])
         if self.head_gradient is not None:
-            self._add_head_gradient(self.head_gradient[: self.columns], logits[0], hidden, first=rows.start == 0)
-        return sums
-
-    def _factor(self) -> torch.Tensor | None:
-        weights = self.plan.token_weights
-        return None if weights is None else weights.to(self.plan.objective.dtype)
+            add_outer(self.head_gradient[: self.columns], logits[0], hidden, first=rows.start == 0)
+        return terms
 
     def _new_head_gradient(self, head: torch.Tensor) -> torch.Tensor:
         # Products of bf16 matrices are bf16, so a sum of two needs no wider storage; a longer one does.
-        dtype = head.dtype if len(self.hidden) <= 2 * self.tokens else torch.promote_types(head.dtype, torch.float32)
-        gradient = torch.empty_like(head, dtype=dtype, memory_format=torch.contiguous_format)
+        dtype = head.dtype if len(self.plan.chunks) <= 2 else torch.promote_types(head.dtype, torch.float32)
+        gradient = large_empty(tuple(head.shape), dtype, head.device)
         gradient[self.columns if len(self.hidden) else 0 :].zero_()
         return gradient
 
-    @staticmethod
-    def _add_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, first: bool) -> None:
-        """total (+)= gradient^T hidden, [columns, h]; added in fp32 or wider."""
-        if first and total.dtype == hidden.dtype:
-            torch.mm(gradient.t(), hidden, out=total)
-            return
-        if hidden.element_size() >= 4:
-            total.addmm_(gradient.t(), hidden)
-            return
-        # In pieces: no copy of the whole, and conversions stay in the cache.
-        for start in range(0, len(total), _HEAD_ROWS):
-            rows = slice(start, start + _HEAD_ROWS)
-            part = torch.mm(gradient[:, rows].t(), hidden)
-            total[rows].copy_(part if first else part.float().add_(total[rows].float()))
-
     def head_gradient_in(self, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.head_gradient is None else self.head_gradient.to(dtype)
+
+
+def _joined(parts: Sequence[Terms]) -> Terms:
+    policy = None
+    if parts[0].policy is not None:
+        fields = zip(*(part.policy for part in parts if part.policy is not None), strict=True)
+        policy = PolicyResult(*(torch.cat(field) for field in fields))
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return Terms(
+        torch.cat([part.sums for part in parts], dim=1),
+        torch.cat([part.top1 for part in parts]),
+        torch.cat(logprobs, dim=1) if logprobs else None,
+        policy,
+    )

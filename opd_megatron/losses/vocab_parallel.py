@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.arguments import Objective, check_matrix, make_objective
-from opd_megatron.losses.engine import Engine
+from opd_megatron.losses.arguments import Choices, Objective, check_matrix, make_objective
+from opd_megatron.losses.engine import Call, Engine
 
 
 def vocab_parallel_divergence(
@@ -19,6 +19,8 @@ def vocab_parallel_divergence(
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    lambda_coef: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -33,8 +35,11 @@ def vocab_parallel_divergence(
     Args:
         student_logits: [T, v], this rank's shard; differentiable.
         teacher_logits: [T, v], or a list of them (an ensemble).
-        type: `reverse_kl`, `forward_kl` or `gkd`.
+        type: a name in `DIVERGENCES` (losses/divergences.py, where the formulae are): `reverse_kl`, `forward_kl`, `gkd`,
+            `skew_reverse_kl`, `skew_forward_kl`, `lambda_jsd`.
         beta: of `gkd`; 0 is forward KL, 1 is reverse KL.
+        alpha: of the skewed KLs: how much of its own first argument is mixed into the second; 0 is the plain KL.
+        lambda_coef: of `lambda_jsd`: the student's share.
         temperature: divides all logits; the gradient carries its 1/T and no T^2.
         vocab_size: true vocabulary; columns at or past it take no part. All columns by default.
         group: tensor-parallel process group; None = not sharded.
@@ -53,9 +58,8 @@ def vocab_parallel_divergence(
         check_matrix(f"teacher_logits[{index}]", logits, student_logits, rows=len(student_logits))
     everyone = [student_logits, *teachers]
     widths, dtypes = [x.shape[1] for x in everyone], [x.dtype for x in everyone]
-    objective = make_objective(
-        type, beta, temperature, vocab_size, group, teacher_weights, combine, widths=widths, dtypes=dtypes
-    )
+    choices = Choices(type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine)
+    objective = make_objective(choices, widths, dtypes)
     differentiable = torch.is_grad_enabled() and student_logits.requires_grad
     loss: torch.Tensor = _FromLogits.apply(student_logits, teachers, objective, differentiable)
     return loss
@@ -76,10 +80,10 @@ class _FromLogits(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         if not len(student):
             return student.new_zeros(0, dtype=objective.dtype)
-        engine = Engine(objective, len(student), student.device)
+        engine = Engine(objective, len(student), student.device, [x.dtype for x in (student, *teachers)])
         local = None if gradient is None else gradient[:, held]
-        sums = engine.run(student[:, held], [teacher[:, held] for teacher in teachers], gradient=local)
-        return engine.value(sums).clone()
+        logits = [x.detach()[:, held] for x in (student, *teachers)]
+        return engine.run(Call(logits[0], logits[1:], gradient=local)).value.clone()
 
     @staticmethod
     @once_differentiable

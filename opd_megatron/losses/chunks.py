@@ -1,0 +1,41 @@
+"""Which tokens have their logits at the same time."""
+
+from __future__ import annotations
+
+import torch
+
+from opd_megatron.losses.policy import PolicyTerm
+
+# Bytes of one chunk's student logits. Fewer, larger chunks make larger matrix products and fewer passes over d head,
+# which is worth more than a chunk that stays in the cache: the passes over the vocabulary go row by row anyway.
+_CHUNK_BYTES = {"cpu": 160 * 2**20}
+_CHUNK_BYTES_GPU = 512 * 2**20
+_MIN_CHUNK_TOKENS = 64
+
+
+def chunk_bounds(
+    tokens: int, head: torch.Tensor, chunk_tokens: int | None, policy: PolicyTerm | None
+) -> list[slice]:
+    """Slices of [0, tokens) of at most `chunk_tokens`, or of equal size in bounded memory.
+
+    Computed from what is the same on all ranks of a group. A policy term at the level of sequences moves every bound to
+    the end of a sequence, because a sequence's ratio needs all its tokens.
+    """
+    size = chunk_tokens or _default_chunk(tokens, head)
+    if policy is None or policy.level == "token" or policy.sequence_ids is None:
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    _, counts = policy.sequence_ids.unique_consecutive(return_counts=True)
+    chunks, start, stop = [], 0, 0
+    for count in counts.tolist():
+        if stop > start and stop + count - start > size:
+            chunks.append(slice(start, stop))
+            start = stop
+        stop += count
+    return [*chunks, slice(start, stop)] if stop > start else chunks
+
+
+def _default_chunk(tokens: int, head: torch.Tensor) -> int:
+    tokens = max(tokens, 1)
+    limit = _CHUNK_BYTES.get(head.device.type, _CHUNK_BYTES_GPU) // (len(head) * head.element_size())
+    chunks = -(-tokens // max(limit, _MIN_CHUNK_TOKENS))
+    return -(-tokens // chunks)

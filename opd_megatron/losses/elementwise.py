@@ -1,0 +1,58 @@
+"""The few functions of one element that a divergence may be written with, and how another backend takes their place.
+
+A divergence (`divergences.py`) is ordinary Python arithmetic plus the names below. As it stands it runs on torch
+tensors. The compiled backends run the same function body with the same names bound to their own scalar or block
+functions, so that a formula is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+
+Elementwise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""(p, q, r = log p - log q, parameter) -> one element of a sum over the vocabulary."""
+
+
+def exp(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x)
+
+
+def expm1(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) - 1 without losing the digits of a small x."""
+    return torch.expm1(x)
+
+
+def log1p(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + x) without losing the digits of a small x."""
+    return torch.log1p(x)
+
+
+def clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return x.clamp(low, high)
+
+
+def where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(condition, a, b)
+
+
+NAMES = ("exp", "expm1", "log1p", "clamp", "where")
+
+
+def rebind(function: Any, names: Mapping[str, Any], wrap: Callable[[FunctionType], Any]) -> Any:
+    """`wrap` of a copy of `function` in which each of `NAMES` means what `names` says.
+
+    Functions of the same module that it calls are copied and wrapped likewise.
+    """
+    assert isinstance(function, FunctionType)
+    bound = dict(names)
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if name not in names and isinstance(called, FunctionType) and called.__module__ == function.__module__:
+            bound[name] = rebind(called, names, wrap)
+    copy = FunctionType(function.__code__, {**function.__globals__, **bound}, function.__name__)
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+    return wrap(copy)

@@ -1,0 +1,179 @@
+"""Sampled-token terms: a policy-gradient loss per response token, from what the divergence's own pass yields.
+
+With p the student's and q the teacher's probability of the sampled token a, p_roll the engine's that sampled it, and
+p_old the trainer's before the update,
+
+    loss = -w min(rho A, clip(rho, 1 - low, 1 + high) A),     rho = p / p_old,     w = min(p_old / p_roll, cap)
+
+(PPO, arXiv 1707.06347; the truncated weight w corrects for an engine that samples with other arithmetic than the
+trainer's). A and w are constants. Only d loss / d log p(a) is needed here: the pass over the vocabulary turns it into
+the gradient of all logits, delta_a - p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from opd_megatron.errors import ConfigError
+from opd_megatron.losses.divergences import DIVERGENCES
+
+ADVANTAGES = ("given", "kl", "jsd", "lambda_jsd")
+LEVELS = ("token", "sequence")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTerm:
+    """Adds `coef` times a policy-gradient loss to the objective. Tensors are [T], one value for each token."""
+
+    rollout_logprobs: torch.Tensor
+    """Of the sampled tokens under the engine, at the objective's temperature."""
+    coef: float = 1.0
+    """lambda_rl."""
+    advantage: str = "given"
+    """Where A comes from: `given` (`advantages` alone), or a distillation advantage that is added to them.
+
+    `kl`: kl_coef (log q(a) - log p_roll(a)). `jsd`: -dJSD_beta/dp(a) = (1 - beta)(log m(a) - log p(a)), m = beta q +
+    (1 - beta) p. `lambda_jsd`: the same of lambda KL(p|m) + (1 - lambda) KL(q|m), m = (p + q) / 2. Up to a constant,
+    which has no effect on the expected gradient: it is minus kl_coef times that of the divergence, exactly.
+    """
+    advantages: torch.Tensor | None = None
+    """Advantages from rewards."""
+    kl_coef: float = 1.0
+    """Multiplies the distillation advantage, whichever it is."""
+    beta: float = 0.5
+    lambda_coef: float = 0.5
+    old_logprobs: torch.Tensor | None = None
+    """log p_old. By default p_roll, so that w = 1; with a `truncation`, p itself: rho = 1 and w = min(p / p_roll, cap),
+    the correction for a step that makes one update of its samples."""
+    clip: tuple[float, float] | None = None
+    """(low, high) of the clipped ratio; none by default."""
+    truncation: float | None = None
+    """The cap."""
+    level: str = "token"
+    """`sequence`: rho and w are geometric means over a sequence's tokens (GSPO-token, arXiv 2507.18071)."""
+    sequence_ids: torch.Tensor | None = None
+    """int64, non-decreasing: which sequence a token belongs to. For `level="sequence"`, which needs whole sequences on
+    one rank."""
+
+    def rows(self, rows: slice) -> PolicyTerm:
+        """The same term of some of the tokens."""
+        names = ("rollout_logprobs", "advantages", "old_logprobs", "sequence_ids")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
+
+
+class PolicyResult(NamedTuple):
+    """Each [T], detached."""
+
+    loss: torch.Tensor
+    slope: torch.Tensor
+    """d loss / d log p(a)."""
+    advantage: torch.Tensor
+    ratio: torch.Tensor
+    """p / p_roll of the token, or of its sequence."""
+    clipped: torch.Tensor
+    """1 where the clip took the gradient away, else 0."""
+
+
+def check_policy(term: PolicyTerm, like: torch.Tensor) -> None:
+    """Raises ConfigError for what does not fit; `like` has one row for each token."""
+    for name in ("rollout_logprobs", "advantages", "old_logprobs", "sequence_ids"):
+        value = getattr(term, name)
+        if value is None:
+            continue
+        if value.shape != like.shape[:1] or value.device != like.device:
+            raise ConfigError(
+                f"policy.{name} has shape {list(value.shape)} on {value.device} but must be [{len(like)}] on "
+                f"{like.device}: one value for each token"
+            )
+    _check_choices(term)
+    if term.level == "sequence":
+        ids = term.sequence_ids
+        if ids is None or ids.dtype != torch.int64 or bool((ids[1:] < ids[:-1]).any()):
+            raise ConfigError(
+                "policy.sequence_ids must be int64 and non-decreasing for level='sequence': number each token's "
+                "sequence, whole sequences one after another"
+            )
+
+
+def _check_choices(term: PolicyTerm) -> None:
+    if term.advantage not in ADVANTAGES:
+        raise ConfigError(f"policy.advantage={term.advantage!r} is not one: use one of {', '.join(ADVANTAGES)}")
+    if term.advantage == "given" and term.advantages is None:
+        raise ConfigError("policy.advantages is missing but advantage='given' uses nothing else: pass one for each token")
+    if term.level not in LEVELS:
+        raise ConfigError(f"policy.level={term.level!r} is not one: use one of {', '.join(LEVELS)}")
+    if not (math.isfinite(term.coef) and math.isfinite(term.kl_coef)):
+        raise ConfigError(f"policy.coef={term.coef} and kl_coef={term.kl_coef} must be finite: use 0 for no such term")
+    for name in ("beta", "lambda_coef"):
+        if not 0 <= getattr(term, name) <= 1:
+            raise ConfigError(f"policy.{name}={getattr(term, name)} must lie in [0, 1]: 0.5 is the symmetric form")
+    if term.clip is not None and not (0 <= term.clip[0] <= 1 and 0 <= term.clip[1] < math.inf):
+        raise ConfigError(f"policy.clip={term.clip} must be (low in [0, 1], high >= 0): PPO uses (0.2, 0.2)")
+    if term.truncation is not None and not term.truncation > 0:
+        raise ConfigError(f"policy.truncation={term.truncation} must be positive: 2 is usual, None switches it off")
+
+
+def policy_loss(
+    term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, kept: torch.Tensor | None
+) -> PolicyResult:
+    """The loss of each token and its slope.
+
+    Args:
+        term: of these T tokens.
+        logprobs: [T] log p(a).
+        teacher_logprobs: [T] log q(a).
+        kept: [T] bool, which tokens count in a sequence's mean; all by default.
+    """
+    advantage = _advantage(term, logprobs, teacher_logprobs)
+    rollout = term.rollout_logprobs.to(logprobs.dtype)
+    if term.old_logprobs is not None:
+        old = term.old_logprobs.to(logprobs.dtype)
+    else:
+        old = rollout if term.truncation is None else logprobs
+    ratio = _ratio(term, logprobs - old, kept)
+    weight = _ratio(term, old - rollout, kept)
+    if term.truncation is not None:
+        weight = weight.clamp(max=term.truncation)
+    gain = ratio * advantage
+    clipped = torch.zeros_like(gain, dtype=torch.bool)
+    if term.clip is not None:
+        low, high = term.clip
+        bounded = ratio.clamp(1 - low, 1 + high) * advantage
+        clipped = bounded < gain
+        gain = torch.where(clipped, bounded, gain)
+    loss = -weight * gain
+    # d rho / d log p = rho; a clipped ratio is a constant.
+    slope = torch.where(clipped, 0, loss)
+    return PolicyResult(loss, slope, advantage, _ratio(term, logprobs - rollout, kept), clipped.to(loss.dtype))
+
+
+def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
+    given = torch.zeros_like(logprobs) if term.advantages is None else term.advantages.to(logprobs.dtype)
+    if term.advantage == "given":
+        return given
+    if term.advantage == "kl":
+        return given + term.kl_coef * (teacher_logprobs - term.rollout_logprobs.to(logprobs.dtype))
+    of_jsd = {"jsd": ("gkd", term.beta), "lambda_jsd": ("lambda_jsd", term.lambda_coef)}
+    name, parameter = of_jsd[term.advantage]
+    divergence = DIVERGENCES[name].make(parameter)
+    return given - term.kl_coef * divergence.slope(logprobs - teacher_logprobs)
+
+
+def _ratio(term: PolicyTerm, log_ratio: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """exp of the log ratio, or of its mean over each sequence."""
+    if term.level == "token" or not len(log_ratio):
+        return log_ratio.exp()
+    assert term.sequence_ids is not None
+    _, index = term.sequence_ids.unique_consecutive(return_inverse=True)
+    counts = torch.ones_like(log_ratio) if kept is None else kept.to(log_ratio.dtype)
+    # Selection: a masked token's log ratio may be anything.
+    values = log_ratio if kept is None else torch.where(kept, log_ratio, 0)
+    size = int(index[-1]) + 1
+    total = log_ratio.new_zeros(size).index_add_(0, index, values)
+    number = log_ratio.new_zeros(size).index_add_(0, index, counts)
+    return (total / number.clamp(min=1))[index].exp()
