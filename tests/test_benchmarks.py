@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if not path.name.startswith("_") and path.stem != "harness")
@@ -83,6 +84,50 @@ def test_a_command_that_fails_shows_what_it_printed(harness):
     processes = importlib.import_module("_processes")
     with pytest.raises(harness.BenchmarkError, match="reason 42"):
         processes.run_measured([sys.executable, "-c", "import sys; sys.exit('reason 42')"])
+
+
+def test_memory_of_a_contestant_counts_what_is_kept_and_the_temporaries_inside_operations(harness):
+    contestants, meters = (importlib.import_module(f"_divergence_{name}") for name in ("contestants", "meters"))
+    x = torch.randn(512, 1024)
+    y, z = x.clone().requires_grad_(), x.bfloat16().requires_grad_()
+    # exp keeps its result, and backward makes the gradient from it. A product of two dtypes converts one of its inputs
+    # inside the operation, where only the allocator sees it, and keeps nothing but its inputs.
+    for leaf, forward, held, peak in ((y, lambda: y.exp().sum(), 1, 2), (z, lambda: (z * x).sum(), 0, 2)):
+        found = [meters.memory(contestants.Contestant(forward, (leaf,))) for _ in range(2)]
+        assert found[0] == found[1]
+        assert found[0].held == held * x.nbytes
+        assert peak * x.nbytes <= found[0].peak < (peak + 0.01) * x.nbytes
+
+
+def test_a_ratio_is_to_the_fastest_peer_of_the_same_round(harness):
+    meters = importlib.import_module("_divergence_meters")
+    times = meters.Times({"ours": [2.0, 40.0, 6.0], "a": [1.0, 20.0, 4.0], "b": [4.0, 10.0, 3.0]})
+    assert times.ratio("ours", "a", "b") == 2.0  # of 2, 4 and 2
+    assert times.milliseconds("ours") == 6000.0
+
+
+def test_every_contestant_runs_in_every_round_from_a_place_that_changes(harness):
+    meters = importlib.import_module("_divergence_meters")
+    ran: list[str] = []
+    times = meters.race({name: lambda name=name: ran.append(name) for name in "abc"}, rounds=3, device="cpu")
+    rounds = ["".join(ran[i : i + 3]) for i in range(3, 12, 3)]  # the first three warm up
+    assert rounds == ["abc", "bca", "cab"]
+    assert all(len(seconds) == 3 for seconds in times.rounds.values())
+
+
+@pytest.mark.parametrize("peer", ["dense", "liger"])
+def test_peers_of_the_divergence_benchmark_compute_what_ours_does(harness, peer):
+    contestants = importlib.import_module("_divergence_contestants")
+    inputs = contestants.Inputs.of(contestants.Case(24, 16, 300, torch.float32))
+    if peer == "liger":
+        pytest.importorskip("liger_kernel")
+        pairs = [(contestants.LIGER_LOSS, contestants.liger(inputs))]
+    else:
+        pairs = [(loss, contestants.dense(inputs, loss)) for loss in contestants.DENSE]
+    for loss, way in pairs:
+        assert contestants.difference(contestants.ours(inputs, loss), way) < 1e-5, loss
+    # The comparison can fail: another divergence is far away.
+    assert contestants.difference(contestants.ours(inputs, contestants.Loss("gkd", "beta", 0.1)), pairs[0][1]) > 0.1
 
 
 @pytest.mark.slow
