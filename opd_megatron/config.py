@@ -24,9 +24,11 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are checked on assignment too."""
+    """Base of every section: unknown keys are errors, numbers are finite, values are checked on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class StudentConfig(Section):
@@ -106,20 +108,70 @@ class RolloutConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    type: Literal["reverse_kl", "forward_kl", "gkd", "on_policy_distill", "jsd"] = "reverse_kl"
-    """Divergence between student and teacher, at every response token."""
+    type: Literal[
+        "reverse_kl", "forward_kl", "gkd", "skew_reverse_kl", "skew_forward_kl", "lambda_jsd",
+        "on_policy_distill", "jsd",
+    ] = "reverse_kl"  # fmt: skip
+    """Divergence at every response token, exact over the whole vocabulary; `on_policy_distill` and `jsd` are the
+    sampled-token forms: a policy gradient that sees the sampled token alone."""
     beta: Fraction = 0.5
-    """gkd: 0 is forward KL, 1 is reverse KL."""
+    """gkd: 0 is forward KL, 1 is reverse KL. jsd: the same beta of the divergence that is sampled."""
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """skew_reverse_kl: KL(student|m), m = alpha student + (1 - alpha) teacher (DistiLLM). skew_forward_kl: the same
+    with the models exchanged. 0 is the plain KL."""
+    lambda_coef: Fraction | None = None
+    """lambda_jsd: weight of KL(student|m), the rest is KL(teacher|m), m their mean; 0.5 by default. jsd: where set,
+    this divergence is sampled instead of the one of `beta`."""
     temperature: PositiveFloat = 1.0
-    """Divides both models' logits in the loss."""
+    """Divides both models' logits in the loss; sampled-token forms need it equal to `rollout.temperature`."""
     lambda_distill: NonNegativeFloat = 1.0
-    """Weight of the divergence."""
+    """Weight of the divergence, or of the policy gradient that is its sampled-token form."""
     lambda_rl: NonNegativeFloat = 0.0
-    """Weight of the policy-gradient term."""
+    """Weight of the policy gradient on rewards."""
+    kl_coef: NonNegativeFloat = 1.0
+    """Sampled-token forms: multiplies the advantage, e.g. log q(a) - log p_rollout(a) of on_policy_distill."""
+    truncation: PositiveFloat | None = 2.0
+    """Sampled-token forms: cap on the importance weight p / p_rollout, which corrects for an engine with other
+    arithmetic than the trainer's; 2 is usual. null: no cap, and `clip_low` with `clip_high` may bound the ratio."""
+    clip_low: Fraction | None = None
+    """Sampled-token forms: the ratio p / p_rollout is clipped below 1 - clip_low as in PPO; null does not clip."""
+    clip_high: NonNegativeFloat | None = None
+    """The same above 1 + clip_high; goes together with `clip_low`, and with truncation=null."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Sampled-token forms: a ratio for each token, or its geometric mean over the sequence (GSPO)."""
     combine: Literal["logit_mean", "prob_mean"] = "logit_mean"
     """How several teachers are mixed."""
     chunk_tokens: PositiveInt | None = None
     """Tokens whose logits exist at one time; chosen for the cache by default."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the loss is a policy gradient on the sampled tokens."""
+        return self.type in ("on_policy_distill", "jsd")
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        if self.clip_low is None or self.clip_high is None:
+            return None
+        return self.clip_low, self.clip_high
+
+    @model_validator(mode="after")
+    def _rules(self) -> ObjectiveConfig:
+        low, high = self.clip_low, self.clip_high
+        if (low is None) != (high is None):
+            raise ValueError(
+                f"objective.clip_low={low} and objective.clip_high={high} must be given together: PPO uses 0.2 and 0.2"
+            )
+        if low is not None and self.truncation is not None:
+            raise ValueError(
+                f"objective.clip_low={low} has no effect beside objective.truncation={self.truncation}, whose ratio is "
+                "1 at the one update of a step: set objective.truncation=null to clip p / p_rollout instead"
+            )
+        if self.lambda_distill == 0 and self.lambda_rl == 0:
+            raise ValueError(
+                "objective.lambda_distill=0 and objective.lambda_rl=0 leave nothing to minimise: raise lambda_distill"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -245,6 +297,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.min_lr={optimizer.min_lr} must not exceed optimizer.lr={optimizer.lr}: lower min_lr"
             )
+        objective = self.objective
+        if objective.is_sampled and objective.temperature != self.rollout.temperature:
+            # The engine's log-probabilities are at the one, the trainer's at the other: their ratio would mean nothing.
+            raise ValueError(
+                f"objective.temperature={objective.temperature} must equal rollout.temperature="
+                f"{self.rollout.temperature} with objective.type={objective.type}, which scores sampled tokens: "
+                "set one to the other"
+            )
         self.micro_batch_size(parallel.data or 1)
         return self
 
@@ -261,17 +321,15 @@ class RunConfig(Section):
 
     def require_available(self) -> None:
         """Raises NotAvailableError for what the configuration can name but this release does not do."""
-        unavailable = {
-            f"objective.type={self.objective.type}": self.objective.type in ("on_policy_distill", "jsd"),
-            f"objective.lambda_rl={self.objective.lambda_rl}": self.objective.lambda_rl > 0,
-            f"teachers (a list of {len(self.teachers)})": len(self.teachers) > 1,
-        }
-        for what, missing in unavailable.items():
-            if missing:
-                raise NotAvailableError(
-                    f"{what} is not available yet: this release trains reverse_kl, forward_kl and gkd "
-                    "with one teacher and lambda_rl=0"
-                )
+        if self.objective.lambda_rl > 0:
+            raise NotAvailableError(
+                f"objective.lambda_rl={self.objective.lambda_rl} is not available yet: there are no rewards for its "
+                "policy gradient; set objective.lambda_rl=0 to distil alone"
+            )
+        if len(self.teachers) > 1:
+            raise NotAvailableError(
+                f"teachers (a list of {len(self.teachers)}) is not available yet: this release trains with one teacher"
+            )
 
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -371,10 +429,9 @@ def _one_line(error: ValidationError) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown config key {location!r}: {hint}"
     cause = first.get("ctx", {}).get("error")
-    message = str(cause) if cause is not None else first["msg"]
-    if not location:
-        return message
-    return f"{location}={first['input']!r}: {message}"
+    if cause is not None:  # a rule of ours, which names what it concerns
+        return str(cause)
+    return f"{location}={first['input']!r}: {first['msg']}" if location else first["msg"]
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

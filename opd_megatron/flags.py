@@ -28,12 +28,15 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "objective.type": ("distillation_type",),
     "objective.beta": ("distillation_beta",),
     "objective.temperature": ("distillation_temperature", "temperature"),
+    "objective.alpha": ("distillation_alpha", "skew_alpha"),
+    "objective.lambda_coef": ("lambda_coef",),
+    "objective.kl_coef": ("kl_coef",),
     "objective.lambda_rl": ("lambda_rl",),
     "objective.lambda_distill": ("lambda_distill",),
     "output_dir": ("output_dir",),
 }
 """Configuration key -> flags that set it. `--temperature` divides the logits in the loss; how the student samples is
-`rollout.temperature`."""
+`rollout.temperature`. There is no `--alpha`: elsewhere it weighs distillation against labels."""
 
 EXAMPLES = """examples:
   opd-megatron train configs/demo.yaml

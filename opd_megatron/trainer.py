@@ -66,16 +66,17 @@ class OPDTrainer:
         with timers.phase("sync"):
             parts.sampler.push(self.step_count)
         self._show_sample(rollouts)
+        means = dict(update.metrics)
         return StepMetrics(
             step=self.step_count,
             tokens=update.tokens,
             policy_version=rollouts[0].policy_version,
             grad_norm=update.grad_norm,
             lr=update.lr,
-            loss=update.metrics["loss"],
-            reverse_kl=update.metrics["reverse_kl"],
-            forward_kl=update.metrics["forward_kl"],
-            extra={**_rollout_figures(rollouts), **timers.collect(), "memory/peak": peak_memory_bytes()},
+            loss=means.pop("loss"),
+            reverse_kl=means.pop("reverse_kl"),
+            forward_kl=means.pop("forward_kl"),
+            extra={**means, **_rollout_figures(rollouts), **timers.collect(), "memory/peak": peak_memory_bytes()},
         )
 
     # The run
@@ -168,12 +169,13 @@ class OPDTrainer:
 
     def _micro_batches(self, rollouts: list[Rollout]) -> list[Batch]:
         grid = self.parts.student.grid
-        pairs = [(r.prompt.token_ids, r.response_ids) for r in shard_rollouts(rollouts, grid.dp_rank, grid.data)]
+        mine = shard_rollouts(rollouts, grid.dp_rank, grid.data)
         # Stages of a pipeline exchange tensors of one shape; without one, each micro batch is as long as it must be.
         length = global_length(rollouts) if grid.pipeline > 1 else None
         return make_micro_batches(
-            pairs,
+            [(rollout.prompt.token_ids, rollout.response_ids) for rollout in mine],
             self.config.micro_batch_size(grid.data),
+            logprobs=[rollout.logprobs for rollout in mine],
             length=length,
             multiple_of=self.parts.length_multiple,
             device=self.parts.device,

@@ -7,7 +7,7 @@ Legend for shapes: B sequences, S padded sequence length, T packed response toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +57,8 @@ class Rollout:
     response_ids: tuple[int, ...]
     """Sampled tokens, the stop token included when one was sampled."""
     logprobs: tuple[float, ...]
-    """Log-probability of each sampled token under the sampling policy, in nats."""
+    """Log-probability of each sampled token under the policy that drew it, in nats: after temperature, top-p and top-k,
+    so with the last two switched off that of softmax(logits / temperature)."""
     policy_version: int
     """How many optimizer steps the weights that sampled it had seen."""
     finish_reason: str = "length"
@@ -78,15 +79,24 @@ class Batch:
     """[B, S] int64: the next token of each position (0 where there is none)."""
     weights: torch.Tensor
     """[B, S] float32: 1 where the target is a response token."""
+    rollout_logprobs: torch.Tensor | None = None
+    """[B, S] float32: `Rollout.logprobs` of the targets, 0 where `weights` is; None where nothing was sampled."""
 
     def micro_batches(self, size: int) -> list[Batch]:
         """Splits along B; `size` must divide it."""
         assert len(self.tokens) % size == 0, f"{len(self.tokens)} sequences do not split into micro batches of {size}"
-        parts = zip(self.tokens.split(size), self.targets.split(size), self.weights.split(size), strict=True)
-        return [Batch(*part) for part in parts]
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self.tokens), size)]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.targets.to(device), self.weights.to(device))
+        return self._map(lambda values: values.to(device))
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the sequences."""
+        return self._map(lambda values: values[rows])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        logprobs = None if self.rollout_logprobs is None else change(self.rollout_logprobs)
+        return Batch(change(self.tokens), change(self.targets), change(self.weights), logprobs)
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +128,8 @@ class StepMetrics:
     grad_norm: float
     lr: float
     extra: dict[str, float] = field(default_factory=dict)
-    """Phase times `time/*` in seconds, `memory/peak` in bytes, `eval/*`, `rollout/*`."""
+    """Further token means of the update (`losses.reduction`), phase times `time/*` in seconds, `memory/peak` in bytes,
+    `eval/*`, `rollout/*`."""
 
     def as_dict(self) -> dict[str, float | int]:
         names = ("step", "loss", "reverse_kl", "forward_kl", "tokens", "policy_version", "grad_norm", "lr")

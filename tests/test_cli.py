@@ -74,6 +74,7 @@ def value_at(config: RunConfig, key: str) -> object:
 SAMPLE = {
     "student.path": "s", "teachers.0.path": "t", "data.source": "d", "objective.type": "gkd", "objective.beta": 0.25,
     "objective.temperature": 2.0, "objective.lambda_rl": 0.5, "objective.lambda_distill": 0.75, "output_dir": "o",
+    "objective.alpha": 0.2, "objective.lambda_coef": 0.3, "objective.kl_coef": 0.4,
 }  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def test_every_spelling_of_an_alias_sets_its_key(key: str, name: str, dashes: bo
 
 def test_the_published_flags_are_all_aliases() -> None:
     published = """student_model_path teacher_model_path dataset_path distillation_type distillation_beta
-    distillation_temperature lambda_rl lambda_distill output_dir student_model teacher_model dataset temperature"""
+    distillation_temperature lambda_rl lambda_distill output_dir student_model teacher_model dataset temperature
+    distillation_alpha skew_alpha lambda_coef kl_coef"""
     assert {name for names in ALIASES.values() for name in names} == set(published.split())
 
 
@@ -144,7 +146,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
         (["convert"], "not available yet"),
         (["plan", "x.yaml"], "not available yet"),
         (["report", "nowhere"], "nowhere"),
-        (["train", "--distillation_type", "jsd"], "objective.type=jsd is not available yet"),
+        (["train", "--distillation_type", "jsd", "--temperature", "2"], "must equal rollout.temperature=1.0"),
         (["train", "--lambda_rl", "0.5"], "objective.lambda_rl=0.5 is not available yet"),
         (["train", "--student_model", "no/such/folder"], "no/such/folder"),
     ],

@@ -1,13 +1,15 @@
 """The run configuration: what it refuses, what it says, and that nothing is lost on the way to the file."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from opd_megatron.config import RunConfig, build_config, dump_config, load_config, set_by_path
+from opd_megatron.config import ObjectiveConfig, RunConfig, build_config, dump_config, load_config, set_by_path
 from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError
 from opd_megatron.flags import config_keys
+from opd_megatron.losses.divergences import DIVERGENCES
 
 
 def refusal(*overrides: str) -> str:
@@ -48,6 +50,15 @@ def test_an_unknown_key_is_refused_with_its_neighbour(override: str, suggestion:
         "objective.temperature=0",
         "objective.lambda_rl=-1",
         "objective.type=kl",
+        "objective.alpha=1",
+        "objective.lambda_coef=1.5",
+        "objective.kl_coef=-1",
+        "objective.kl_coef=inf",
+        "objective.temperature=nan",
+        "objective.truncation=0",
+        "objective.clip_low=2",
+        "objective.clip_high=-1",
+        "objective.ratio_level=batch",
         "rollout.temperature=0",
         "rollout.top_p=0",
         "parallel.tensor=0",
@@ -72,6 +83,21 @@ def test_a_value_outside_its_range_is_refused_by_name_and_value(override: str) -
         (("optimizer.lr=1e-5", "optimizer.min_lr=1e-4"), ("optimizer.min_lr=0.0001", "optimizer.lr=1e-05")),
         (("rollout.prompts_per_step=6", "parallel.data=4"), ("= 6", "data-parallel size 4")),
         (("parallel.micro_batch_size=3",), ("= 8", "micro_batch_size 3")),
+        (
+            ("objective.type=on_policy_distill", "rollout.temperature=0.7"),
+            ("objective.temperature=1.0", "rollout.temperature=0.7", "objective.type=on_policy_distill"),
+        ),
+        (
+            ("objective.type=jsd", "objective.temperature=2"),
+            ("objective.temperature=2.0", "rollout.temperature=1.0", "objective.type=jsd"),
+        ),
+        (("objective.clip_low=0.2", "objective.truncation="), ("objective.clip_low=0.2", "objective.clip_high=None")),
+        (("objective.clip_high=0.2", "objective.truncation="), ("objective.clip_low=None", "objective.clip_high=0.2")),
+        (
+            ("objective.clip_low=0.2", "objective.clip_high=0.3"),
+            ("objective.clip_low=0.2", "objective.truncation=2.0", "objective.truncation=null"),
+        ),
+        (("objective.lambda_distill=0",), ("objective.lambda_distill=0", "objective.lambda_rl=0")),
     ],
 )
 def test_rules_across_fields_name_every_value_they_concern(overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -140,17 +166,38 @@ def test_the_default_micro_batch_is_the_largest_divisor_up_to_8(sequences: int, 
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "reason"),
     [
-        ["objective.type=jsd"],
-        ["objective.type=on_policy_distill"],
-        ["objective.lambda_rl=0.1"],
-        ["teachers.0.path=a", "teachers.1.path=b"],
+        (["objective.lambda_rl=0.1"], "no rewards"),
+        (["objective.lambda_rl=0.1", "objective.lambda_distill=0"], "no rewards"),
+        (["objective.type=jsd", "objective.lambda_rl=0.1"], "no rewards"),
+        (["teachers.0.path=a", "teachers.1.path=b"], "one teacher"),
     ],
 )
-def test_what_this_release_cannot_do_is_refused_and_never_replaced(overrides: list[str]) -> None:
-    with pytest.raises(NotAvailableError, match="not available yet"):
+def test_what_this_release_cannot_do_is_refused_and_never_replaced(overrides: list[str], reason: str) -> None:
+    with pytest.raises(NotAvailableError, match="not available yet") as error:
         load_config(None, overrides).require_available()
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_type_of_objective_can_be_trained() -> None:
+    types = get_args(ObjectiveConfig.model_fields["type"].annotation)
+    sampled = {name for name in types if ObjectiveConfig(type=name).is_sampled}
+    assert sampled == {"on_policy_distill", "jsd"}
+    assert set(types) - sampled == set(DIVERGENCES), "every divergence of the loss engine has its name here"
+    for name in types:
+        load_config(None, [f"objective.type={name}"]).require_available()
+
+
+def test_the_loss_may_have_another_temperature_than_sampling_where_the_vocabulary_is_whole() -> None:
+    config = load_config(None, ["objective.temperature=2", "rollout.temperature=0.7"])
+    assert (config.objective.temperature, config.rollout.temperature) == (2.0, 0.7)
+
+
+def test_a_clip_is_a_pair_or_nothing() -> None:
+    assert ObjectiveConfig().clip is None
+    assert ObjectiveConfig(clip_low=0.1, clip_high=0.3, truncation=None).clip == (0.1, 0.3)
 
 
 def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:

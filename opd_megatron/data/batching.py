@@ -9,10 +9,14 @@ import torch
 from opd_megatron.errors import DataError
 from opd_megatron.types import Batch, Prompt, Rollout
 
+TokenPair = tuple[Sequence[int], Sequence[int]]
+"""Prompt ids and response ids."""
+
 
 def make_batch(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    sequences: Sequence[TokenPair],
     *,
+    logprobs: Sequence[Sequence[float]] | None = None,
     multiple_of: int = 1,
     length: int | None = None,
     pad_id: int = 0,
@@ -23,6 +27,7 @@ def make_batch(
     positions p - 1 .. p + r - 2 and 0 elsewhere: the last prompt position predicts the first response token.
 
     Args:
+        logprobs: of every response token under the policy that sampled it, where one did; they lie where weights do.
         multiple_of: S is rounded up to a multiple of this (sequence parallelism needs tensor-parallel size).
         length: S before rounding; the longest sequence by default.
     """
@@ -39,13 +44,24 @@ def make_batch(
         tokens[row, :end] = torch.tensor([*prompt, *response], dtype=torch.int64)
         targets[row, : end - 1] = tokens[row, 1:end]
         weights[row, len(prompt) - 1 : end - 1] = 1.0
-    return Batch(tokens, targets, weights)
+    return Batch(tokens, targets, weights, None if logprobs is None else _at_weights(weights, sequences, logprobs))
+
+
+def _at_weights(
+    weights: torch.Tensor, sequences: Sequence[TokenPair], logprobs: Sequence[Sequence[float]]
+) -> torch.Tensor:
+    for (_, response), own in zip(sequences, logprobs, strict=True):
+        assert len(own) == len(response), f"{len(own)} log-probabilities for a response of {len(response)} tokens"
+    placed = torch.zeros_like(weights)
+    placed[weights > 0] = torch.tensor([value for own in logprobs for value in own], dtype=weights.dtype)
+    return placed
 
 
 def make_micro_batches(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Sequence[TokenPair],
     size: int,
     *,
+    logprobs: Sequence[Sequence[float]] | None = None,
     length: int | None,
     multiple_of: int,
     device: torch.device,
@@ -53,18 +69,21 @@ def make_micro_batches(
     """`make_batch` of `size` pairs at a time, in order. Without `length` each is as long as its longest sequence, so
     pairs sorted by length leave little padding."""
     assert len(pairs) % size == 0, f"{len(pairs)} sequences do not split into micro batches of {size}"
-    return [
-        make_batch(pairs[start : start + size], length=length, multiple_of=multiple_of).to(device)
-        for start in range(0, len(pairs), size)
-    ]
+    batches = []
+    for start in range(0, len(pairs), size):
+        rows = slice(start, start + size)
+        own = None if logprobs is None else logprobs[rows]
+        batches.append(make_batch(pairs[rows], logprobs=own, length=length, multiple_of=multiple_of).to(device))
+    return batches
 
 
 def rollouts_to_batch(
     rollouts: Sequence[Rollout], *, multiple_of: int = 1, length: int | None = None, pad_id: int = 0
 ) -> Batch:
-    """`make_batch` of the rollouts, in their order."""
+    """`make_batch` of the rollouts and their log-probabilities, in their order."""
     pairs = [(rollout.prompt.token_ids, rollout.response_ids) for rollout in rollouts]
-    return make_batch(pairs, multiple_of=multiple_of, length=length, pad_id=pad_id)
+    logprobs = [rollout.logprobs for rollout in rollouts]
+    return make_batch(pairs, logprobs=logprobs, multiple_of=multiple_of, length=length, pad_id=pad_id)
 
 
 def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> list[Rollout]:

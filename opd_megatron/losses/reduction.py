@@ -14,8 +14,14 @@ import torch.distributed as dist
 
 from opd_megatron.losses.linear import DivergenceTerms
 
-METRIC_NAMES = ("loss", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "nll", "teacher_nll")
-"""Names of the sums where `targets` are given."""
+METRIC_NAMES = (
+    "loss", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement",
+    "nll", "teacher_nll", "k1", "k2", "k3", "k1_gap",
+)  # fmt: skip
+"""Names of the sums where `targets` are given. `nll` and `teacher_nll` are of the targets; `k1` to `k3` estimate
+`reverse_kl` from them where the student sampled them, and `k1_gap` says by how much `k1` misses it."""
+POLICY_METRIC_NAMES = ("divergence", "policy_loss", "advantage", "ratio", "clip_fraction")
+"""What a policy term adds: the exact divergence of the objective's `type`, and its own loss without its coefficient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,11 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
         "forward_kl": terms.forward_kl,
         "student_entropy": terms.student_entropy,
         "teacher_entropy": terms.teacher_entropy,
+        "top1_agreement": terms.top1_agreement,
     }
-    if terms.student_logprob is not None and terms.teacher_logprob is not None:
-        columns |= {"nll": -terms.student_logprob, "teacher_nll": -terms.teacher_logprob}
+    columns |= _of_targets(terms) | _of_policy(terms)
     # Selection, not multiplication: a masked infinity must not become a NaN.
-    per_token = torch.stack(list(columns.values()))[:, kept].double()
+    per_token = torch.stack([column.double() for column in columns.values()])[:, kept]
     return TokenSums(
         loss_sum=terms.loss_sum,
         num_tokens=kept.sum(),
@@ -59,18 +65,46 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
     )
 
 
+def _of_targets(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
+    """[T] each. The estimators of KL(p|q) from a sample of p: http://joschu.net/blog/kl-approx.html"""
+    if terms.student_logprob is None or terms.teacher_logprob is None:
+        return {}
+    r = (terms.student_logprob - terms.teacher_logprob).double()
+    return {
+        "nll": -terms.student_logprob,
+        "teacher_nll": -terms.teacher_logprob,
+        "k1": r,
+        "k2": r.square() / 2,
+        "k3": torch.expm1(-r) + r,
+        "k1_gap": r - terms.reverse_kl,
+    }
+
+
+def _of_policy(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
+    if terms.policy is None:
+        return {}
+    policy = terms.policy
+    values = (terms.divergence, policy.loss, policy.advantage, policy.ratio, policy.clipped)
+    return dict(zip(POLICY_METRIC_NAMES, values, strict=True))
+
+
 def global_means(
-    parts: Sequence[TokenSums], groups: Sequence[dist.ProcessGroup], device: torch.device
+    parts: Sequence[TokenSums],
+    groups: Sequence[dist.ProcessGroup],
+    device: torch.device,
+    names: tuple[str, ...] = METRIC_NAMES,
 ) -> tuple[list[float], int]:
-    """Means of `METRIC_NAMES` over the tokens of all micro batches and ranks, and how many tokens those are.
+    """Means of `names` over the tokens of all micro batches and ranks, and how many tokens those are.
 
     Args:
         parts: this rank's micro batches; none on the pipeline stages that compute no loss.
-        groups: one all-reduce of sums and count together over each, e.g. data parallel and then pipeline ranks.
+        groups: one all-reduce of sums and count together over each, e.g. the ranks among which data and context are
+            split, and then pipeline ranks. Together they must reach every token once.
+        names: those of the parts, given because a rank without parts needs them too.
     """
-    packed = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64, device=device)
+    packed = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     for part in parts:
-        assert part.names == METRIC_NAMES, "metrics need `targets` in the divergence"
+        assert part.names == names, f"these metrics need `targets` or a policy term: {set(part.names) ^ set(names)}"
         packed += torch.cat([part.sums, part.num_tokens.double().reshape(1)])
     for group in groups:
         dist.all_reduce(packed, group=group)

@@ -1,4 +1,4 @@
-"""The student: a Megatron model with its optimizer, trained on the exact divergence from its teachers."""
+"""The student: a Megatron model with its optimizer, trained on its divergence from its teachers, exact or sampled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -15,7 +16,8 @@ from transformers import PretrainedConfig
 from opd_megatron.config import ObjectiveConfig, RunConfig
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.losses import linear_divergence_terms
-from opd_megatron.losses.reduction import METRIC_NAMES, TokenSums, global_means, token_sums
+from opd_megatron.losses.policy import PolicyTerm
+from opd_megatron.losses.reduction import METRIC_NAMES, POLICY_METRIC_NAMES, TokenSums, global_means, token_sums
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
@@ -74,7 +76,7 @@ class Student:
     def update(
         self, micro_batches: list[Batch], teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int
     ) -> UpdateResult:
-        """Forward, exact divergence, backward, clip, optimizer step.
+        """Forward, divergence and its gradient, backward, clip, optimizer step.
 
         Raises:
             NonFiniteError: loss or gradient norm is NaN or infinite, on every rank and before weights change.
@@ -83,7 +85,7 @@ class Student:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = run_schedule(self.ddp, self.grid, micro_batches, self._loss(teachers, objective, vocab_size))
-        metrics, tokens = self._global_means(sums)
+        metrics, tokens = self._global_means(sums, objective)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
@@ -103,7 +105,8 @@ class Student:
         """Token means of the same figures, without touching gradients."""
         self.model.eval()
         loss = self._loss(teachers, objective, vocab_size)
-        return self._global_means(run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True))[0]
+        sums = run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True)
+        return self._global_means(sums, objective)[0]
 
     def export(self) -> Iterator[Bucket]:
         """Full HF tensors in bounded buckets, on global rank 0 alone; every rank must exhaust the iterator.
@@ -126,8 +129,7 @@ class Student:
                 hidden,
                 self.model.head_weight,
                 [(view.states.hidden[index], _head(view)) for view in teachers],
-                type=objective.type,
-                beta=objective.beta,
+                **_divergence(objective),
                 temperature=objective.temperature,
                 vocab_size=vocab_size,
                 group=self.grid.groups.tp if self.grid.tensor > 1 else None,
@@ -136,20 +138,61 @@ class Student:
                 token_weights=token_weights,
                 chunk_tokens=objective.chunk_tokens,
                 targets=batch.targets[mask],
+                policy=_policy_term(objective, batch, mask),
             )
             sums = token_sums(terms, token_weights)
-            return sums.loss_sum * objective.lambda_distill, sums.num_tokens.to(torch.int), sums
+            return sums.loss_sum, sums.num_tokens.to(torch.int), sums
 
         return loss
 
-    def _global_means(self, sums: list[TokenSums]) -> tuple[dict[str, float], int]:
+    def _global_means(self, sums: list[TokenSums], objective: ObjectiveConfig) -> tuple[dict[str, float], int]:
         """Token means over all micro batches and ranks, the same on every rank."""
         groups = self.grid.groups
         device = next(self.model.parameters()).device
-        means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device)
-        return dict(zip(METRIC_NAMES, means, strict=True)), tokens
+        names = METRIC_NAMES + (POLICY_METRIC_NAMES if objective.is_sampled else ())
+        means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device, names)
+        return dict(zip(names, means, strict=True)), tokens
 
 
 def _head(view: TeacherView) -> torch.Tensor:
     assert view.head is not None
     return view.head
+
+
+def _divergence(objective: ObjectiveConfig) -> dict[str, Any]:
+    """Which divergence the pass computes and how it counts. Of a sampled-token form it is the one the form stands for:
+    reported exactly, with no weight in the loss."""
+    kind = objective.type
+    if objective.type == "on_policy_distill":
+        kind = "reverse_kl"
+    elif objective.type == "jsd":
+        kind = "gkd" if objective.lambda_coef is None else "lambda_jsd"
+    return {
+        "type": kind,
+        "beta": objective.beta,
+        "alpha": objective.alpha,
+        "lambda_coef": 0.5 if objective.lambda_coef is None else objective.lambda_coef,
+        "lambda_distill": 0.0 if objective.is_sampled else objective.lambda_distill,
+    }
+
+
+def _policy_term(objective: ObjectiveConfig, batch: Batch, mask: torch.Tensor) -> PolicyTerm | None:
+    """The policy gradient of a sampled-token form on the tokens of `mask` [B, S]; None for the other objectives."""
+    if not objective.is_sampled:
+        return None
+    assert batch.rollout_logprobs is not None, "a sampled-token form needs the rollouts' log-probabilities"
+    advantage = "kl"
+    if objective.type == "jsd":
+        advantage = "jsd" if objective.lambda_coef is None else "lambda_jsd"
+    return PolicyTerm(
+        rollout_logprobs=batch.rollout_logprobs[mask],
+        coef=objective.lambda_distill,
+        advantage=advantage,
+        kl_coef=objective.kl_coef,
+        beta=objective.beta,
+        lambda_coef=0.5 if objective.lambda_coef is None else objective.lambda_coef,
+        clip=objective.clip,
+        truncation=objective.truncation,
+        level=objective.ratio_level,
+        sequence_ids=mask.nonzero()[:, 0] if objective.ratio_level == "sequence" else None,
+    )

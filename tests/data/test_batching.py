@@ -3,7 +3,14 @@ import random
 import pytest
 import torch
 
-from opd_megatron.data.batching import check_context, global_length, make_batch, rollouts_to_batch, shard_rollouts
+from opd_megatron.data.batching import (
+    check_context,
+    global_length,
+    make_batch,
+    make_micro_batches,
+    rollouts_to_batch,
+    shard_rollouts,
+)
 from opd_megatron.errors import DataError
 from opd_megatron.types import Prompt, Rollout
 
@@ -11,7 +18,8 @@ from opd_megatron.types import Prompt, Rollout
 def rollout(index, prompt_length, response_length):
     ids = tuple(range(1, 1 + prompt_length))
     response = tuple(range(100, 100 + response_length))
-    return Rollout(Prompt(f"r:{index}", ids, ""), response, (0.0,) * response_length, 0)
+    logprobs = tuple(-1.0 - index - position / 64 for position in range(response_length))
+    return Rollout(Prompt(f"r:{index}", ids, ""), response, logprobs, 0)
 
 
 def random_rollouts(count, seed=0):
@@ -39,6 +47,8 @@ def test_for_any_batch_the_weighted_targets_read_in_order_are_the_responses():
         end = len(item.prompt.token_ids) + len(item.response_ids)
         assert set(batch.tokens[row, end:].tolist()) <= {3}
         assert batch.targets[row, end - 1 :].sum() == 0
+        assert tuple(batch.rollout_logprobs[row][chosen].tolist()) == item.logprobs, "each beside the token it is of"
+        assert batch.rollout_logprobs[row][~chosen].abs().sum() == 0
         assert int(chosen.nonzero()[0]) == len(item.prompt.token_ids) - 1
     assert batch.num_tokens == sum(len(item.response_ids) for item in rollouts)
 
@@ -51,8 +61,32 @@ def test_length_is_rounded_up_and_never_cuts_a_sequence(length, multiple, size):
 
 
 def test_an_empty_response_counts_nothing():
-    batch = make_batch([([1, 2], []), ([1], [2])])
+    batch = make_batch([([1, 2], []), ([1], [2])], logprobs=[[], [-0.5]])
     assert batch.weights.tolist() == [[0, 0], [1, 0]]
+    assert batch.rollout_logprobs.tolist() == [[0, 0], [-0.5, 0]]
+
+
+def test_only_sampled_sequences_have_logprobs_and_every_token_of_them_has_one():
+    assert make_batch([([1], [2])]).rollout_logprobs is None
+    with pytest.raises(AssertionError, match="1 log-probabilities for a response of 2 tokens"):
+        make_batch([([1], [2, 3])], logprobs=[[-0.5]])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_micro_batches_are_the_batch_in_pieces(sampled):
+    rollouts = random_rollouts(6)
+    pairs = [(item.prompt.token_ids, item.response_ids) for item in rollouts]
+    logprobs = [item.logprobs for item in rollouts] if sampled else None
+    length = global_length(rollouts)
+    options = {"logprobs": logprobs, "length": length, "multiple_of": 4}
+    made = make_micro_batches(pairs, 2, device=torch.device("cpu"), **options)
+    split = make_batch(pairs, **options).micro_batches(2)
+    assert len(made) == len(split) == 3
+    for one, other in zip(made, split, strict=True):
+        for name in ("tokens", "targets", "weights", "rollout_logprobs"):
+            values = getattr(one, name)
+            assert (values is None) == (name == "rollout_logprobs" and not sampled)
+            assert values is None or torch.equal(values, getattr(other, name))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])

@@ -56,13 +56,45 @@ def test_metrics_hold_every_documented_key(finished: Path) -> None:
     assert [row["step"] for row in rows] == list(range(13))
     keys = {
         "step", "loss", "reverse_kl", "forward_kl", "tokens", "policy_version", "grad_norm", "lr", "time/rollout",
-        "time/teacher", "time/train", "time/sync", "time/step", "memory/peak",
+        "time/teacher", "time/train", "time/sync", "time/step", "memory/peak", "student_entropy", "teacher_entropy",
+        "top1_agreement", "nll", "teacher_nll", "k1", "k2", "k3", "k1_gap",
     }  # fmt: skip
     for row in rows[1:]:
         assert keys <= set(row)
         assert row["policy_version"] == row["step"] - 1, "samples come from the weights before the update"
     assert {"eval/forward_kl", "eval/nll"} <= set(rows[0])
     assert ["eval/nll" in row for row in rows[1:]] == [step % 2 == 0 for step in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"objective.type": "on_policy_distill"},
+        {"objective.type": "jsd"},
+        {
+            "objective.type": "jsd", "objective.lambda_coef": 0.7, "objective.truncation": None,
+            "objective.clip_low": 0.2, "objective.clip_high": 0.2,
+        },
+    ],
+    ids=["on_policy_distill", "jsd", "of lambda, clipped"],
+)  # fmt: skip
+def test_a_sampled_token_form_closes_the_gap_it_stands_for(
+    inputs: dict[str, str], tmp_path: Path, objective: dict[str, Any]
+) -> None:
+    settings = {
+        "steps": 12, "checkpoint.every": 0, "checkpoint.export_hf": False, "rollout.samples_per_prompt": 4,
+        "objective.temperature": 0.8, "rollout.temperature": 0.8,
+    }  # fmt: skip
+    _train(small_config(inputs, tmp_path / "run", **settings, **objective))
+    rows = read_metrics(tmp_path / "run")
+    for row in rows[1:]:
+        # The plain engine computes what the trainer computes: a shifted token or another temperature would show.
+        assert row["ratio"] == pytest.approx(1, abs=1e-4)
+        assert row["clip_fraction"] == 0
+        assert row["k1"] == pytest.approx(row["reverse_kl"] + row["k1_gap"], abs=1e-6)
+    assert rows[-1]["divergence"] < 0.6 * rows[1]["divergence"]
+    assert rows[-1]["reverse_kl"] < 0.6 * rows[1]["reverse_kl"]
+    assert rows[-1]["eval/forward_kl"] < 0.8 * rows[0]["eval/forward_kl"]
 
 
 def test_run_directory_holds_what_the_documentation_promises(finished: Path) -> None:

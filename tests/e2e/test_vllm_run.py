@@ -42,8 +42,14 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(
-        inputs, tmp_path / "run", **{"steps": 3, "rollout.engine": "vllm", "data.max_prompt_tokens": 260}
-    )
+        inputs,
+        tmp_path / "run",
+        **{
+            "steps": 3, "rollout.engine": "vllm", "data.max_prompt_tokens": 260,
+            # The form whose loss reads the engine's own log-probabilities.
+            "objective.type": "on_policy_distill", "objective.temperature": 0.7, "rollout.temperature": 0.7,
+        },
+    )  # fmt: skip
     sequences = torch.randint(0, 256, (3, 220), generator=torch.Generator().manual_seed(0))
     gaps: list[float] = []
     pids: list[int] = []
@@ -67,7 +73,9 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
 
     # The prompts are the same long ones each time, so a stale prefix cache, head or layer would show.
     assert max(gaps) < 1e-3
-    assert [row["policy_version"] for row in read_metrics(tmp_path / "run")] == [0, 0, 1, 2]
+    rows = read_metrics(tmp_path / "run")
+    assert [row["policy_version"] for row in rows] == [0, 0, 1, 2]
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-3) for row in rows[1:]), "one temperature, one token, one model"
     assert len(notes) == 1
     assert "restarting 1/3" in notes[0]
     assert pids[2] != pids[1], "the third step ran on a new process"

@@ -49,7 +49,6 @@ def test_a_fitting_layout_resolves_both_models(pair: tuple[Path, Path]) -> None:
         ({"parallel.pipeline": 4}, ConfigError, ["parallel.pipeline=4", "6 layers", "teacher"]),
         ({"rollout.max_new_tokens": 500}, ConfigError, ["max_new_tokens 500", "512"]),
         ({"student.path": "/nowhere/model"}, MissingPathError, ["/nowhere/model"]),
-        ({"objective.type": "jsd"}, NotAvailableError, ["objective.type=jsd", "not available yet"]),
         ({"objective.lambda_rl": 0.5}, NotAvailableError, ["objective.lambda_rl=0.5", "not available yet"]),
     ],
 )

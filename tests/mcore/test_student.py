@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def _batches(steps: int) -> list[Batch]:
-    """Per step 8 right-padded sequences of 16 tokens with responses of different lengths, some of one token."""
+    """Per step 8 right-padded sequences of 16 tokens with responses of different lengths, some of one token. Whoever
+    sampled them gave other probabilities than the student does: some ratios lie below every bound and some above."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(steps):
@@ -59,7 +63,8 @@ def _batches(steps: int) -> list[Batch]:
         for row in range(8):
             weights[row, 4 : 5 + row] = 1
         targets = torch.roll(tokens, -1, dims=1)
-        batches.append(Batch(tokens, targets, weights))
+        logprobs = -8 + 5 * torch.rand(8, 16, generator=generator)
+        batches.append(Batch(tokens, targets, weights, logprobs * weights))
     return batches
 
 
@@ -82,12 +87,14 @@ def _config(pair: tuple[Path, Path], tmp: str, **overrides: Any) -> Any:
     return load_config(None, [f"{key}={value}" for key, value in values.items()])
 
 
-def _train(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, int, int, bool], kind: str) -> Any:
+def _train(
+    rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, int, int, bool], objective: dict[str, Any]
+) -> Any:
     init_distributed()
     tensor, pipeline, data, sequence_parallel = layout
     config = _config(pair, "unused", **{
         "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data,
-        "parallel.sequence_parallel": sequence_parallel, "objective.type": kind,
+        "parallel.sequence_parallel": sequence_parallel, **objective,
     })  # fmt: skip
     models = check(config)
     grid = ParallelGrid.build(tensor, pipeline, data, sequence_parallel=sequence_parallel)
@@ -97,14 +104,22 @@ def _train(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, in
     results = []
     for batch in _batches(STEPS):
         rows = slice(grid.dp_rank, None, data)
-        mine = Batch(batch.tokens[rows], batch.targets[rows], batch.weights[rows]).micro_batches(2)
+        mine = batch.rows(rows).micro_batches(2)
         views = [TeacherView(teacher.hidden_states(mine), teacher.head, 1.0)]
         results.append(student.update(mine, views, config.objective, models.vocab_size))
     weights = {name: tensor.clone() for bucket in student.export() for name, tensor in bucket}
     return [(r.metrics, r.tokens, r.grad_norm, r.lr) for r in results], weights
 
 
-def _reference(pair: tuple[Path, Path], kind: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Mean loss, and figures to compare."""
+LossOfBatch = Callable[[torch.Tensor, torch.Tensor, Batch], Outcome]
+"""Of log p and log q [T, V] at the response tokens of a batch."""
+
+
+def _reference(
+    pair: tuple[Path, Path], loss_of: LossOfBatch
+) -> tuple[list[tuple[dict[str, float], float]], dict[str, torch.Tensor]]:
     """The same training in float64 with dense logits and torch's own optimizer."""
     student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in pair)
     decayed = [p for p in student.parameters() if p.ndim > 1]
@@ -119,32 +134,118 @@ def _reference(pair: tuple[Path, Path], kind: str) -> tuple[list[tuple[float, fl
         log_p = student(batch.tokens).logits[mask][:, :250].log_softmax(-1)
         with torch.no_grad():
             log_q = teacher(batch.tokens).logits[mask][:, :250].log_softmax(-1)
-        first, second = (log_p, log_q) if kind == "reverse_kl" else (log_q, log_p)
-        loss = (first.exp() * (first - second)).sum(-1).mean()
+        loss, figures = loss_of(log_p, log_q, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
-        curve.append((loss.item(), norm.item()))
+        curve.append(({"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}, norm.item()))
     return curve, dict(student.named_parameters())
 
 
-@pytest.fixture(scope="module", params=["reverse_kl", "forward_kl"])
-def reference(request: pytest.FixtureRequest, pair: tuple[Path, Path]) -> tuple[str, Any, Any]:
-    return request.param, *_reference(pair, request.param)
+def _reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, _: Batch) -> Outcome:
+    loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return loss, {"reverse_kl": loss}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def _forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, _: Batch) -> Outcome:
+    loss = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    return loss, {"forward_kl": loss}
+
+
+def _on_policy_distill(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
+    """kl_coef 0.5, weights capped at 2."""
+    at_p, at_q, rollout = _at_samples(log_p, log_q, batch)
+    ratio = (at_p - rollout).exp().detach()
+    advantage = 0.5 * (at_q - rollout)
+    # The value is that of -w A, the gradient that of -w A log p.
+    loss = -(ratio.clamp(max=2) * advantage * (at_p - at_p.detach()).exp()).mean()
+    k1 = at_p - at_q
+    figures = {"ratio": ratio.mean(), "advantage": advantage.mean(), "policy_loss": loss, "k1": k1.mean()}
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return loss, {**figures, "divergence": exact, "reverse_kl": exact, "k1_gap": k1.mean() - exact}
+
+
+def _jsd_clipped(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
+    """beta 0.3, ratios clipped to [0.8, 1.2], lambda_distill 2."""
+    at_p, at_q, rollout = _at_samples(log_p, log_q, batch)
+    ratio = (at_p - rollout).exp()
+    log_m = torch.log(0.3 * log_q.exp() + 0.7 * log_p.exp())
+    advantage = 0.7 * (torch.log(0.3 * at_q.exp() + 0.7 * at_p.exp()) - at_p).detach()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    exact = 0.3 * (log_q.exp() * (log_q - log_m)).sum(-1) + 0.7 * (log_p.exp() * (log_p - log_m)).sum(-1)
+    clipped = (gain < ratio * advantage).double()
+    assert 0 < clipped.mean() < 1
+    figures = {"policy_loss": -gain.mean(), "clip_fraction": clipped.mean(), "divergence": exact.mean()}
+    return -2 * gain.mean(), figures
+
+
+def _lambda_jsd_of_sequences(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
+    """lambda 0.7, one weight for a sequence, capped at 2."""
+    at_p, at_q, rollout = _at_samples(log_p, log_q, batch)
+    lengths = (batch.weights > 0).sum(1).tolist()
+    of_sequence = [part.mean().exp().expand(len(part)) for part in (at_p - rollout).split(lengths)]
+    ratio = torch.cat(of_sequence).detach()
+    p, log_m = at_p.exp(), torch.log((at_p.exp() + at_q.exp()) / 2)
+    # Minus the derivative of the divergence with respect to p, with the constant that makes it 0 where p = q.
+    advantage = -(0.7 * (at_p - log_m) + (0.5 - 0.7) * (p / log_m.exp() - 1)).detach()
+    loss = -(ratio.clamp(max=2) * advantage * (at_p - at_p.detach()).exp()).mean()
+    return loss, {"ratio": ratio.mean(), "advantage": advantage.mean()}
+
+
+def _at_samples(
+    log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask = batch.weights > 0
+    assert batch.rollout_logprobs is not None
+    chosen = batch.targets[mask][:, None]
+    return log_p.gather(1, chosen)[:, 0], log_q.gather(1, chosen)[:, 0], batch.rollout_logprobs[mask].double()
+
+
+OBJECTIVES: dict[str, tuple[dict[str, Any], LossOfBatch]] = {
+    "reverse_kl": ({"objective.type": "reverse_kl"}, _reverse_kl),
+    "forward_kl": ({"objective.type": "forward_kl"}, _forward_kl),
+    "on_policy_distill": ({"objective.type": "on_policy_distill", "objective.kl_coef": 0.5}, _on_policy_distill),
+    "jsd, clipped": (
+        {
+            "objective.type": "jsd", "objective.beta": 0.3, "objective.lambda_distill": 2.0,
+            "objective.truncation": "null", "objective.clip_low": 0.2, "objective.clip_high": 0.2,
+        },
+        _jsd_clipped,
+    ),
+    "jsd of lambda, sequences": (
+        {"objective.type": "jsd", "objective.lambda_coef": 0.7, "objective.ratio_level": "sequence"},
+        _lambda_jsd_of_sequences,
+    ),
+}  # fmt: skip
+# Every layout for a divergence; where vocabulary, stages and sequences are split, for the sampled-token forms too.
+CASES = [
+    *itertools.product(["reverse_kl", "forward_kl"], LAYOUTS),
+    *itertools.product(["on_policy_distill", "jsd, clipped", "jsd of lambda, sequences"], LAYOUTS[:2] + LAYOUTS[-1:]),
+    ("on_policy_distill", LAYOUTS[4]),
+]
+
+
+@pytest.fixture(scope="module")
+def references(pair: tuple[Path, Path]) -> Callable[[str], Any]:
+    return functools.cache(lambda name: _reference(pair, OBJECTIVES[name][1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [pytest.param(name, *case.values, id=f"{name}-{case.id}") for name, case in CASES]
+)
 def test_training_equals_dense_float64_reference(
-    pair: tuple[Path, Path], reference: tuple[str, Any, Any], layout: tuple[int, int, int, bool]
+    pair: tuple[Path, Path], references: Callable[[str], Any], name: str, layout: tuple[int, int, int, bool]
 ) -> None:
-    kind, curve, expected = reference
+    curve, expected = references(name)
+    # Signed means over samples, and ratios of single tokens, keep fewer digits than a divergence.
+    close = {"rel": 1e-5} if name in ("reverse_kl", "forward_kl") else {"rel": 1e-4, "abs": 1e-5}
     tensor, pipeline, data, _ = layout
-    ranks = run_ranks(tensor * pipeline * data, _train, pair, layout, kind)
+    ranks = run_ranks(tensor * pipeline * data, _train, pair, layout, OBJECTIVES[name][0])
     for steps, _ in ranks:
-        for (metrics, tokens, grad_norm, lr), (loss, norm) in zip(steps, curve, strict=True):
-            assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-            assert metrics[kind] == pytest.approx(loss, rel=1e-5)
+        for (metrics, tokens, grad_norm, lr), (figures, norm) in zip(steps, curve, strict=True):
+            for figure, value in figures.items():
+                assert metrics[figure] == pytest.approx(value, **close), figure
             assert grad_norm == pytest.approx(norm, rel=1e-4)
             assert tokens == sum(range(1, 9))
             assert lr == LR
@@ -167,7 +268,7 @@ def _train_on_nan(rank: int, world: int, pair: tuple[Path, Path]) -> Any:
     student = Student(config, models.student, models.student_config, grid, padded)
     (teacher,) = build_teachers(config, models.teachers, grid, padded)
     (batch,) = _batches(1)
-    mine = Batch(batch.tokens[:4], batch.targets[:4], batch.weights[:4]).micro_batches(4)
+    mine = batch.rows(slice(4)).micro_batches(4)
     states = teacher.hidden_states(mine)
     if rank == 1:  # one rank alone sees the damage
         states.hidden[0][0, 0] = float("nan")
