@@ -17,6 +17,7 @@ REQUIRES = [
     "huggingface_hub>=1.31",
     "datasets>=4.7",
     "numpy",
+    "numba>=0.61",  # loops of the losses on a CPU; vllm brings it too
     "pydantic>=2.12",  # docstrings of fields become their description
     "pyyaml>=6",
     "jinja2>=3.1",
@@ -44,6 +45,8 @@ EXTRAS = {
         "types-PyYAML",
         "trl==1.16.0",  # the trainer that benchmarks/ compares with
         "accelerate>=1.10",
+        "liger-kernel>=0.8",  # the loss that benchmarks/divergence.py compares with
+        "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its interpreter tests GPU kernels
     ],
 }
 
