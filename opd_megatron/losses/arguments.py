@@ -89,6 +89,8 @@ def _check_scalars(choices: Choices) -> None:
     for name, meaning in meanings.items():
         if not 0 <= getattr(choices, name) <= 1:
             raise ConfigError(f"{name}={getattr(choices, name)} must lie in [0, 1]: {meaning}")
+    if choices.alpha == 1:
+        raise ConfigError("alpha=1 compares a distribution with itself and is always 0: use less, 0.1 is usual")
     if not (math.isfinite(choices.temperature) and choices.temperature > 0):
         raise ConfigError(
             f"temperature={choices.temperature} must be a positive finite number: use 1 for plain softmax"

@@ -13,9 +13,7 @@ _CHUNK_BYTES_GPU = 512 * 2**20
 _MIN_CHUNK_TOKENS = 64
 
 
-def chunk_bounds(
-    tokens: int, head: torch.Tensor, chunk_tokens: int | None, policy: PolicyTerm | None
-) -> list[slice]:
+def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, policy: PolicyTerm | None) -> list[slice]:
     """Slices of [0, tokens) of at most `chunk_tokens`, or of equal size in bounded memory.
 
     Computed from what is the same on all ranks of a group. A policy term at the level of sequences moves every bound to

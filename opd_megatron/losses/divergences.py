@@ -1,17 +1,17 @@
 """The divergences, each described once: its value and its gradient, one vocabulary entry at a time.
 
-Both forms of the loss, every tensor-parallel layout, the sampled-token advantages, top-k teachers and all three backends
-(torch, compiled for the CPU, Triton) run these functions. Adding a divergence means writing two functions and one
-entry of `DIVERGENCES`; the tests are parametrised over that table.
+Both forms of the loss, every tensor-parallel layout, the sampled-token advantages, top-k teachers and all backends
+(torch, compiled for the CPU, Triton) run these functions. Adding a divergence means writing two functions, one entry of
+`DIVERGENCES` and, for the tests, its formula in tests/losses/reference.py: they are parametrised over that table.
 
 Notation: p student, q teacher, r = log p - log q, all of one vocabulary entry; `parameter` is the divergence's own
 number (beta, alpha or lambda). A divergence is L = sum_j f(p_j, q_j), and with respect to the student's logits s
 
     dL/ds_j = pull_j - p_j sum_i pull_i,      pull_j = p_j df/dp_j.
 
-A constant added to df/dp drops out, so `pull` leaves such constants away. `value` adds first-order terms that sum to
-zero (q - p in the KLs): every such sum then has no negative term and feels an error of a normaliser at second order
-only, so that a divergence of 1e-4 keeps its digits in fp32.
+A constant added to df/dp drops out: `pull` is 0 where p = q, which keeps the digits of a small gradient. `value` adds
+first-order terms that sum to zero (`gap` is q - p): every such sum then has no negative term and feels an error of p,
+of q or of a normaliser at second order only, so that a divergence of 1e-4 keeps its digits in fp32.
 
 f must be homogeneous, f(c p, c q) = c f(p, q), which every f-divergence and every mixture of them is: the tail bucket
 of a top-k teacher and `slope` rely on it.
@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_megatron.losses.elementwise import Elementwise, clamp, exp, expm1, log1p, where
+from opd_megatron.losses.elementwise import Elementwise, at_least, at_most, expm1, log1p, where
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -39,20 +40,42 @@ class Divergence:
         return self.pull(torch.ones_like(r), torch.exp(-r), r, self.parameter)
 
 
-def log_mixture(r, weight):  # type: ignore[no-untyped-def]
-    """(log m - log p, log m - log q) for m = weight q + (1 - weight) p.
+def gap(p, q, r):  # type: ignore[no-untyped-def]
+    """q - p. Where they are close it is p (exp(-r) - 1), which cannot disagree with r as a rounded difference would."""
+    square = r * r
+    even = 0.5 + square * (1.0 / 24.0 + square * (1.0 / 720.0))
+    odd = 1.0 / 6.0 + square * (1.0 / 120.0 + square * (1.0 / 5040.0))
+    return where(square < 0.25, p * (square * (even - r * odd) - r), q - p)
 
-    Each is computed from the larger of p and q, so that nothing cancels, however far apart or close they are.
+
+def approach(r, weight):  # type: ignore[no-untyped-def]
+    """(|r|, smaller / larger - 1, m / larger - 1) of p and q for m = weight q + (1 - weight) p.
+
+    From the larger of the two nothing cancels, however far apart or close they are.
     """
     distance = where(r < 0.0, -r, r)
-    lost = expm1(-clamp(distance, 0.0, 80.0))  # exp(-80) of the other adds nothing to a mixture
-    from_larger = log1p(where(r < 0.0, (1.0 - weight) * lost, weight * lost))
+    smaller = expm1(-at_most(distance, 80.0))  # exp(-80) of the other adds nothing to a mixture
+    # A share of 1 - 1e-8 is 1 in fp32, and log1p(-1) would be infinite.
+    return distance, smaller, at_least(where(r < 0.0, (1.0 - weight) * smaller, weight * smaller), -0.99999994)
+
+
+def log_mixture(r, weight):  # type: ignore[no-untyped-def]
+    """(log m - log p, log m - log q)."""
+    distance, _, mixture = approach(r, weight)
+    from_larger = log1p(mixture)
     from_smaller = from_larger + distance
     return where(r < 0.0, from_smaller, from_larger), where(r < 0.0, from_larger, from_smaller)
 
 
+def over_mixture(r, weight):  # type: ignore[no-untyped-def]
+    """(p / m - 1, q / m - 1)."""
+    _, smaller, mixture = approach(r, weight)
+    of_larger, of_smaller = -mixture / (1.0 + mixture), (smaller - mixture) / (1.0 + mixture)
+    return where(r < 0.0, of_smaller, of_larger), where(r < 0.0, of_larger, of_smaller)
+
+
 def reverse_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
-    return p * r + (q - p)
+    return p * r + gap(p, q, r)
 
 
 def reverse_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
@@ -60,11 +83,11 @@ def reverse_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
 
 
 def forward_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
-    return (p - q) - q * r
+    return -(gap(p, q, r) + q * r)
 
 
 def forward_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
-    return -q
+    return p - q
 
 
 def gkd_value(p, q, r, beta):  # type: ignore[no-untyped-def]
@@ -74,42 +97,44 @@ def gkd_value(p, q, r, beta):  # type: ignore[no-untyped-def]
 
 
 def gkd_pull(p, q, r, beta):  # type: ignore[no-untyped-def]
-    over_p, over_q = log_mixture(r, beta)
+    over_p, _ = log_mixture(r, beta)
     return (beta - 1.0) * (p * over_p)
 
 
 def skew_reverse_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(p|m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898)."""
-    over_p, over_q = log_mixture(r, 1.0 - alpha)
-    return (1.0 - alpha) * (q - p) - p * over_p
+    over_p, _ = log_mixture(r, 1.0 - alpha)
+    return (1.0 - alpha) * gap(p, q, r) - p * over_p
 
 
 def skew_reverse_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
-    over_p, over_q = log_mixture(r, 1.0 - alpha)
-    return -(p * (over_p + alpha * exp(-over_p)))
+    over_p, _ = log_mixture(r, 1.0 - alpha)
+    p_share, _ = over_mixture(r, 1.0 - alpha)
+    return -(p * (over_p + alpha * p_share))
 
 
 def skew_forward_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(q|m), m = alpha q + (1 - alpha) p (DistiLLM, arXiv 2402.03898)."""
-    over_p, over_q = log_mixture(r, alpha)
-    return (1.0 - alpha) * (p - q) - q * over_q
+    _, over_q = log_mixture(r, alpha)
+    return -((1.0 - alpha) * gap(p, q, r) + q * over_q)
 
 
 def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
-    over_p, over_q = log_mixture(r, alpha)
-    return (alpha - 1.0) * (p * exp(-over_q))
+    _, q_share = over_mixture(r, alpha)
+    return (alpha - 1.0) * (p * q_share)
 
 
 def lambda_jsd_value(p, q, r, weight):  # type: ignore[no-untyped-def]
     """weight KL(p|m) + (1 - weight) KL(q|m), m = (p + q) / 2."""
     over_p, over_q = log_mixture(r, 0.5)
-    return (weight - 0.5) * (q - p) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
+    return (weight - 0.5) * gap(p, q, r) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
 
 
 def lambda_jsd_pull(p, q, r, weight):  # type: ignore[no-untyped-def]
-    over_p, over_q = log_mixture(r, 0.5)
+    over_p, _ = log_mixture(r, 0.5)
+    p_share, _ = over_mixture(r, 0.5)
     # q / (2 m) is 1 - p / (2 m), and the constant drops out.
-    return -(p * (weight * over_p + (weight - 0.5) * exp(-over_p)))
+    return -(p * (weight * over_p + (weight - 0.5) * p_share))
 
 
 REVERSE_KL = Divergence(reverse_kl_value, reverse_kl_pull)

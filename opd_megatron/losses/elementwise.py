@@ -31,15 +31,19 @@ def log1p(x: torch.Tensor) -> torch.Tensor:
     return torch.log1p(x)
 
 
-def clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return x.clamp(low, high)
+def at_least(x: torch.Tensor, low: float) -> torch.Tensor:
+    return x.clamp(min=low)
+
+
+def at_most(x: torch.Tensor, high: float) -> torch.Tensor:
+    return x.clamp(max=high)
 
 
 def where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(condition, a, b)
 
 
-NAMES = ("exp", "expm1", "log1p", "clamp", "where")
+NAMES = ("exp", "expm1", "log1p", "at_least", "at_most", "where")
 
 
 def rebind(function: Any, names: Mapping[str, Any], wrap: Callable[[FunctionType], Any]) -> Any:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.losses.arguments import Objective
+from opd_megatron.losses.calls import Call, Factors, Merged, Terms
 from opd_megatron.losses.ensemble import mean_logits, mean_probabilities
 from opd_megatron.losses.kernels import choose_kernels
 from opd_megatron.losses.kernels.base import LOG_ZERO, SUMS, Normalisers, Statistics
-from opd_megatron.losses.policy import PolicyResult, PolicyTerm, policy_loss
+from opd_megatron.losses.policy import PolicyResult, policy_loss
 
 # Sums beyond this were infinite (LOG_ZERO stands for log 0) and are reported so.
 _INFINITE = 1e24
@@ -28,49 +28,6 @@ _ENSEMBLE_ELEMENTS = {"cpu": 2**19}
 _ENSEMBLE_ELEMENTS_GPU = 2**26
 # Log-probabilities closer than this are a tie where two ways of rounding meet.
 _TIE = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The tensors of one `Engine.run`: T tokens, this rank's n columns."""
-
-    student: torch.Tensor
-    """Logits [T, n]."""
-    teachers: Sequence[torch.Tensor]
-    """Logits [T, n] of each."""
-    weights: torch.Tensor | None = None
-    """[T] in the engine's dtype; ones by default."""
-    targets: torch.Tensor | None = None
-    """[T] global ids of the sampled tokens."""
-    policy: PolicyTerm | None = None
-    gradient: torch.Tensor | None = None
-    """[T, n] to write d sum(weights * loss) / d student to; may be `student`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """Per-token results over the whole vocabulary, the same on every rank of the group."""
-
-    sums: torch.Tensor
-    """[len(SUMS), T]."""
-    top1: torch.Tensor
-    """[T] 1 where both models prefer the same token."""
-    logprobs: torch.Tensor | None
-    """[2, T] of the targets: student, teacher."""
-    policy: PolicyResult | None = None
-
-    @property
-    def value(self) -> torch.Tensor:
-        return self.sums[SUMS.index("value")]
-
-
-class _Merged:
-    """Maxima and log sums over the whole vocabulary: row 0 is the student, the others the teacher matrices."""
-
-    def __init__(self, maxima: torch.Tensor, sums: torch.Tensor, at: torch.Tensor) -> None:
-        self.maxima, self.log_sums = maxima, sums.log()
-        self.at = at
-        """[teachers, T], their logits at the student's largest."""
 
 
 class Engine:
@@ -108,7 +65,9 @@ class Engine:
         parts = []
         for rows in self._blocks(len(call.student)):
             out = None if call.gradient is None else call.gradient[rows]
-            parts.append(self.kernels.everything(call.student[rows], call.teachers[0][rows], scale[rows], out))
+            parts.append(
+                self.kernels.everything(call.student[rows], call.teachers[0][rows], scale[rows], out, call.described)
+            )
         local = Statistics(*(torch.cat(field) for field in zip(*(statistics for statistics, _ in parts), strict=True)))
         logprobs = None
         if at_targets is not None:
@@ -128,12 +87,15 @@ class Engine:
             dist.all_reduce(packed, group=self.objective.group)
         sums, above, at_targets = packed[: len(SUMS)], packed[len(SUMS)], packed[len(SUMS) + 1 :]
         logprobs = None if call.targets is None else at_targets
-        policy = None
-        if call.policy is not None:
-            kept = None if call.weights is None else call.weights != 0
-            policy = policy_loss(call.policy, at_targets[0], at_targets[1], kept)
-        if call.gradient is not None:
-            self._write_gradient(call, blocks, merged, sums[-1], at_targets, policy)
+        policy = self._policy(call, at_targets)
+        if call.gradient is not None and self.objective.columns:
+            factors = self._factors(call, sums[-1], policy)
+            for rows in blocks:
+                self.kernels.gradient(
+                    call.student[rows], self._teacher(call, rows, merged), self._normalisers(rows, merged),
+                    factors.scale[rows], factors.shared[rows], call.gradient[rows],
+                )  # fmt: skip
+            self._write_targets(call, factors, at_targets)
         return Terms(sums, (above == 0).to(self.objective.dtype), logprobs, policy)
 
     def _statistics(self, call: Call, rows: slice) -> torch.Tensor:
@@ -153,7 +115,7 @@ class Engine:
             fields += [statistics.teacher_max, statistics.teacher_sum, statistics.teacher_at_student_max]
         return torch.stack(fields)
 
-    def _merge(self, local: torch.Tensor) -> _Merged:
+    def _merge(self, local: torch.Tensor) -> Merged:
         """First collective."""
         group = self.objective.group
         ranks = 1 if group is None else dist.get_world_size(group)
@@ -169,9 +131,9 @@ class Engine:
         total = (sums * (maxima - top).exp()).sum(dim=0)
         first = maxima[:, 0].argmax(dim=0)  # the rank whose student maximum is the largest
         at = teachers[:, :, 2].gather(0, first.expand(1, teachers.shape[1], -1)).squeeze(0)
-        return _Merged(top, total, at)
+        return Merged(top, total, at)
 
-    def _teacher(self, call: Call, rows: slice, merged: _Merged) -> torch.Tensor:
+    def _teacher(self, call: Call, rows: slice, merged: Merged) -> torch.Tensor:
         """The teacher's logits of a block, mixed from several where there are several."""
         blocks = [teacher[rows] for teacher in call.teachers]
         weights, dtype = self.objective.teacher_weights, self.objective.dtype
@@ -183,7 +145,7 @@ class Engine:
             blocks, weights, self.objective.temperature, merged.maxima[1:, rows], merged.log_sums[1:, rows], dtype
         )
 
-    def _normalisers(self, rows: slice, merged: _Merged) -> Normalisers:
+    def _normalisers(self, rows: slice, merged: Merged) -> Normalisers:
         student = merged.maxima[0, rows], merged.log_sums[0, rows]
         if self._mixes_probabilities:
             zero = torch.zeros_like(student[0])
@@ -194,7 +156,7 @@ class Engine:
     def _mixes_probabilities(self) -> bool:
         return self.objective.teachers > 1 and self.objective.combine == "prob_mean"
 
-    def _sums(self, call: Call, rows: slice, merged: _Merged) -> torch.Tensor:
+    def _sums(self, call: Call, rows: slice, merged: Merged) -> torch.Tensor:
         """This rank's part of `SUMS`, of how many columns the teacher prefers, and of the targets' logprobs."""
         student, normalisers = call.student[rows], self._normalisers(rows, merged)
         packed = normalisers.student_max.new_zeros(len(SUMS) + 3, len(student))
@@ -211,7 +173,7 @@ class Engine:
             packed[len(SUMS) + 1 :] = torch.where(self._held(call.targets[rows]), logprobs, 0)
         return packed
 
-    def _preferred(self, teacher: torch.Tensor, rows: slice, merged: _Merged) -> torch.Tensor:
+    def _preferred(self, teacher: torch.Tensor, rows: slice, merged: Merged) -> torch.Tensor:
         """How many of this rank's columns the teacher likes better than the student's favourite."""
         if not self._mixes_probabilities:
             # The maximum is known: one rank says so.
@@ -222,40 +184,30 @@ class Engine:
         favourite = (log_q.logsumexp(0) + _TIE) * self.objective.temperature
         return (teacher > favourite.unsqueeze(-1)).sum(-1).to(self.objective.dtype)
 
-    def _write_gradient(
-        self,
-        call: Call,
-        blocks: list[slice],
-        merged: _Merged,
-        pulls: torch.Tensor,
-        logprobs: torch.Tensor,
-        policy: PolicyResult | None,
-    ) -> None:
-        if self.objective.columns == 0:
-            return
-        assert call.gradient is not None
+    def _policy(self, call: Call, logprobs: torch.Tensor) -> PolicyResult | None:
+        """Of the targets' `logprobs`, [2, T]."""
+        if call.policy is None:
+            return None
+        kept = None if call.weights is None else call.weights != 0
+        return policy_loss(call.policy, logprobs[0], logprobs[1], kept)
+
+    def _factors(self, call: Call, pulls: torch.Tensor, policy: PolicyResult | None) -> Factors:
         scale = self._scale(call)
         # A masked token's sums may be infinite.
         shared = torch.where(scale == 0, 0, scale * pulls)
-        of_target = None
-        if policy is not None and call.policy is not None:
-            weights = torch.ones_like(scale) if call.weights is None else call.weights
-            of_target = torch.where(weights == 0, 0, weights * policy.slope) * (
-                call.policy.coef / self.objective.temperature
-            )
-            shared = shared + of_target
-        for rows in blocks:
-            self.kernels.gradient(
-                call.student[rows], self._teacher(call, rows, merged), self._normalisers(rows, merged),
-                scale[rows], shared[rows], call.gradient[rows],
-            )  # fmt: skip
-        if of_target is not None:
-            self._write_targets(call, scale, shared, of_target, logprobs)
+        if policy is None or call.policy is None:
+            return Factors(scale, shared, None)
+        weights = torch.ones_like(scale) if call.weights is None else call.weights
+        of_target = torch.where(weights == 0, 0, weights * policy.slope) * (
+            call.policy.coef / self.objective.temperature
+        )
+        return Factors(scale, shared + of_target, of_target)
 
-    def _write_targets(
-        self, call: Call, scale: torch.Tensor, shared: torch.Tensor, of_target: torch.Tensor, logprobs: torch.Tensor
-    ) -> None:
+    def _write_targets(self, call: Call, factors: Factors, logprobs: torch.Tensor) -> None:
         """The sampled tokens' own entries, from scratch: of_target (1 - p) would be lost in a rounded -of_target p."""
+        scale, shared, of_target = factors
+        if of_target is None:
+            return
         assert call.targets is not None
         assert call.gradient is not None
         p, q, r = logprobs[0].exp(), logprobs[1].exp(), logprobs[0] - logprobs[1]

@@ -29,6 +29,8 @@ from opd_megatron.losses.engine import Call, Engine, Terms
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
 from opd_megatron.losses.products import add_outer, chunk_memory, large_empty, times_head
+from opd_megatron.losses.topk import Entries, TopKTeacher, check_entries, split_topk
+from opd_megatron.losses.topk_engine import TopKEngine
 
 Projection = tuple[torch.Tensor, torch.Tensor]
 """Hidden states [T, h] and this rank's rows of the LM head [v, h]."""
@@ -63,7 +65,7 @@ class DivergenceTerms:
 def linear_divergence(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
-    teachers: Sequence[Projection],
+    teachers: Sequence[Projection] | Sequence[TopKTeacher],
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
@@ -82,7 +84,7 @@ def linear_divergence(
     terms = linear_divergence_terms(
         student_hidden, student_head, teachers, type=type, beta=beta, alpha=alpha, lambda_coef=lambda_coef,
         temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights, combine=combine,
-        token_weights=token_weights, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel,
+        token_weights=token_weights, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel, described=False,
     )  # fmt: skip
     return terms.loss_sum, terms.per_token
 
@@ -90,7 +92,7 @@ def linear_divergence(
 def linear_divergence_terms(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
-    teachers: Sequence[Projection],
+    teachers: Sequence[Projection] | Sequence[TopKTeacher],
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
@@ -107,6 +109,7 @@ def linear_divergence_terms(
     targets: torch.Tensor | None = None,
     policy: PolicyTerm | None = None,
     sequence_parallel: bool = False,
+    described: bool = True,
 ) -> DivergenceTerms:
     """Exact divergence between a student and its teachers from hidden states, with two collectives for each chunk.
 
@@ -117,7 +120,9 @@ def linear_divergence_terms(
     Args:
         student_hidden: [T, h]; differentiable. T may be 0.
         student_head: [v, h]; differentiable, and may be a tied embedding.
-        teachers: (hidden [T, h_i], head [v, h_i]) of each.
+        teachers: (hidden [T, h_i], head [v, h_i]) of each; or one `TopKTeacher`, whose divergence and metrics are those
+            of its entries and one bucket that holds the rest (`student_entropy` is of the whole vocabulary, and
+            `teacher_logprob` of a token without an entry its share of the bucket by the student's shape).
         lambda_distill: weight of the divergence in the loss.
         token_weights: [T]; ones by default, 0 masks a token.
         chunk_tokens: tokens whose logits exist at a time; must agree across the group. Chosen by memory by default.
@@ -126,6 +131,7 @@ def linear_divergence_terms(
             it holds whole sequences.
         sequence_parallel: hidden states, the teachers' too, are this rank's [T / ranks, h] of all T tokens; everything
             else is still [T]. Gathers them, and reduce-scatters the gradient in backward.
+        described: False leaves both KLs and both entropies of the result at 0 where that saves time.
 
     Raises:
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
@@ -133,14 +139,17 @@ def linear_divergence_terms(
     choices = Choices(
         type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine, lambda_distill
     )
-    _check_tensors(student_hidden, student_head, teachers)
-    heads = [student_head, *(head for _, head in teachers)]
+    projections, topk = split_topk(teachers)
+    _check_tensors(student_hidden, student_head, projections)
+    # The entries of a top-k teacher are of all columns, whatever the student's.
+    heads = [student_head, *([student_head] if topk is not None else [head for _, head in projections])]
     objective = make_objective(choices, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
     shards = dist.get_world_size(objective.group) if sequence_parallel and objective.group is not None else 1
     tokens = len(student_hidden) * shards
     rows = student_hidden.new_empty(tokens, 0)
     check_per_token("token_weights", token_weights, rows)
     check_targets(targets, rows, objective.vocab_size)
+    entries = None if topk is None else check_entries(topk, rows, objective)
     if policy is not None:
         check_policy(policy, rows)
         if targets is None:
@@ -149,8 +158,8 @@ def linear_divergence_terms(
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1: leave it out to have it chosen")
     tracked = torch.is_grad_enabled()
     plan = _Plan(
-        objective, teachers, token_weights, targets, policy,
-        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards,
+        objective, projections, entries, token_weights, targets, policy,
+        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards, described=described,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
     )  # fmt: skip
     loss_sum, per_token, sums, extra, of_policy = _FromHidden.apply(student_hidden, student_head, plan)
@@ -188,12 +197,15 @@ class _Plan:
 
     objective: Objective
     teachers: Sequence[Projection]
+    entries: Entries | None
+    """Of a top-k teacher, which is alone."""
     token_weights: torch.Tensor | None
     targets: torch.Tensor | None
     policy: PolicyTerm | None
     chunks: Sequence[slice]
     shards: int
     """Ranks that the tokens are sharded over."""
+    described: bool
     hidden_grad: bool
     head_grad: bool
 
@@ -206,7 +218,9 @@ class _FromHidden(torch.autograd.Function):
         chunked = _Chunked(hidden, head, plan)
         terms = chunked.run()
         sums, extra = terms.sums, torch.stack([terms.top1, *([] if terms.logprobs is None else terms.logprobs)])
-        per_token = terms.value * plan.objective.lambda_distill if plan.objective.lambda_distill else terms.value * 0
+        per_token = torch.zeros_like(terms.value)  # 0 times an infinite divergence is not a NaN
+        if plan.objective.lambda_distill:
+            per_token = terms.value * plan.objective.lambda_distill
         of_policy = per_token.new_zeros(0)
         if plan.policy is not None and terms.policy is not None:
             of_policy = torch.stack(list(terms.policy))
@@ -268,7 +282,8 @@ class _Chunked:
         self.head = head.detach()[: self.columns]
         self.teachers = [(_gathered(states, plan), weight.detach()[: self.columns]) for states, weight in plan.teachers]
         self.tokens = max((chunk.stop - chunk.start for chunk in plan.chunks), default=0)
-        self.engine = Engine(
+        kind = Engine if plan.entries is None else TopKEngine
+        self.engine = kind(
             plan.objective, max(self.tokens, 1), hidden.device, [states.dtype for states in self._all_hidden()]
         )
         weights = plan.token_weights
@@ -312,6 +327,8 @@ class _Chunked:
                 targets=None if plan.targets is None else plan.targets[rows],
                 policy=None if plan.policy is None else plan.policy.rows(rows),
                 gradient=logits[0] if wanted else None,
+                described=plan.described,
+                entries=None if plan.entries is None else plan.entries.rows(rows),
             )
         )
         if self.hidden_gradient is not None:

@@ -37,8 +37,9 @@ class PolicyTerm:
     """Where A comes from: `given` (`advantages` alone), or a distillation advantage that is added to them.
 
     `kl`: kl_coef (log q(a) - log p_roll(a)). `jsd`: -dJSD_beta/dp(a) = (1 - beta)(log m(a) - log p(a)), m = beta q +
-    (1 - beta) p. `lambda_jsd`: the same of lambda KL(p|m) + (1 - lambda) KL(q|m), m = (p + q) / 2. Up to a constant,
-    which has no effect on the expected gradient: it is minus kl_coef times that of the divergence, exactly.
+    (1 - beta) p. `lambda_jsd`: the same of lambda KL(p|m) + (1 - lambda) KL(q|m), m = (p + q) / 2. Each is less its
+    value at p = q, so that it is 0 where the models agree; a constant has no effect on the expected gradient, which is
+    minus kl_coef times that of the divergence, exactly.
     """
     advantages: torch.Tensor | None = None
     """Advantages from rewards."""
@@ -104,7 +105,9 @@ def _check_choices(term: PolicyTerm) -> None:
     if term.advantage not in ADVANTAGES:
         raise ConfigError(f"policy.advantage={term.advantage!r} is not one: use one of {', '.join(ADVANTAGES)}")
     if term.advantage == "given" and term.advantages is None:
-        raise ConfigError("policy.advantages is missing but advantage='given' uses nothing else: pass one for each token")
+        raise ConfigError(
+            "policy.advantages is missing but advantage='given' uses nothing else: pass one for each token"
+        )
     if term.level not in LEVELS:
         raise ConfigError(f"policy.level={term.level!r} is not one: use one of {', '.join(LEVELS)}")
     if not (math.isfinite(term.coef) and math.isfinite(term.kl_coef)):

@@ -9,9 +9,9 @@ import threading
 
 import torch
 
-# oneDNN 3.12 runs a tall bf16 product of these widths at half its speed; in pieces of 256 columns it does not (1024
-# rows, 49152 inner: 0.9-1.0 against 1.5 TFLOP/s on two cores with AMX; wider and narrower products reach 1.6-1.9 whole).
-_SLOW_WIDTHS, _PIECE, _TALL = range(321, 960), 256, 320
+# oneDNN 3.12 runs a tall bf16 product of these widths at half its speed, and pieces of up to 320 columns at all of it
+# (1024 x 49152 by 576: 59 ms whole, 35 ms in halves, on two cores with AMX). Others are best whole.
+_SLOW_WIDTHS, _PIECE, _TALL = range(321, 960), 320, 320
 
 # Vocabulary rows of d head that are added to the fp32 sum at a time.
 _HEAD_ROWS = 4096
@@ -21,8 +21,9 @@ def times_head(gradient: torch.Tensor, head: torch.Tensor, out: torch.Tensor) ->
     """out [T, h] = gradient [T, n] head [n, h]."""
     width = head.shape[1]
     if head.device.type == "cpu" and head.dtype == torch.bfloat16 and width in _SLOW_WIDTHS and len(gradient) > _TALL:
-        for start in range(0, width, _PIECE):
-            piece = slice(start, start + _PIECE)
+        step = -(-width // (-(-width // _PIECE)))  # equal pieces
+        for start in range(0, width, step):
+            piece = slice(start, start + step)
             torch.mm(gradient, head[:, piece], out=out[:, piece])
     else:
         torch.mm(gradient, head, out=out)
@@ -48,7 +49,7 @@ _PAGE, _WORTH_HUGE = 4096, 2**23
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; on a Linux CPU in huge pages, whose first writing costs a third (56 MiB: 4 against 12 ms)."""
+    """Uninitialised memory; on a Linux CPU in huge pages, a third as slow to write first (56 MiB: 4 against 12 ms)."""
     result = torch.empty(shape, dtype=dtype, device=device)
     size = result.numel() * result.element_size()
     if device.type == "cpu" and size >= _WORTH_HUGE and sys.platform == "linux":

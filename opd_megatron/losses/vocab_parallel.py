@@ -11,11 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.arguments import Choices, Objective, check_matrix, make_objective
 from opd_megatron.losses.engine import Call, Engine
+from opd_megatron.losses.topk import Entries, TopKTeacher, check_entries, split_topk
+from opd_megatron.losses.topk_engine import TopKEngine
+
+# Elements that are scaled at a time in backward.
+_BLOCK_ELEMENTS = 2**22
 
 
 def vocab_parallel_divergence(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | Sequence[torch.Tensor],
+    teacher_logits: torch.Tensor | Sequence[torch.Tensor] | TopKTeacher,
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
@@ -34,8 +39,9 @@ def vocab_parallel_divergence(
 
     Args:
         student_logits: [T, v], this rank's shard; differentiable.
-        teacher_logits: [T, v], or a list of them (an ensemble).
-        type: a name in `DIVERGENCES` (losses/divergences.py, where the formulae are): `reverse_kl`, `forward_kl`, `gkd`,
+        teacher_logits: [T, v], or a list of them (an ensemble); or a `TopKTeacher`: the divergence of its entries and
+            one bucket that holds the rest.
+        type: a name in `DIVERGENCES` (losses/divergences.py has the formulae): `reverse_kl`, `forward_kl`, `gkd`,
             `skew_reverse_kl`, `skew_forward_kl`, `lambda_jsd`.
         beta: of `gkd`; 0 is forward KL, 1 is reverse KL.
         alpha: of the skewed KLs: how much of its own first argument is mixed into the second; 0 is the plain KL.
@@ -52,16 +58,19 @@ def vocab_parallel_divergence(
     Raises:
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
-    teachers = [teacher_logits] if isinstance(teacher_logits, torch.Tensor) else list(teacher_logits)
+    others, topk = split_topk(teacher_logits)
+    teachers = [others] if isinstance(others, torch.Tensor) else list(others)
     check_matrix("student_logits", student_logits, student_logits)
     for index, logits in enumerate(teachers):
         check_matrix(f"teacher_logits[{index}]", logits, student_logits, rows=len(student_logits))
-    everyone = [student_logits, *teachers]
+    # The entries of a top-k teacher are of all columns, whatever the student's.
+    everyone = [student_logits, *(teachers if topk is None else [student_logits])]
     widths, dtypes = [x.shape[1] for x in everyone], [x.dtype for x in everyone]
     choices = Choices(type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine)
     objective = make_objective(choices, widths, dtypes)
+    entries = None if topk is None else check_entries(topk, student_logits, objective)
     differentiable = torch.is_grad_enabled() and student_logits.requires_grad
-    loss: torch.Tensor = _FromLogits.apply(student_logits, teachers, objective, differentiable)
+    loss: torch.Tensor = _FromLogits.apply(student_logits, teachers, entries, objective, differentiable)
     return loss
 
 
@@ -70,7 +79,12 @@ class _FromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teachers: list[torch.Tensor], objective: Objective, differentiable: bool
+        ctx: Any,
+        student: torch.Tensor,
+        teachers: list[torch.Tensor],
+        entries: Entries | None,
+        objective: Objective,
+        differentiable: bool,
     ) -> torch.Tensor:
         held = slice(0, objective.columns)
         gradient = None
@@ -80,13 +94,20 @@ class _FromLogits(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         if not len(student):
             return student.new_zeros(0, dtype=objective.dtype)
-        engine = Engine(objective, len(student), student.device, [x.dtype for x in (student, *teachers)])
+        kind = Engine if entries is None else TopKEngine
+        engine = kind(objective, len(student), student.device, [x.dtype for x in (student, *teachers)])
         local = None if gradient is None else gradient[:, held]
         logits = [x.detach()[:, held] for x in (student, *teachers)]
-        return engine.run(Call(logits[0], logits[1:], gradient=local)).value.clone()
+        return engine.run(Call(logits[0], logits[1:], gradient=local, described=False, entries=entries)).value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss.unsqueeze(-1)).to(gradient.dtype), None, None, None
+        result = torch.empty_like(gradient)
+        # In blocks: the product of bf16 and fp32 is made in fp32, which would be a second and a third [T, v].
+        rows = max(1, _BLOCK_ELEMENTS // max(gradient.shape[1], 1))
+        for start in range(0, len(gradient), rows):
+            block = slice(start, start + rows)
+            result[block] = gradient[block] * grad_loss[block].unsqueeze(-1)
+        return result, None, None, None, None

@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.losses import linear_divergence, linear_divergence_terms, reduction, vocab_parallel_divergence
+from opd_megatron.losses.divergences import DIVERGENCES
+from opd_megatron.losses.kernels import use_backend
 from tests.losses.reference import (
     ENSEMBLES,
     KINDS,
     TEMPERATURES,
     dense_divergence,
+    log_teacher,
     pad_columns,
     relative_error,
 )
@@ -31,8 +34,8 @@ def _shard(matrix: torch.Tensor, rank: int, ranks: int, dim: int) -> torch.Tenso
 
 
 def _cases():
-    for (type, beta), temperature, (combine, weights) in itertools.product(KINDS, TEMPERATURES, ENSEMBLES):
-        yield type, beta, temperature, combine, weights
+    for (type, arguments), temperature, (combine, weights) in itertools.product(KINDS, TEMPERATURES, ENSEMBLES):
+        yield type, arguments, temperature, combine, weights
 
 
 def _logits_body(rank: int, ranks: int, vocab_size: int, columns: int) -> float:
@@ -41,16 +44,16 @@ def _logits_body(rank: int, ranks: int, vocab_size: int, columns: int) -> float:
     shards = [_shard(pad_columns(x, columns, generator), rank, ranks, 1) for x in full]
     token_weights = torch.rand(T, generator=generator)
     worst = 0.0
-    for type, beta, temperature, combine, weights in _cases():
+    for type, arguments, temperature, combine, weights in _cases():
         count = 1 if weights is None else len(weights)
         student = shards[0].clone().requires_grad_()
         loss = vocab_parallel_divergence(
-            student, shards[1 : 1 + count], type=type, beta=beta, temperature=temperature, vocab_size=vocab_size,
+            student, shards[1 : 1 + count], type=type, **arguments, temperature=temperature, vocab_size=vocab_size,
             group=dist.group.WORLD, teacher_weights=weights, combine=combine,
         )  # fmt: skip
         (loss * token_weights).sum().backward()
         dense = full[0].double().requires_grad_()
-        expected = dense_divergence(dense, full[1 : 1 + count], type, beta, temperature, combine, weights)
+        expected = dense_divergence(dense, full[1 : 1 + count], type, temperature, combine, weights, **arguments)
         (expected * token_weights).sum().backward()
         padded = torch.zeros(T, columns, dtype=torch.float64)
         padded[:, :vocab_size] = dense.grad
@@ -74,18 +77,18 @@ def _linear_body(rank: int, ranks: int, vocab_size: int, columns: int, dtype: to
     shards = [_shard(pad_columns(head, columns, generator, dim=0), rank, ranks, 0) for head in heads]
     token_weights = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.0, 1.0])
     worst = 0.0
-    for index, (type, beta, temperature, combine, weights) in enumerate(_cases()):
+    for index, (type, arguments, temperature, combine, weights) in enumerate(_cases()):
         count = 1 if weights is None else len(weights)
         student, head = hidden[0].clone().requires_grad_(), shards[0].clone().requires_grad_()
         loss, per_token = linear_divergence(
             student, head, list(zip(hidden[1 : 1 + count], shards[1 : 1 + count], strict=True)),
-            type=type, beta=beta, temperature=temperature, vocab_size=vocab_size, group=dist.group.WORLD,
+            type=type, **arguments, temperature=temperature, vocab_size=vocab_size, group=dist.group.WORLD,
             teacher_weights=weights, combine=combine, token_weights=token_weights, chunk_tokens=(2, 4, None)[index % 3],
         )  # fmt: skip
         (3 * loss).backward()
         dense = [hidden[0].double().requires_grad_(), heads[0].double().requires_grad_()]
         teachers = [h.double() @ w.double().t() for h, w in zip(hidden[1 : 1 + count], heads[1:], strict=False)]
-        expected = dense_divergence(dense[0] @ dense[1].t(), teachers, type, beta, temperature, combine, weights)
+        expected = dense_divergence(dense[0] @ dense[1].t(), teachers, type, temperature, combine, weights, **arguments)
         (3 * (expected * token_weights).sum()).backward()
         padded = torch.zeros(columns, H, dtype=torch.float64)
         padded[:vocab_size] = dense[1].grad
@@ -109,17 +112,22 @@ def test_linear_form_in_bf16_stays_within_its_rounding(ranks: int) -> None:
     assert max(run_ranks(ranks, _linear_body, 37, 40, torch.bfloat16)) <= 2e-2
 
 
-def _metrics_body(rank: int, ranks: int) -> float:
+def _metrics_body(rank: int, ranks: int, combine: str, weights: tuple[float, ...] | None, backend: str) -> float:
     generator = torch.Generator().manual_seed(2)
-    hidden = [torch.randn(T, H, generator=generator) for _ in range(2)]
-    heads = [torch.randn(19, H, generator=generator) for _ in range(2)]
+    count = 1 if weights is None else len(weights)
+    hidden = [torch.randn(T, H, generator=generator) for _ in range(1 + count)]
+    heads = [torch.randn(19, H, generator=generator) for _ in range(1 + count)]
+    hidden[1][:3], heads[1] = hidden[0][:3], heads[0] + 0.1 * heads[1]  # some tokens are agreed on
     shards = [_shard(pad_columns(head, 40, generator, dim=0), rank, ranks, 0) for head in heads]
     targets = torch.randint(19, (T,), generator=generator)
-    terms = linear_divergence_terms(
-        hidden[0], shards[0], [(hidden[1], shards[1])], type="gkd", beta=0.3, vocab_size=19,
-        group=dist.group.WORLD, chunk_tokens=3, targets=targets,
-    )  # fmt: skip
-    log_p, log_q = ((h.double() @ w.double().t()).log_softmax(-1) for h, w in zip(hidden, heads, strict=True))
+    with use_backend(backend):
+        terms = linear_divergence_terms(
+            hidden[0], shards[0], list(zip(hidden[1:], shards[1:], strict=True)), type="gkd", beta=0.3, vocab_size=19,
+            group=dist.group.WORLD, chunk_tokens=3, targets=targets, temperature=1.5, combine=combine,
+            teacher_weights=weights,
+        )  # fmt: skip
+    logits = [h.double() @ w.double().t() for h, w in zip(hidden, heads, strict=True)]
+    log_p, log_q = (logits[0] / 1.5).log_softmax(-1), log_teacher(logits[1:], 1.5, combine, weights)
     expected = {
         "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
         "forward_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
@@ -127,13 +135,95 @@ def _metrics_body(rank: int, ranks: int) -> float:
         "teacher_entropy": -(log_q.exp() * log_q).sum(-1),
         "student_logprob": log_p.gather(1, targets[:, None])[:, 0],
         "teacher_logprob": log_q.gather(1, targets[:, None])[:, 0],
+        "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double(),
     }
+    assert 0 < expected["top1_agreement"].sum() < T
     return max(relative_error(getattr(terms, name), value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize(("combine", "weights"), ENSEMBLES)
+@pytest.mark.parametrize(
+    ("ranks", "backend"), [(1, "torch"), (1, "compiled"), (2, "torch"), (2, "compiled"), (4, "torch")]
+)
+def test_metrics_of_the_same_pass_equal_the_reference(ranks: int, backend: str, combine: str, weights) -> None:
+    assert max(run_ranks(ranks, _metrics_body, combine, weights, backend)) <= 1e-5
+
+
+def _agreement_body(rank: int, ranks: int) -> list[float]:
+    """Ties: the student's first largest entry counts, wherever its rank is; the teacher may like others as much."""
+    student = torch.tensor([[1.0, 5, 5, 0], [0, 0, 7, 7], [3, 3, 3, 3]])
+    teacher = torch.tensor([[0.0, 9, 9, 9], [8, 0, 0, 8], [2, 2, 2, 2]])
+    shards = [_shard(x, rank, ranks, 1) for x in (student, teacher)]
+    identity = torch.eye(4 // ranks)  # logits as hidden states: one rank's columns at a time
+    terms = linear_divergence_terms(
+        *(shards[0], identity), [(shards[1], identity)], group=dist.group.WORLD if ranks > 1 else None
+    )
+    return terms.top1_agreement.tolist()
+
+
+def test_top1_agreement_takes_the_students_first_favourite() -> None:
+    # At TP 2 each rank passes its own "hidden states"; their columns together are the logits above.
+    assert run_ranks(1, _agreement_body) == [[1.0, 0.0, 1.0]]
+    assert run_ranks(2, _agreement_body) == [[1.0, 0.0, 1.0]] * 2
+
+
+def _compiled_body(rank: int, ranks: int, dtype: torch.dtype) -> float:
+    """The stages of the compiled backend, one divergence of every kind."""
+    generator = torch.Generator().manual_seed(5)
+    full = [(3 * torch.randn(T, 37, generator=generator)).to(dtype) for _ in range(2)]
+    shards = [_shard(pad_columns(x, 40, generator), rank, ranks, 1) for x in full]
+    worst = 0.0
+    for type in DIVERGENCES:
+        student = shards[0].clone().requires_grad_()
+        with use_backend("compiled"):
+            loss = vocab_parallel_divergence(
+                student, shards[1], type=type, temperature=2.0, vocab_size=37, group=dist.group.WORLD
+            )
+            loss.sum().backward()
+        dense = full[0].double().requires_grad_()
+        expected = dense_divergence(dense, [full[1]], type, 2.0)
+        expected.sum().backward()
+        padded = torch.zeros(T, 40, dtype=torch.float64)
+        padded[:, :37] = dense.grad
+        share = (student.grad.double() - _shard(padded, rank, ranks, 1)).norm() / padded.norm()
+        rounding = 1e-5 if dtype == torch.float32 else 1e-2  # only the gradient is rounded to the logits' type
+        assert share <= rounding
+        worst = max(worst, relative_error(loss.detach(), expected.detach()))
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stages_of_the_compiled_backend_equal_the_reference(dtype: torch.dtype) -> None:
+    assert max(run_ranks(2, _compiled_body, dtype)) <= 1e-5
+
+
+def _sequence_parallel_body(rank: int, ranks: int) -> float:
+    """Hidden states sharded along the tokens give the same loss and each rank its own rows of d hidden."""
+    generator = torch.Generator().manual_seed(6)
+    tokens = 8
+    hidden = [torch.randn(tokens, H, generator=generator) for _ in range(2)]
+    heads = [torch.randn(20, H, generator=generator) for _ in range(2)]
+    weights = torch.tensor([1.0, 0, 2, 1, 1, 0, 1, 0.5])
+    mine = _shard(hidden[0], rank, ranks, 0).requires_grad_()
+    head = _shard(heads[0], rank, ranks, 0).requires_grad_()
+    loss, per_token = linear_divergence(
+        mine, head, [(_shard(hidden[1], rank, ranks, 0), _shard(heads[1], rank, ranks, 0))], type="gkd",
+        group=dist.group.WORLD, token_weights=weights, sequence_parallel=True, chunk_tokens=3,
+    )  # fmt: skip
+    loss.backward()
+    dense = [hidden[0].double().requires_grad_(), heads[0].double().requires_grad_()]
+    expected = dense_divergence(dense[0] @ dense[1].t(), [hidden[1].double() @ heads[1].double().t()], "gkd")
+    (expected * weights).sum().backward()
+    return max(
+        relative_error(per_token, expected.detach()),
+        relative_error(mine.grad, _shard(dense[0].grad, rank, ranks, 0)),
+        relative_error(head.grad, _shard(dense[1].grad, rank, ranks, 0)),
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_metrics_of_the_same_pass_equal_the_reference(ranks: int) -> None:
-    assert max(run_ranks(ranks, _metrics_body)) <= 1e-5
+def test_sequence_parallel_input_equals_the_reference(ranks: int) -> None:
+    assert max(run_ranks(ranks, _sequence_parallel_body)) <= 1e-5
 
 
 _COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "broadcast", "reduce")
@@ -178,23 +268,26 @@ def test_logits_form_makes_two_small_collectives_forward_and_none_backward(combi
     assert [elements for *_, elements in small] == [elements for *_, elements in large]
 
 
-def _blocks_body(rank: int, ranks: int) -> float:
+def _blocks_body(rank: int, ranks: int, combine: str) -> float:
     """The same call with blocks of one row: every stage reads its rows again."""
     generator = torch.Generator().manual_seed(3)
-    student, teacher = (_shard(3 * torch.randn(T, 40, generator=generator), rank, ranks, 1) for _ in range(2))
+    student, *teachers = (_shard(3 * torch.randn(T, 40, generator=generator), rank, ranks, 1) for _ in range(3))
     results = []
     for elements in (1, 2**21):
-        with mock.patch("opd_megatron.losses.engine._BLOCK_ELEMENTS", {"cpu": elements}):
+        with mock.patch("opd_megatron.losses.kernels.torch_ops._BLOCK_ELEMENTS_CPU", elements):
             logits = student.clone().requires_grad_()
-            loss = vocab_parallel_divergence(logits, teacher, type="gkd", temperature=2.0, group=dist.group.WORLD)
+            loss = vocab_parallel_divergence(
+                logits, teachers, type="gkd", temperature=2.0, group=dist.group.WORLD, combine=combine
+            )
             loss.sum().backward()
             results.append(torch.cat([loss.detach(), logits.grad.flatten()]))
     return relative_error(results[0], results[1].double())
 
 
+@pytest.mark.parametrize("combine", ["logit_mean", "prob_mean"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_result_does_not_depend_on_the_block_size(ranks: int) -> None:
-    assert max(run_ranks(ranks, _blocks_body)) <= 1e-6
+def test_result_does_not_depend_on_the_block_size(ranks: int, combine: str) -> None:
+    assert max(run_ranks(ranks, _blocks_body, combine)) <= 1e-6
 
 
 def _empty_body(rank: int, ranks: int) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ _WORTH_COMPILING = 2**21
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every loss runs on this backend: for tests and measurements."""
+    """Within the block every loss that the backend can take runs on it: for tests and measurements."""
     global _chosen
     assert name in BACKENDS
     before, _chosen = _chosen, name
@@ -44,27 +44,28 @@ def choose_kernels(
 
     Without numba (CPU) or Triton (GPU), for float64, and for small calls on a CPU it is plain torch.
     """
-    if _chosen == "compiled" or (_chosen == "auto" and _compiled_fits(dtype, device, logits, elements)):
+    narrow = dtype == torch.float32 and all(x.itemsize <= 4 for x in logits)
+    worth_it = elements >= _WORTH_COMPILING or _chosen == "compiled"
+    if narrow and worth_it and _compiled_fits(device, logits):
         from opd_megatron.losses.kernels.compiled import CompiledKernels
 
         return CompiledKernels(divergence, temperature)
-    if _chosen == "triton" or (_chosen == "auto" and _triton_fits(dtype, device, logits)):
+    if narrow and _triton_fits(device):
         from opd_megatron.losses.kernels.triton_ops import TritonKernels
 
         return TritonKernels(divergence, temperature)
     return TorchKernels(divergence, temperature, dtype, device)
 
 
-def _compiled_fits(dtype: torch.dtype, device: torch.device, logits: Sequence[torch.dtype], elements: int) -> bool:
-    if device.type != "cpu" or dtype != torch.float32 or elements < _WORTH_COMPILING:
-        return False
-    return all(x in (torch.bfloat16, torch.float32) for x in logits) and _installed("numba")
+def _compiled_fits(device: torch.device, logits: Sequence[torch.dtype]) -> bool:
+    known = all(x in (torch.bfloat16, torch.float32) for x in logits)
+    return device.type == "cpu" and known and _chosen in ("auto", "compiled") and _installed("numba")
 
 
-def _triton_fits(dtype: torch.dtype, device: torch.device, logits: Sequence[torch.dtype]) -> bool:
-    if device.type != "cuda" or dtype != torch.float32 or torch.version.hip is not None:
-        return False
-    return all(x.itemsize <= 4 for x in logits) and _installed("triton")
+def _triton_fits(device: torch.device) -> bool:
+    if _chosen == "triton":  # on a CPU under Triton's interpreter
+        return True
+    return device.type == "cuda" and torch.version.hip is None and _chosen == "auto" and _installed("triton")
 
 
 @functools.cache

@@ -66,8 +66,14 @@ class Kernels(Protocol):
         ...
 
     def everything(
-        self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor | None,
+        described: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         """All of it where the columns are the whole vocabulary: statistics, sums, and out = scale * d value / d logits
-        (with respect to the logits over the temperature)."""
+        (with respect to the logits over the temperature). Without `described` the sums that only describe the pair,
+        the first four, may be left 0."""
         ...

@@ -7,7 +7,7 @@ import torch
 from opd_megatron.losses.divergences import FORWARD_KL, REVERSE_KL, Divergence
 from opd_megatron.losses.kernels.base import LOG_ZERO, Normalisers, Statistics
 
-# A dozen temporaries of this many elements exist at a time: near the cache of a CPU, launches worth their cost on a GPU.
+# A dozen temporaries of this many elements exist at a time: near a CPU's cache, worth a GPU's launches.
 _BLOCK_ELEMENTS_CPU = 2**18
 _BLOCK_ELEMENTS_GPU = 2**24
 
@@ -61,7 +61,12 @@ class TorchKernels:
         out.copy_(result.masked_fill_(((scale == 0) & (shared == 0)).unsqueeze(-1), 0))
 
     def everything(
-        self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor | None,
+        described: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         local = self.statistics(student, teacher)
         normalisers = Normalisers(

@@ -1,0 +1,70 @@
+"""What goes into a run of the engine, what comes out, and what its stages hand on to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from opd_megatron.losses.kernels.base import SUMS
+from opd_megatron.losses.policy import PolicyResult, PolicyTerm
+from opd_megatron.losses.topk import Entries
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The tensors of one `Engine.run`: T tokens, this rank's n columns."""
+
+    student: torch.Tensor
+    """Logits [T, n]."""
+    teachers: Sequence[torch.Tensor]
+    """Logits [T, n] of each."""
+    weights: torch.Tensor | None = None
+    """[T] in the engine's dtype; ones by default."""
+    targets: torch.Tensor | None = None
+    """[T] global ids of the sampled tokens."""
+    policy: PolicyTerm | None = None
+    gradient: torch.Tensor | None = None
+    """[T, n] to write d sum(weights * loss) / d student to; may be `student`."""
+    described: bool = True
+    """Whether the sums that only describe the pair (KLs, entropies) are wanted."""
+    entries: Entries | None = None
+    """A top-k teacher, for `TopKEngine`; there are no `teachers` then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Per-token results over the whole vocabulary, the same on every rank of the group."""
+
+    sums: torch.Tensor
+    """[len(SUMS), T]."""
+    top1: torch.Tensor
+    """[T] 1 where both models prefer the same token."""
+    logprobs: torch.Tensor | None
+    """[2, T] of the targets: student, teacher."""
+    policy: PolicyResult | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.sums[SUMS.index("value")]
+
+
+class Merged:
+    """Maxima and log sums over the whole vocabulary: row 0 is the student, the others the teacher matrices."""
+
+    def __init__(self, maxima: torch.Tensor, sums: torch.Tensor, at: torch.Tensor) -> None:
+        self.maxima, self.log_sums = maxima, sums.log()
+        self.at = at
+        """[teachers, T], their logits at the student's largest."""
+
+
+class Factors(NamedTuple):
+    """Each [T]: the gradient is scale * pull - shared * p, and of_target more at the target."""
+
+    scale: torch.Tensor
+    """Weight of the divergence with respect to the logits as they came in."""
+    shared: torch.Tensor
+    of_target: torch.Tensor | None
+    """Weight of the policy term, if there is one."""

@@ -1,0 +1,273 @@
+"""The loops of the CPU backend, compiled by numba for this very processor.
+
+A loop over a tile of a row (thousands of columns) reads and writes each element once and keeps everything in between in
+registers; sums go on in float64 from tile to tile. Elements are `scalar` functions, which the compiler may not
+rearrange; the loops may only reorder their sums into vector lanes.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import functools
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from opd_megatron.losses.divergences import FORWARD_KL, REVERSE_KL
+from opd_megatron.losses.elementwise import NAMES, Elementwise, rebind
+from opd_megatron.losses.kernels import scalar
+from opd_megatron.losses.kernels.base import LOG_ZERO
+from opd_megatron.losses.kernels.scalar import exp, larger, load, own_function, rounded
+
+# Columns summed in fp32 before the sum goes on in float64.
+_TILE = 4096
+
+_f = np.float32
+_LOWEST = _f(LOG_ZERO)
+_ZERO = _f(0)
+
+_loop = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True)
+
+
+def _in_single(function: FunctionType) -> Any:
+    """Compiled with its literals in fp32: a Python float would carry the whole expression into float64."""
+    code = function.__code__
+    literals = tuple(_f(x) if isinstance(x, float) else x for x in code.co_consts)
+    function.__code__ = code.replace(co_consts=literals)
+    return scalar.scalar(function)
+
+
+_NAMES = {name: getattr(scalar, name) for name in NAMES}
+_reverse_kl, _forward_kl = (rebind(kl.value, _NAMES, _in_single) for kl in (REVERSE_KL, FORWARD_KL))
+
+
+@scalar.scalar
+def _log_probability(logit, scale, top, log_sum):
+    return (larger(logit, _LOWEST) * scale - top) - log_sum
+
+
+@scalar.scalar
+def _log_ratio(log_p, log_q):
+    return log_p - log_q
+
+
+@scalar.scalar
+def _describing_terms(p, q, log_p, log_q):
+    """An entry's part of both KLs and of both entropies."""
+    r = log_p - log_q
+    return _reverse_kl(p, q, r, _ZERO), _forward_kl(p, q, r, _ZERO), p * log_p, q * log_q
+
+
+@_loop
+def _largest(x, scale):
+    own_function()
+    result = _LOWEST
+    for j in range(x.shape[0]):
+        result = larger(result, load(x[j]))
+    return result * scale
+
+
+@_loop
+def _sum_of_exp(x, scale, top):
+    own_function()
+    result = _ZERO
+    for j in range(x.shape[0]):
+        result += exp(larger(load(x[j]), _LOWEST) * scale - top)
+    return result
+
+
+@_loop
+def _keep_exp(x, scale, top, kept):
+    """The same, which leaves the exponentials in `kept`."""
+    own_function()
+    result = _ZERO
+    for j in range(x.shape[0]):
+        value = exp(larger(load(x[j]), _LOWEST) * scale - top)
+        kept[j] = value
+        result += value
+    return result
+
+
+@_loop
+def _max_and_sum(x, scale, kept, tops):
+    """Largest logit, sum of exp(logit - largest), and where the tile with the first largest one starts.
+
+    With a `kept` as long as the row, that row's exponentials are left there, each less the `tops` of its tile.
+    """
+    top, total, place = _LOWEST * scale, 0.0, 0
+    for k in range((x.shape[0] + _TILE - 1) // _TILE):
+        start = k * _TILE
+        tile = x[start : start + _TILE]
+        here = _largest(tile, scale)
+        if here > top:
+            total *= exp(top - here)
+            top, place = here, start
+        if kept.shape[0]:
+            total += _keep_exp(tile, scale, top, kept[start : start + _TILE])
+            tops[k] = top
+        else:
+            total += _sum_of_exp(tile, scale, top)
+    return top, total, place
+
+
+@_loop
+def statistics_of_row(s, t, scale, kept_s, kept_t, tops, result):
+    """The fields of `Statistics`."""
+    top, total, place = _max_and_sum(s, scale, kept_s, tops[0])
+    for j in range(place, s.shape[0]):
+        if load(s[j]) * scale == top:
+            place = j
+            break
+    result[0], result[1] = top, total
+    result[4] = larger(load(t[place]), _LOWEST) * scale
+    top, total, place = _max_and_sum(t, scale, kept_t, tops[1])
+    result[2], result[3] = top, total
+
+
+@_loop
+def store(out, p, pull, scale, shared):
+    own_function()
+    for j in range(out.shape[0]):
+        out[j] = rounded(scale * pull[j] - shared * p[j], out[j])
+
+
+@_loop
+def store_zeros(out):
+    for j in range(out.shape[0]):
+        out[j] = rounded(_ZERO, out[j])
+
+
+@_loop
+def statistics(lo, hi, s, s_step, t, t_step, columns, scale, result):
+    none, tops = np.empty(0, np.float32), np.empty((2, 0), np.float32)
+    for i in range(lo, hi):
+        a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
+        statistics_of_row(a, b, scale, none, none, tops, result[i])
+
+
+def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, described: bool) -> Any:
+    """The loop that adds one tile's `SUMS` to `total`; which of its parts are compiled is decided here.
+
+    With `kept`, p_of and q_of times their factors are p and q, and q_of is overwritten by the pull. Without `described`
+    the sums that only describe the pair (both KLs, both entropies) stay as they are.
+    """
+
+    @_loop
+    def add_sums(s, t, scale, parameter, norm, p_of, q_of, p_factor, q_factor, total):
+        own_function()
+        reverse = forward = of_student = of_teacher = value = pulls = _ZERO
+        s_max, s_log, t_max, t_log = norm[0], norm[1], norm[2], norm[3]
+        for j in range(s.shape[0]):
+            log_p = _log_probability(load(s[j]), scale, s_max, s_log)
+            log_q = _log_probability(load(t[j]), scale, t_max, t_log)
+            if kept:
+                p, q = p_of[j] * p_factor, q_of[j] * q_factor
+            else:
+                p, q = exp(log_p), exp(log_q)
+            r = _log_ratio(log_p, log_q)
+            if described:
+                terms = _describing_terms(p, q, log_p, log_q)
+                reverse += terms[0]
+                forward += terms[1]
+                of_student -= terms[2]
+                of_teacher -= terms[3]
+            value += value_of(p, q, r, parameter)
+            pull = pull_of(p, q, r, parameter)
+            pulls += pull
+            if kept:
+                q_of[j] = pull
+        total[0] += reverse
+        total[1] += forward
+        total[2] += of_student
+        total[3] += of_teacher
+        total[4] += value
+        total[5] += pulls
+
+    return add_sums
+
+
+def _whole_rows(add_sums: Any) -> Any:
+    """The loop over rows that makes all passes over one before the next."""
+
+    @_loop
+    def everything(lo, hi, s, s_step, t, t_step, columns, scale, parameter, stats, result, weights, wanted, out, step):
+        of_s, of_t = np.empty(columns, np.float32), np.empty(columns, np.float32)
+        tops = np.empty((2, (columns + _TILE - 1) // _TILE), np.float32)
+        norm = np.empty(4, np.float32)
+        for i in range(lo, hi):
+            a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
+            statistics_of_row(a, b, scale, of_s, of_t, tops, stats[i])
+            norm[0], norm[1] = stats[i, 0], np.log(stats[i, 1])
+            norm[2], norm[3] = stats[i, 2], np.log(stats[i, 3])
+            total = np.zeros(6)
+            for k in range(tops.shape[1]):
+                x, y = k * _TILE, min(k * _TILE + _TILE, columns)
+                p_factor = exp(tops[0, k] - norm[0]) / stats[i, 1]
+                q_factor = exp(tops[1, k] - norm[2]) / stats[i, 3]
+                add_sums(a[x:y], b[x:y], scale, parameter, norm, of_s[x:y], of_t[x:y], p_factor, q_factor, total)
+            result[i] = total
+            if not wanted:
+                continue
+            target = out[i * step : i * step + columns]
+            if weights[i] == _ZERO:
+                store_zeros(target)
+                continue
+            for k in range(tops.shape[1]):
+                x, y = k * _TILE, min(k * _TILE + _TILE, columns)
+                p_factor = exp(tops[0, k] - norm[0]) / stats[i, 1]
+                store(target[x:y], of_s[x:y], of_t[x:y], weights[i], _f(weights[i] * total[5]) * p_factor)
+
+    return everything
+
+
+@functools.lru_cache(maxsize=64)
+def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
+    """The loops over rows of one divergence. Each is compiled when it is first called (about a second).
+
+    All take (first row, last row, student, its row stride, teacher, its row stride, columns, 1 / temperature,
+    parameter) and then what is theirs.
+    """
+    value_of, pull_of = (rebind(f, _NAMES, _in_single) for f in (value, pull))
+    add_sums = _sums_of_tile(value_of, pull_of, kept=False, described=True)
+
+    @_loop
+    def sums(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, result):
+        none = np.empty(0, np.float32)
+        for i in range(lo, hi):
+            a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
+            total = np.zeros(6)
+            for k in range(0, columns, _TILE):
+                x, y = a[k : k + _TILE], b[k : k + _TILE]
+                add_sums(x, y, scale, parameter, norms[i], none, none, _ZERO, _ZERO, total)
+            result[i] = total
+
+    @_loop
+    def store_gradient(s, t, scale, parameter, norm, factors, out):
+        own_function()
+        s_max, s_log, t_max, t_log = norm[0], norm[1], norm[2], norm[3]
+        of_pull, of_p = factors[0], factors[1]
+        for j in range(s.shape[0]):
+            log_p = _log_probability(load(s[j]), scale, s_max, s_log)
+            log_q = _log_probability(load(t[j]), scale, t_max, t_log)
+            p = exp(log_p)
+            pull = pull_of(p, exp(log_q), _log_ratio(log_p, log_q), parameter)
+            out[j] = rounded(of_pull * pull - of_p * p, out[j])
+
+    @_loop
+    def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, factors, out, step):
+        for i in range(lo, hi):
+            a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
+            target = out[i * step : i * step + columns]
+            if factors[i, 0] == _ZERO and factors[i, 1] == _ZERO:
+                store_zeros(target)
+            else:
+                store_gradient(a, b, scale, parameter, norms[i], factors[i], target)
+
+    return SimpleNamespace(
+        sums=sums,
+        gradient=gradient,
+        everything=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, described=True)),
+        undescribed=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, described=False)),
+    )
