@@ -1,14 +1,10 @@
-"""Top-k teachers: k entries and a tail bucket. One process; `tests/distributed/test_topk_tp.py` shards the vocabulary."""
+"""Top-k teachers: k entries and a tail bucket, in one process. Hard and bad inputs: `test_topk_inputs.py`."""
 
 from __future__ import annotations
-
-import math
-import os
 
 import pytest
 import torch
 
-from opd_megatron.errors import ConfigError
 from opd_megatron.losses import (
     TopKTeacher,
     linear_divergence,
@@ -18,37 +14,30 @@ from opd_megatron.losses import (
 )
 from opd_megatron.losses.kernels import use_backend
 from opd_megatron.losses.policy import PolicyTerm
-from tests.losses.reference import KINDS, NAMES, TEMPERATURES, dense_divergence, relative_error
-from tests.losses.topk_reference import best_of, bucketed_divergence, completed, padded
-
-T, H, V = 9, 12, 40
-every_kind = pytest.mark.parametrize(("type", "arguments"), KINDS, ids=NAMES)
-# Triton decides when it is imported whether it interprets. TRITON_INTERPRET=1 python -m pytest tests/losses/test_topk.py
-BACKENDS = ["torch", "compiled", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def _pair(scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (scale * torch.randn(T, V, generator=generator) for _ in range(2))
-    return student, teacher
-
-
-def _value_and_gradient(student, teacher, **arguments):
-    student = student.clone().requires_grad_()
-    loss = vocab_parallel_divergence(student, teacher, **arguments)
-    loss.sum().backward()
-    return loss.detach(), student.grad
+from tests.losses.reference import TEMPERATURES, dense_divergence, relative_error
+from tests.losses.topk_reference import (
+    H,
+    T,
+    V,
+    best_of,
+    bucketed_divergence,
+    completed,
+    every_backend,
+    every_kind,
+    padded,
+    pair,
+    value_and_gradient,
+)
 
 
 @every_kind
 @every_backend
 def test_value_and_gradient_equal_the_bucketed_reference(backend: str, type: str, arguments: dict) -> None:
-    student, logits = _pair()
+    student, logits = pair()
     with use_backend(backend):
         for temperature in TEMPERATURES:
             teacher = padded(best_of(logits, 5, temperature), [5, 4, 3, 2, 1, 5, 0, 5, 1])
-            loss, gradient = _value_and_gradient(student, teacher, type=type, temperature=temperature, **arguments)
+            loss, gradient = value_and_gradient(student, teacher, type=type, temperature=temperature, **arguments)
             dense = student.double().requires_grad_()
             expected = bucketed_divergence(dense, teacher, type, temperature, **arguments)
             expected.sum().backward()
@@ -58,7 +47,7 @@ def test_value_and_gradient_equal_the_bucketed_reference(backend: str, type: str
 
 @every_kind
 def test_gradcheck_in_float64(type: str, arguments: dict) -> None:
-    student, logits = (x[:3, :7].double() / 3 for x in _pair())
+    student, logits = (x[:3, :7].double() / 3 for x in pair())
     teacher = best_of(logits[:, :6], 3, 1.3)
     assert torch.autograd.gradcheck(
         lambda s: vocab_parallel_divergence(s, teacher, type=type, temperature=1.3, vocab_size=6, **arguments),
@@ -68,11 +57,11 @@ def test_gradcheck_in_float64(type: str, arguments: dict) -> None:
 
 @every_kind
 def test_it_is_the_dense_divergence_from_the_teacher_with_the_students_tail(type: str, arguments: dict) -> None:
-    student, logits = _pair()
+    student, logits = pair()
     teacher = best_of(logits, 4, 2.0)
-    loss, gradient = _value_and_gradient(student, teacher, type=type, temperature=2.0, **arguments)
+    loss, gradient = value_and_gradient(student, teacher, type=type, temperature=2.0, **arguments)
     whole = completed(student, teacher, 2.0).float()
-    expected, expected_gradient = _value_and_gradient(student, whole, type=type, temperature=2.0, **arguments)
+    expected, expected_gradient = value_and_gradient(student, whole, type=type, temperature=2.0, **arguments)
     assert relative_error(loss, expected.double()) <= 1e-5
     assert relative_error(gradient, expected_gradient.double()) <= 1e-5
     # No teacher with these entries is nearer.
@@ -81,9 +70,9 @@ def test_it_is_the_dense_divergence_from_the_teacher_with_the_students_tail(type
 
 @every_kind
 def test_all_entries_make_the_dense_teacher(type: str, arguments: dict) -> None:
-    student, logits = _pair()
-    loss, gradient = _value_and_gradient(student, best_of(logits, V), type=type, **arguments)
-    expected, expected_gradient = _value_and_gradient(student, logits, type=type, **arguments)
+    student, logits = pair()
+    loss, gradient = value_and_gradient(student, best_of(logits, V), type=type, **arguments)
+    expected, expected_gradient = value_and_gradient(student, logits, type=type, **arguments)
     assert relative_error(loss, expected.double()) <= 1e-5
     assert relative_error(gradient, expected_gradient.double()) <= 1e-5
 
@@ -96,7 +85,7 @@ def test_tiny_divergence_keeps_its_digits(type: str, arguments: dict) -> None:
     # A mixture that is nearly one of its parts makes a smaller divergence of the same noise.
     probe = bucketed_divergence(student, best_of(student + 0.015 * noise, 64), type, **arguments).mean()
     teacher = best_of(student + 0.015 * (1e-4 / probe.float()).sqrt() * noise, 64)
-    loss, gradient = _value_and_gradient(student, teacher, type=type, **arguments)
+    loss, gradient = value_and_gradient(student, teacher, type=type, **arguments)
     dense = student.double().requires_grad_()
     expected = bucketed_divergence(dense, teacher, type, **arguments)
     expected.sum().backward()
@@ -107,9 +96,9 @@ def test_tiny_divergence_keeps_its_digits(type: str, arguments: dict) -> None:
 
 @every_kind
 def test_tail_columns_are_pulled_by_the_bucket_in_proportion_to_their_probability(type: str, arguments: dict) -> None:
-    student, logits = _pair()
+    student, logits = pair()
     teacher = best_of(logits, 5)
-    _, gradient = _value_and_gradient(student, teacher, type=type, **arguments)
+    _, gradient = value_and_gradient(student, teacher, type=type, **arguments)
     tail = torch.ones(T, V, dtype=torch.bool).scatter(1, teacher.ids, False)
     over_p = (gradient / student.softmax(-1))[tail].view(T, -1)
     torch.testing.assert_close(over_p, over_p[:, :1].expand_as(over_p), rtol=1e-4, atol=1e-6)
@@ -118,8 +107,8 @@ def test_tail_columns_are_pulled_by_the_bucket_in_proportion_to_their_probabilit
 
 
 def test_a_row_without_entries_teaches_nothing() -> None:
-    student, logits = _pair()
-    loss, gradient = _value_and_gradient(student, padded(best_of(logits, 3), [0] * T), type="reverse_kl")
+    student, logits = pair()
+    loss, gradient = value_and_gradient(student, padded(best_of(logits, 3), [0] * T), type="reverse_kl")
     assert loss.abs().max() <= 1e-7
     assert gradient.abs().max() <= 1e-7
 
@@ -132,7 +121,7 @@ def _drained(share: float) -> tuple[torch.Tensor, TopKTeacher]:
 
 
 def test_draining_the_entries_never_pays() -> None:
-    """Over the entries alone the sum falls from the first step away; renormalised it stays 0; a clamp at 0 hides both."""
+    """Over the entries alone the sum falls from the first step away, and renormalised it stays 0."""
     losses, alone, renormalised = [], [], []
     for share in (1.0, 0.9, 0.7, 0.4, 0.1, 0.01):
         student, teacher = _drained(share)
@@ -153,72 +142,9 @@ def test_draining_the_entries_never_pays() -> None:
 def test_descent_returns_drained_mass_to_the_entries(type: str) -> None:
     student, teacher = _drained(0.1)
     for _ in range(300):
-        _, gradient = _value_and_gradient(student, teacher, type=type)
+        _, gradient = value_and_gradient(student, teacher, type=type)
         student = student - 2 * gradient
     torch.testing.assert_close(student.softmax(-1)[:, :3], teacher.logprobs.exp(), rtol=2e-2, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tail_below_resolution_is_set_to_it(dtype: torch.dtype) -> None:
-    logprobs = torch.tensor([[math.log(0.6), math.log(0.4)]], dtype=torch.float64)
-    student = torch.tensor([[1.0, 1.0, 0.0, -1.0]])
-    ids = torch.tensor([[0, 1]])
-    log_p = student.double().log_softmax(-1)
-    p, p_tail = log_p[:, :2], log_p[:, 2:].logsumexp(-1)
-    entries = logprobs.to(dtype)
-    resolution = 2**-23 + torch.finfo(dtype).eps / 2 * torch.special.entr(entries.double().exp()).sum(-1)
-    q_tail = resolution.maximum(1 - entries.double().exp().sum(-1))
-    expected = (p.exp() * (p - entries.double())).sum(-1) + p_tail.exp() * (p_tail - q_tail.log())
-    # The value has the generalised form, sum q - p added: a mass that rounds to other than 1 does not matter.
-    expected = expected + entries.double().exp().sum(-1) + q_tail - 1
-    for tail in (None, torch.tensor([-math.inf])):
-        loss = vocab_parallel_divergence(student, TopKTeacher(ids, entries, tail))
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_tail_that_is_given_is_believed() -> None:
-    student, logits = _pair()
-    teacher = best_of(logits, 3)
-    tail = torch.full((T,), -30.0)
-    sharp = TopKTeacher(teacher.ids, teacher.logprobs.double().log_softmax(-1).float(), tail)
-    for type in ("reverse_kl", "forward_kl"):
-        loss, gradient = _value_and_gradient(student, sharp, type=type)
-        dense = student.double().requires_grad_()
-        expected = bucketed_divergence(dense, sharp, type)
-        expected.sum().backward()
-        assert relative_error(loss, expected.detach()) <= 1e-5
-        assert relative_error(gradient, dense.grad) <= 1e-5
-
-
-@every_kind
-@every_backend
-def test_one_hot_teachers_and_huge_logits_are_finite_and_right(backend: str, type: str, arguments: dict) -> None:
-    student = torch.tensor([[1e4, -1e4, 0, 5], [1e4, 1e4, -1e4, -1e4], [-1e4, 1e4, 3, 2], [2, 2, 2, 2], [5, 1, 2, 3]])
-    student[4, 3] = -math.inf  # a tail column
-    never = -math.inf
-    ids = torch.tensor([[2, -1], [3, -1], [1, 0], [0, -1], [0, -1]])
-    logprobs = torch.tensor([[0, never], [0, never], [-1e-3, -10], [0, never], [-0.5, never]])
-    with use_backend(backend):
-        loss, gradient = _value_and_gradient(student, TopKTeacher(ids, logprobs), type=type, **arguments)
-    resolved = (1 - logprobs.double().exp().sum(-1)).clamp(min=2**-23)
-    dense = student.double().clamp(min=-1e5).requires_grad_()  # 0 * inf is no number, 0 * 1e5 is 0
-    expected = bucketed_divergence(dense, TopKTeacher(ids, logprobs, resolved.log()), type, **arguments)
-    expected.sum().backward()
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), dense.grad, rtol=1e-4, atol=2e-6)
-
-
-def test_an_entry_of_probability_zero_counts_as_a_dense_teachers_would() -> None:
-    student, logits = _pair()
-    student[:, 7], logits[:, 7] = 0, -math.inf
-    entries = best_of(logits, V)
-    for type, infinite in (("reverse_kl", True), ("forward_kl", False), ("gkd", False)):
-        loss, gradient = _value_and_gradient(student, entries, type=type)
-        expected, expected_gradient = _value_and_gradient(student, logits, type=type)
-        assert loss.isinf().all() == infinite
-        torch.testing.assert_close(loss, expected)
-        if not infinite:
-            assert relative_error(gradient, expected_gradient.double()) <= 1e-5
 
 
 def _hidden(dtype: torch.dtype = torch.float32):
@@ -231,7 +157,7 @@ def _hidden(dtype: torch.dtype = torch.float32):
 @every_kind
 def test_both_forms_agree(type: str, arguments: dict) -> None:
     (hidden, head), weights = _hidden(), torch.linspace(0, 2, T)
-    teacher = best_of(_pair()[1], 5, 0.5)
+    teacher = best_of(pair()[1], 5, 0.5)
     options = {"type": type, "temperature": 0.5, "vocab_size": V, **arguments}
     loss, per_token = linear_divergence(hidden, head, [teacher], token_weights=weights, chunk_tokens=4, **options)
     gradients = torch.autograd.grad(loss, [hidden, head])
@@ -245,7 +171,7 @@ def test_both_forms_agree(type: str, arguments: dict) -> None:
 @every_kind
 def test_bf16_student_stays_within_its_rounding(type: str, arguments: dict) -> None:
     hidden, head = _hidden(torch.bfloat16)
-    teacher = best_of(_pair()[1], 5)
+    teacher = best_of(pair()[1], 5)
     loss, per_token = linear_divergence(hidden, head, [teacher], type=type, vocab_size=V, **arguments)
     loss.backward()
     dense = [x.detach().double().requires_grad_() for x in (hidden, head)]
@@ -256,30 +182,12 @@ def test_bf16_student_stays_within_its_rounding(type: str, arguments: dict) -> N
     assert relative_error(head.grad, dense[1].grad) <= 2e-2
 
 
-def test_masked_tokens_take_no_part_whatever_they_hold() -> None:
-    student, logits = _pair()
-    teacher = best_of(logits, 4)
-    teacher.logprobs[0, 3], mask = -math.inf, torch.ones(T)  # reverse KL of token 0 is infinite
-    mask[0] = 0
-    hidden, head = student.clone().requires_grad_(), torch.eye(V, requires_grad=True)
-    loss, per_token = linear_divergence(hidden, head, [teacher], token_weights=mask)
-    loss.backward()
-    assert per_token[0] == math.inf
-    kept = TopKTeacher(teacher.ids[1:], teacher.logprobs[1:])
-    torch.testing.assert_close(loss, vocab_parallel_divergence(student[1:], kept).sum())
-    assert hidden.grad[0].abs().max() == 0
-    assert head.grad.isfinite().all()
-    nothing, _ = linear_divergence(hidden, head, [teacher], token_weights=torch.zeros(T))
-    gradients = torch.autograd.grad(nothing, [hidden, head])
-    assert nothing.item() == 0
-    assert all((gradient == 0).all() for gradient in gradients)
-
-
 @every_backend
 def test_metrics_are_of_the_bucketed_distributions(backend: str) -> None:
-    student, logits = _pair()
+    student, logits = pair()
     student[:4] = logits[:4] / 2  # these agree on the best token
     teacher, temperature = best_of(logits, 6, 0.7), 0.7
+    student[4, teacher.ids[4, 1]] = 20  # prefers the teacher's second
     targets = torch.cat([teacher.ids[:4, 2], torch.arange(4, T)])
     with use_backend(backend):
         terms = linear_divergence_terms(
@@ -317,7 +225,7 @@ def test_expected_gradient_of_an_advantage_is_that_of_the_bucketed_divergence(
     advantage: str, type: str, arguments: dict
 ) -> None:
     """Every token of the vocabulary is sampled once and weighs its probability."""
-    student, logits = (x[:1] for x in _pair())
+    student, logits = (x[:1] for x in pair())
     teacher = best_of(logits, 5, 2.0)
     everything = TopKTeacher(teacher.ids.expand(V, -1), teacher.logprobs.expand(V, -1))
     log_p = (student / 2.0).log_softmax(-1)[0]
@@ -337,7 +245,7 @@ def test_expected_gradient_of_an_advantage_is_that_of_the_bucketed_divergence(
 
 @every_backend
 def test_divergence_and_policy_in_one_pass_equal_their_sum(backend: str) -> None:
-    student, logits = _pair()
+    student, logits = pair()
     teacher, temperature = best_of(logits, 5, 0.5), 0.5
     targets = torch.cat([teacher.ids[:4, 1], torch.arange(4, T)])
     generator = torch.Generator().manual_seed(5)
@@ -358,76 +266,3 @@ def test_divergence_and_policy_in_one_pass_equal_their_sum(backend: str) -> None
     expected.sum().backward()
     assert relative_error(terms.per_token, expected.detach()) <= 1e-5
     assert relative_error(hidden.grad, dense.grad) <= 1e-5
-
-
-_IDS, _LOGPROBS = torch.tensor([[1, 2, 3]] * T), torch.tensor([[-1.0, -2.0, -3.0]] * T)
-
-
-def _changed(values: torch.Tensor, entry: float) -> torch.Tensor:
-    values = values.clone()
-    values[2, 1] = entry
-    return values
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"ids": _IDS.int()}, "int64"),
-        ({"ids": _IDS[:, :2]}, "one shape"),
-        ({"ids": _IDS[:, :0], "logprobs": _LOGPROBS[:, :0]}, "k >= 1"),
-        ({"ids": _IDS[0]}, "[T, k]"),
-        ({"ids": [[1, 2, 3]] * T}, "list"),
-        ({"ids": _IDS[1:]}, "8 rows"),
-        ({"ids": _IDS.to("meta")}, "meta"),
-        ({"ids": _changed(_IDS, V)}, "row 2"),
-        ({"ids": _changed(_IDS, -2)}, "outside"),
-        ({"ids": _changed(_IDS, 3)}, "twice"),
-        ({"ids": _changed(_IDS, -1)}, "-inf"),
-        ({"logprobs": _IDS}, "floating"),
-        ({"logprobs": _changed(_LOGPROBS, -0.3)}, "mass of 1.1"),
-        ({"logprobs": _changed(_LOGPROBS, math.nan)}, "mass"),
-        ({"logprobs": -_LOGPROBS}, "not logits"),
-        ({"tail_logprob": torch.zeros(T, 1)}, "[T]"),
-        ({"tail_logprob": torch.zeros(T)}, "mass"),
-        ({"tail_logprob": torch.full((T,), -9.0)}, "mass"),
-        ({"tail_logprob": torch.full((T - 1,), -9.0)}, "8 rows"),
-    ],
-)
-def test_bad_entries_raise_one_line_with_value_rule_and_remedy(fields: dict, words: str) -> None:
-    teacher = TopKTeacher(**({"ids": _IDS, "logprobs": _LOGPROBS} | fields))
-    for call in (
-        lambda: vocab_parallel_divergence(torch.zeros(T, V), teacher),
-        lambda: linear_divergence(torch.zeros(T, H), torch.zeros(V, H), [teacher]),
-    ):
-        with pytest.raises(ConfigError) as error:
-            call()
-        message = str(error.value)
-        assert words in message
-        assert "\n" not in message
-        assert ":" in message
-
-
-def test_a_row_that_covers_the_vocabulary_must_sum_to_one() -> None:
-    teacher = best_of(_pair()[1], V)
-    short = TopKTeacher(teacher.ids, teacher.logprobs - 0.1)
-    with pytest.raises(ConfigError, match="mass of 0.9"):
-        vocab_parallel_divergence(torch.zeros(T, V), short)
-
-
-def test_an_ensemble_with_a_topk_teacher_is_refused() -> None:
-    student, logits = _pair()
-    for teachers in ([best_of(logits, 3), logits], [best_of(logits, 3)] * 2):
-        with pytest.raises(ConfigError, match="alone"):
-            vocab_parallel_divergence(student, teachers)
-    with pytest.raises(ConfigError, match="alone"):
-        linear_divergence(student, torch.eye(V), [(student, torch.eye(V)), best_of(logits, 3)])
-
-
-def test_inputs_stay_untouched_and_no_gradient_needs_no_graph() -> None:
-    student, logits = _pair()
-    teacher = best_of(logits, 3)
-    before = [x.clone() for x in (student, teacher.ids, teacher.logprobs)]
-    loss = vocab_parallel_divergence(student, teacher)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, _value_and_gradient(student, teacher)[0])
-    assert all(torch.equal(x, y) for x, y in zip(before, (student, teacher.ids, teacher.logprobs), strict=True))

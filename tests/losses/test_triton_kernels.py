@@ -83,7 +83,9 @@ def check_against_float64(
     for own in (own_sums, staged_sums):
         assert own.dtype == torch.float32
         for name, value, expected in zip(SUMS, own, sums, strict=True):
-            assert relative_error(value, expected) <= 1e-5, name
+            # The pull of forward KL sums to 0, so that sum's error is measured against the 1 that p sums to.
+            error = (value - expected).abs().max() if name == "pull" else relative_error(value, expected)
+            assert error <= 1e-5, name
     for own in (out, staged_out):
         assert own.dtype == student.dtype
         assert relative_error(own, gradient) <= limit

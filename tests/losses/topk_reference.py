@@ -1,11 +1,33 @@
-"""Top-k teachers for tests, and their divergence as one would write it: k entries and one more event, dense, float64."""
+"""Top-k teachers for tests, and their divergence as one would write it: k entries and one more event, in float64."""
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 
-from opd_megatron.losses import TopKTeacher
-from tests.losses.reference import FORMULAE
+from opd_megatron.losses import TopKTeacher, vocab_parallel_divergence
+from tests.losses.reference import FORMULAE, KINDS, NAMES
+
+T, H, V = 9, 12, 40
+every_kind = pytest.mark.parametrize(("type", "arguments"), KINDS, ids=NAMES)
+# By hand, as Triton decides when it is imported whether it interprets: TRITON_INTERPRET=1 pytest -k triton tests/losses
+BACKENDS = ["torch", "compiled", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def pair(scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (scale * torch.randn(T, V, generator=generator) for _ in range(2))
+    return student, teacher
+
+
+def value_and_gradient(student, teacher, **arguments):
+    student = student.clone().requires_grad_()
+    loss = vocab_parallel_divergence(student, teacher, **arguments)
+    loss.sum().backward()
+    return loss.detach(), student.grad
 
 
 def best_of(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopKTeacher:
@@ -22,7 +44,7 @@ def padded(teacher: TopKTeacher, lengths: list[int]) -> TopKTeacher:
 
 
 def events(log_p: torch.Tensor, teacher: TopKTeacher, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of one row's events under both models, from the student's [V]: entries, then the tail if any."""
+    """Log-probabilities of one row's events, from the student's [V], under both models: entries, then any tail."""
     kept = teacher.ids[row] >= 0
     ids, log_q = teacher.ids[row][kept], teacher.logprobs[row][kept].double()
     tail = torch.ones(len(log_p), dtype=torch.bool).index_fill(0, ids, False)
