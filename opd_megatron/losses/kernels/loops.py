@@ -134,6 +134,13 @@ def store(out, p, pull, scale, shared):
 
 
 @_loop
+def store_rounded(out, values):
+    own_function()
+    for j in range(out.shape[0]):
+        out[j] = rounded(values[j], out[j])
+
+
+@_loop
 def store_zeros(out):
     for j in range(out.shape[0]):
         out[j] = rounded(_ZERO, out[j])
@@ -244,7 +251,7 @@ def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
             result[i] = total
 
     @_loop
-    def store_gradient(s, t, scale, parameter, norm, factors, out):
+    def tile_gradient(s, t, scale, parameter, norm, factors, result):
         own_function()
         s_max, s_log, t_max, t_log = norm[0], norm[1], norm[2], norm[3]
         of_pull, of_p = factors[0], factors[1]
@@ -252,18 +259,21 @@ def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
             log_p = _log_probability(load(s[j]), scale, s_max, s_log)
             log_q = _log_probability(load(t[j]), scale, t_max, t_log)
             p = exp(log_p)
-            pull = pull_of(p, exp(log_q), _log_ratio(log_p, log_q), parameter)
-            out[j] = rounded(of_pull * pull - of_p * p, out[j])
+            result[j] = of_pull * pull_of(p, exp(log_q), _log_ratio(log_p, log_q), parameter) - of_p * p
 
     @_loop
     def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, factors, out, step):
+        tile = np.empty(_TILE, np.float32)  # the result may overwrite s, and such a loop is not vectorised
         for i in range(lo, hi):
-            a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
             target = out[i * step : i * step + columns]
             if factors[i, 0] == _ZERO and factors[i, 1] == _ZERO:
                 store_zeros(target)
-            else:
-                store_gradient(a, b, scale, parameter, norms[i], factors[i], target)
+                continue
+            a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
+            for k in range(0, columns, _TILE):
+                x, y = a[k : k + _TILE], b[k : k + _TILE]
+                tile_gradient(x, y, scale, parameter, norms[i], factors[i], tile)
+                store_rounded(target[k : k + _TILE], tile)
 
     return SimpleNamespace(
         sums=sums,
