@@ -21,6 +21,9 @@ from opd_megatron.losses.kernels.base import SUMS, Normalisers, Statistics
 from opd_megatron.losses.kernels.loops import loops_of
 from opd_megatron.losses.kernels.loops import statistics as statistics_loop
 
+# Rows are taken in turns of about this many elements: torch's own threads spin for milliseconds after a matrix product,
+# and whoever shares a core with one gets less done.
+_ELEMENTS_A_TURN = 2**20
 # Fewer elements than this a thread are not worth waking it.
 _ELEMENTS_A_THREAD = 2**15
 
@@ -79,12 +82,19 @@ class CompiledKernels:
         rows, columns = student.shape
         arguments = (*_flat(student), *_flat(teacher), columns, self._scale, *rest)
         threads = max(1, min(torch.get_num_threads(), rows, student.numel() // _ELEMENTS_A_THREAD))
-        bounds = [rows * i // threads for i in range(threads + 1)]
+        step = max(1, min(rows // threads, _ELEMENTS_A_TURN // columns))
+        starts = iter(range(0, rows, step))
+
+        def work() -> None:
+            scratch = np.empty((2, columns), np.float32)
+            for start in starts:  # shared: whoever is free takes the next rows
+                loop(start, min(start + step, rows), *arguments, scratch)
+
         others: list[Future[None]] = []
         if threads > 1:
-            submit = _pool(torch.get_num_threads(), os.getpid()).submit
-            others = [submit(loop, bounds[i], bounds[i + 1], *arguments) for i in range(1, threads)]
-        loop(0, bounds[1], *arguments)
+            pool = _pool(torch.get_num_threads(), os.getpid())
+            others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
         for other in others:
             other.result()
 

@@ -74,7 +74,7 @@ def _sum_of_exp(x, scale, top):
     own_function()
     result = _ZERO
     for j in range(x.shape[0]):
-        result += exp(larger(load(x[j]), _LOWEST) * scale - top)
+        result += exp(load(x[j]) * scale - top)
     return result
 
 
@@ -84,7 +84,7 @@ def _keep_exp(x, scale, top, kept):
     own_function()
     result = _ZERO
     for j in range(x.shape[0]):
-        value = exp(larger(load(x[j]), _LOWEST) * scale - top)
+        value = exp(load(x[j]) * scale - top)
         kept[j] = value
         result += value
     return result
@@ -147,7 +147,7 @@ def store_zeros(out):
 
 
 @_loop
-def statistics(lo, hi, s, s_step, t, t_step, columns, scale, result):
+def statistics(lo, hi, s, s_step, t, t_step, columns, scale, result, scratch):
     none, tops = np.empty(0, np.float32), np.empty((2, 0), np.float32)
     for i in range(lo, hi):
         a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
@@ -199,8 +199,10 @@ def _whole_rows(add_sums: Any) -> Any:
     """The loop over rows that makes all passes over one before the next."""
 
     @_loop
-    def everything(lo, hi, s, s_step, t, t_step, columns, scale, parameter, stats, result, weights, wanted, out, step):
-        of_s, of_t = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    def everything(
+        lo, hi, s, s_step, t, t_step, columns, scale, parameter, stats, result, weights, wanted, out, step, scratch
+    ):
+        of_s, of_t = scratch[0], scratch[1]
         tops = np.empty((2, (columns + _TILE - 1) // _TILE), np.float32)
         norm = np.empty(4, np.float32)
         for i in range(lo, hi):
@@ -234,13 +236,13 @@ def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
     """The loops over rows of one divergence. Each is compiled when it is first called (about a second).
 
     All take (first row, last row, student, its row stride, teacher, its row stride, columns, 1 / temperature,
-    parameter) and then what is theirs.
+    parameter), then what is theirs, and last a scratch buffer [2, columns].
     """
     value_of, pull_of = (rebind(f, _NAMES, _in_single) for f in (value, pull))
     add_sums = _sums_of_tile(value_of, pull_of, kept=False, described=True)
 
     @_loop
-    def sums(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, result):
+    def sums(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, result, scratch):
         none = np.empty(0, np.float32)
         for i in range(lo, hi):
             a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
@@ -262,8 +264,8 @@ def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
             result[j] = of_pull * pull_of(p, exp(log_q), _log_ratio(log_p, log_q), parameter) - of_p * p
 
     @_loop
-    def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, factors, out, step):
-        tile = np.empty(_TILE, np.float32)  # the result may overwrite s, and such a loop is not vectorised
+    def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, factors, out, step, scratch):
+        tile = scratch[0]  # the result may overwrite s, and such a loop is not vectorised
         for i in range(lo, hi):
             target = out[i * step : i * step + columns]
             if factors[i, 0] == _ZERO and factors[i, 1] == _ZERO:

@@ -135,10 +135,10 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = _f(1.44269504088896341), _f(0.693359375), _f(-2.1
 # (exp(r) - 1 - r) / r^2, fitted for |r| <= ln(2) / 2 so that exp is off by 4e-9 at most, before rounding.
 _E0, _E1, _E2 = _f(1.381461275741458e-3), _f(8.368710055947304e-3), _f(4.166838899254799e-2)
 _E3, _E4 = _f(1.666652113199234e-1), _f(4.999999403953552e-1)
-# log(1 + f) for sqrt(1/2) <= 1 + f < sqrt(2): Cephes.
-_L0, _L1, _L2 = _f(7.0376836292e-2), _f(-1.1514610310e-1), _f(1.1676998740e-1)
-_L3, _L4, _L5 = _f(-1.2420140846e-1), _f(1.4249322787e-1), _f(-1.6668057665e-1)
-_L6, _L7, _L8 = _f(2.0000714765e-1), _f(-2.4999993993e-1), _f(3.3333331174e-1)
+# (log(1 + f) - f + f^2 / 2) / f^3, fitted for sqrt(1/2) <= 1 + f < sqrt(2): the logarithm is off by 4e-8 of itself.
+_L0, _L1, _L2 = _f(8.700434863567352e-2), _f(-1.426748633384705e-1), _f(1.491476893424988e-1)
+_L3, _L4 = _f(-1.657758504152298e-1), _f(1.996306329965591e-1)
+_L5, _L6 = _f(-2.500133812427521e-1), _f(3.333390951156616e-1)
 _ZERO, _HALF, _ONE = _f(0), _f(0.5), _f(1)
 _LOWEST = _f(-87.0)
 
@@ -179,8 +179,8 @@ def log1p(x: np.float32) -> np.float32:
     f = select(power == _ZERO, x, mantissa(u) - _ONE)
     square = f * f
     # Even and odd powers apart: two short chains of dependent operations instead of a long one.
-    even = (((_L0 * square + _L2) * square + _L4) * square + _L6) * square + _L8
-    odd = ((_L1 * square + _L3) * square + _L5) * square + _L7
+    even = ((_L0 * square + _L2) * square + _L4) * square + _L6
+    odd = (_L1 * square + _L3) * square + _L5
     tail = odd * f + even
     small = (tail * f * square + power * _LN2_LOW) - _HALF * square
     return (f + small) + power * _LN2_HIGH
