@@ -143,13 +143,17 @@ class Contestant:
 def ours(inputs: Inputs, loss: Loss, *, chunk_tokens: int | None = None, backend: str = "auto") -> Contestant:
     x = inputs
     teachers = [(x.teacher_hidden, x.teacher_head)]
+    tokens = len(x.student_hidden)
+    # The mean by token weights, which the pass multiplies in; a factor in backward is one more pass over d head.
+    weights = torch.full((tokens,), 1 / tokens, device=x.student_hidden.device)
 
     def forward() -> torch.Tensor:
         with use_backend(backend):
-            total, _ = linear_divergence(
-                x.student_hidden, x.student_head, teachers, chunk_tokens=chunk_tokens, **loss.arguments
-            )
-        return total / len(x.student_hidden)
+            mean, _ = linear_divergence(
+                x.student_hidden, x.student_head, teachers, chunk_tokens=chunk_tokens, token_weights=weights,
+                **loss.arguments,
+            )  # fmt: skip
+        return mean
 
     return Contestant(forward, (x.student_hidden, x.student_head))
 

@@ -22,7 +22,7 @@ from opd_megatron.losses.kernels.base import LOG_ZERO, SUMS, Normalisers, Statis
 from opd_megatron.losses.policy import PolicyResult, policy_loss
 
 # Sums beyond this were infinite (LOG_ZERO stands for log 0) and are reported so.
-_INFINITE = 1e24
+_INFINITE = 1e15
 # Elements of the fp32 block that an ensemble is mixed into.
 _ENSEMBLE_ELEMENTS = {"cpu": 2**19}
 _ENSEMBLE_ELEMENTS_GPU = 2**26

@@ -105,6 +105,9 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         result = torch.empty_like(gradient)
+        if gradient.dtype == grad_loss.dtype:
+            torch.mul(gradient, grad_loss.unsqueeze(-1), out=result)
+            return result, None, None, None, None
         # In blocks: the product of bf16 and fp32 is made in fp32, which would be a second and a third [T, v].
         rows = max(1, _BLOCK_ELEMENTS // max(gradient.shape[1], 1))
         for start in range(0, len(gradient), rows):
