@@ -19,7 +19,7 @@ import torch
 from _divergence_contestants import Contestant
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from opd_megatron.losses.products import chunk_memory
+from opd_megatron.losses.memory import release_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def memory(contestant: Contestant) -> Memory:
     numba, which are a few rows of the vocabulary for each thread.
     """
     gc.collect()
-    chunk_memory.release()  # buffers kept from another call are this one's memory too
+    release_memory()  # buffers kept from another call are this one's memory too
     return _on_gpu(contestant) if contestant.leaves[0].is_cuda else _on_cpu(contestant)
 
 

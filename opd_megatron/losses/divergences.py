@@ -59,6 +59,11 @@ def approach(r, weight):  # type: ignore[no-untyped-def]
     return distance, smaller, at_least(where(r < 0.0, (1.0 - weight) * smaller, weight * smaller), -0.99999994)
 
 
+def gap_beside(p, q, r, smaller):  # type: ignore[no-untyped-def]
+    """q - p from `approach`'s smaller / larger - 1, which has all its digits."""
+    return smaller * where(r < 0.0, -q, p)
+
+
 def log_mixture(r, weight):  # type: ignore[no-untyped-def]
     """(log m - log p, log m - log q)."""
     distance, _, mixture = approach(r, weight)
@@ -70,8 +75,10 @@ def log_mixture(r, weight):  # type: ignore[no-untyped-def]
 def over_mixture(r, weight):  # type: ignore[no-untyped-def]
     """(p / m - 1, q / m - 1)."""
     _, smaller, mixture = approach(r, weight)
-    of_larger, of_smaller = -mixture / (1.0 + mixture), (smaller - mixture) / (1.0 + mixture)
-    return where(r < 0.0, of_smaller, of_larger), where(r < 0.0, of_larger, of_smaller)
+    larger_less_m, smaller_less_m = -mixture, smaller - mixture
+    p_less_m = where(r < 0.0, smaller_less_m, larger_less_m)
+    q_less_m = where(r < 0.0, larger_less_m, smaller_less_m)
+    return p_less_m / (1.0 + mixture), q_less_m / (1.0 + mixture)
 
 
 def reverse_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
@@ -103,8 +110,9 @@ def gkd_pull(p, q, r, beta):  # type: ignore[no-untyped-def]
 
 def skew_reverse_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(p|m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898)."""
+    _, smaller, _ = approach(r, 1.0 - alpha)
     over_p, _ = log_mixture(r, 1.0 - alpha)
-    return (1.0 - alpha) * gap(p, q, r) - p * over_p
+    return (1.0 - alpha) * gap_beside(p, q, r, smaller) - p * over_p
 
 
 def skew_reverse_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
@@ -115,8 +123,9 @@ def skew_reverse_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
 
 def skew_forward_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(q|m), m = alpha q + (1 - alpha) p (DistiLLM, arXiv 2402.03898)."""
+    _, smaller, _ = approach(r, alpha)
     _, over_q = log_mixture(r, alpha)
-    return -((1.0 - alpha) * gap(p, q, r) + q * over_q)
+    return -((1.0 - alpha) * gap_beside(p, q, r, smaller) + q * over_q)
 
 
 def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
@@ -126,8 +135,9 @@ def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
 
 def lambda_jsd_value(p, q, r, weight):  # type: ignore[no-untyped-def]
     """weight KL(p|m) + (1 - weight) KL(q|m), m = (p + q) / 2."""
+    _, smaller, _ = approach(r, 0.5)
     over_p, over_q = log_mixture(r, 0.5)
-    return (weight - 0.5) * gap(p, q, r) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
+    return (weight - 0.5) * gap_beside(p, q, r, smaller) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
 
 
 def lambda_jsd_pull(p, q, r, weight):  # type: ignore[no-untyped-def]

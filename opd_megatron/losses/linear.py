@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.arguments import (
     Choices,
-    Objective,
     check_matrix,
     check_per_token,
     check_projection,
@@ -25,15 +22,10 @@ from opd_megatron.losses.arguments import (
     make_objective,
 )
 from opd_megatron.losses.chunks import chunk_bounds
-from opd_megatron.losses.engine import Call, Engine, Terms
 from opd_megatron.losses.kernels.base import SUMS
+from opd_megatron.losses.linear_pass import FromHidden, Plan, Projection
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
-from opd_megatron.losses.products import add_outer, chunk_memory, large_empty, times_head
-from opd_megatron.losses.topk import Entries, TopKTeacher, check_entries, split_topk
-from opd_megatron.losses.topk_engine import TopKEngine
-
-Projection = tuple[torch.Tensor, torch.Tensor]
-"""Hidden states [T, h] and this rank's rows of the LM head [v, h]."""
+from opd_megatron.losses.topk import TopKTeacher, check_entries, split_topk
 
 
 @dataclass(frozen=True)
@@ -157,12 +149,12 @@ def linear_divergence_terms(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1: leave it out to have it chosen")
     tracked = torch.is_grad_enabled()
-    plan = _Plan(
+    plan = Plan(
         objective, projections, entries, token_weights, targets, policy,
         chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards, described=described,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
     )  # fmt: skip
-    loss_sum, per_token, sums, extra, of_policy = _FromHidden.apply(student_hidden, student_head, plan)
+    loss_sum, per_token, sums, extra, of_policy = FromHidden.apply(student_hidden, student_head, plan)
     named = dict(zip(SUMS, sums, strict=True))
     return DivergenceTerms(
         loss_sum=loss_sum,
@@ -189,174 +181,3 @@ def _check_tensors(hidden: torch.Tensor, head: torch.Tensor, teachers: Sequence[
         check_matrix(f"teacher {index} hidden", teacher_hidden, hidden, rows=len(hidden))
         check_matrix(f"teacher {index} head", teacher_head, hidden)
         check_projection(f"teacher {index}", teacher_hidden, teacher_head)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The arguments of one call that autograd does not track."""
-
-    objective: Objective
-    teachers: Sequence[Projection]
-    entries: Entries | None
-    """Of a top-k teacher, which is alone."""
-    token_weights: torch.Tensor | None
-    targets: torch.Tensor | None
-    policy: PolicyTerm | None
-    chunks: Sequence[slice]
-    shards: int
-    """Ranks that the tokens are sharded over."""
-    described: bool
-    hidden_grad: bool
-    head_grad: bool
-
-
-class _FromHidden(torch.autograd.Function):
-    """Keeps d hidden [T, h] and d head [v, h], made in forward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, plan: _Plan) -> tuple[torch.Tensor, ...]:
-        chunked = _Chunked(hidden, head, plan)
-        terms = chunked.run()
-        sums, extra = terms.sums, torch.stack([terms.top1, *([] if terms.logprobs is None else terms.logprobs)])
-        per_token = torch.zeros_like(terms.value)  # 0 times an infinite divergence is not a NaN
-        if plan.objective.lambda_distill:
-            per_token = terms.value * plan.objective.lambda_distill
-        of_policy = per_token.new_zeros(0)
-        if plan.policy is not None and terms.policy is not None:
-            of_policy = torch.stack(list(terms.policy))
-            per_token = per_token + plan.policy.coef * terms.policy.loss
-        weighted = per_token
-        if chunked.weights is not None:
-            # A masked infinity is not a NaN.
-            weighted = torch.where(chunked.weights == 0, 0, chunked.weights * per_token)
-        ctx.group, ctx.shards = plan.objective.group, plan.shards
-        ctx.save_for_backward(chunked.hidden_gradient, chunked.head_gradient_in(head.dtype))
-        ctx.mark_non_differentiable(per_token, sums, extra, of_policy)
-        return weighted.sum(), per_token, sums, extra, of_policy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        hidden_gradient, head_gradient = ctx.saved_tensors
-        if hidden_gradient is not None:
-            hidden_gradient = _summed(hidden_gradient, grad_loss, ctx.group, ctx.shards)
-        if head_gradient is not None:
-            head_gradient = _times(head_gradient, grad_loss)
-        return hidden_gradient, head_gradient, None
-
-
-def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The product; without a pass over memory where the factor is 1 and asking costs no synchronisation."""
-    return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient * factor
-
-
-def _summed(gradient: torch.Tensor, factor: torch.Tensor, group: dist.ProcessGroup | None, shards: int) -> torch.Tensor:
-    """d hidden of the whole vocabulary: of all tokens, or of this rank's where they are sharded."""
-    total = gradient.to(factor.dtype) * factor
-    if group is not None and total.numel():
-        if shards > 1:
-            mine = total.new_empty(len(total) // shards, total.shape[1])
-            dist.reduce_scatter_tensor(mine, total, group=group)
-            total = mine
-        else:
-            dist.all_reduce(total, group=group)
-    return total.to(gradient.dtype)
-
-
-def _gathered(hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    """[T, h] of all tokens."""
-    hidden = hidden.detach()
-    if plan.shards == 1 or not hidden.numel():
-        return hidden
-    whole = hidden.new_empty(len(hidden) * plan.shards, hidden.shape[1])
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=plan.objective.group)
-    return whole
-
-
-class _Chunked:
-    """One forward pass over chunks of tokens, with the buffers they share."""
-
-    def __init__(self, hidden: torch.Tensor, head: torch.Tensor, plan: _Plan) -> None:
-        self.plan, self.hidden = plan, _gathered(hidden, plan)
-        self.columns = plan.objective.columns
-        self.head = head.detach()[: self.columns]
-        self.teachers = [(_gathered(states, plan), weight.detach()[: self.columns]) for states, weight in plan.teachers]
-        self.tokens = max((chunk.stop - chunk.start for chunk in plan.chunks), default=0)
-        kind = Engine if plan.entries is None else TopKEngine
-        self.engine = kind(
-            plan.objective, max(self.tokens, 1), hidden.device, [states.dtype for states in self._all_hidden()]
-        )
-        weights = plan.token_weights
-        self.weights = None if weights is None else weights.to(plan.objective.dtype)
-        self.hidden_gradient = torch.empty_like(self.hidden) if plan.hidden_grad else None
-        self.head_gradient = self._new_head_gradient(head) if plan.head_grad else None
-
-    def run(self) -> Terms:
-        if not len(self.hidden):
-            return self._nothing()
-        buffers = [chunk_memory.borrow((self.tokens, self.columns), states) for states in self._all_hidden()]
-        try:
-            parts = [self._chunk(rows, buffers) for rows in self.plan.chunks]
-        finally:
-            for buffer in buffers:
-                chunk_memory.give_back(buffer)
-        return parts[0] if len(parts) == 1 else _joined(parts)
-
-    def _all_hidden(self) -> list[torch.Tensor]:
-        return [self.hidden, *(states for states, _ in self.teachers)]
-
-    def _nothing(self) -> Terms:
-        empty = torch.empty(0, dtype=self.plan.objective.dtype, device=self.hidden.device)
-        policy = None if self.plan.policy is None else PolicyResult(*[empty] * len(PolicyResult._fields))
-        logprobs = None if self.plan.targets is None else empty.expand(2, 0)
-        return Terms(empty.expand(len(SUMS), 0), empty, logprobs, policy)
-
-    def _chunk(self, rows: slice, buffers: Sequence[torch.Tensor]) -> Terms:
-        hidden = self.hidden[rows]
-        logits = [buffer[: len(hidden)] for buffer in buffers]
-        torch.mm(hidden, self.head.t(), out=logits[0])
-        for (states, head), out in zip(self.teachers, logits[1:], strict=True):
-            torch.mm(states[rows], head.t(), out=out)
-        plan = self.plan
-        wanted = plan.hidden_grad or plan.head_grad
-        terms = self.engine.run(
-            Call(
-                student=logits[0],
-                teachers=logits[1:],
-                weights=None if self.weights is None else self.weights[rows],
-                targets=None if plan.targets is None else plan.targets[rows],
-                policy=None if plan.policy is None else plan.policy.rows(rows),
-                gradient=logits[0] if wanted else None,
-                described=plan.described,
-                entries=None if plan.entries is None else plan.entries.rows(rows),
-            )
-        )
-        if self.hidden_gradient is not None:
-            times_head(logits[0], self.head, out=self.hidden_gradient[rows])
-        if self.head_gradient is not None:
-            add_outer(self.head_gradient[: self.columns], logits[0], hidden, first=rows.start == 0)
-        return terms
-
-    def _new_head_gradient(self, head: torch.Tensor) -> torch.Tensor:
-        # Products of bf16 matrices are bf16, so a sum of two needs no wider storage; a longer one does.
-        dtype = head.dtype if len(self.plan.chunks) <= 2 else torch.promote_types(head.dtype, torch.float32)
-        gradient = large_empty(tuple(head.shape), dtype, head.device)
-        gradient[self.columns if len(self.hidden) else 0 :].zero_()
-        return gradient
-
-    def head_gradient_in(self, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if self.head_gradient is None else self.head_gradient.to(dtype)
-
-
-def _joined(parts: Sequence[Terms]) -> Terms:
-    policy = None
-    if parts[0].policy is not None:
-        fields = zip(*(part.policy for part in parts if part.policy is not None), strict=True)
-        policy = PolicyResult(*(torch.cat(field) for field in fields))
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return Terms(
-        torch.cat([part.sums for part in parts], dim=1),
-        torch.cat([part.top1 for part in parts]),
-        torch.cat(logprobs, dim=1) if logprobs else None,
-        policy,
-    )

@@ -117,4 +117,6 @@ def _flat(x: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 def _rows(normalisers: Normalisers) -> np.ndarray:
-    return torch.stack(list(normalisers), dim=1).float().numpy()
+    """[R, 5]: the four, and the difference of the log sums."""
+    shift = normalisers.teacher_log_sum - normalisers.student_log_sum
+    return torch.stack([*normalisers, shift], dim=1).float().numpy()

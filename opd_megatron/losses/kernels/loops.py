@@ -44,19 +44,24 @@ _reverse_kl, _forward_kl = (rebind(kl.value, _NAMES, _in_single) for kl in (REVE
 
 
 @scalar.scalar
-def _log_probability(logit, scale, top, log_sum):
-    return (larger(logit, _LOWEST) * scale - top) - log_sum
+def _below_top(logit, scale, top):
+    return larger(logit, _LOWEST) * scale - top
 
 
 @scalar.scalar
-def _log_ratio(log_p, log_q):
-    return log_p - log_q
+def _difference(a, b):
+    return a - b
 
 
 @scalar.scalar
-def _describing_terms(p, q, log_p, log_q):
+def _log_ratio(of_student, of_teacher, shift):
+    """log p - log q of two logits below their tops; `shift` is the difference of the log sums, rounded only once."""
+    return (of_student - of_teacher) + shift
+
+
+@scalar.scalar
+def _describing_terms(p, q, r, log_p, log_q):
     """An entry's part of both KLs and of both entropies."""
-    r = log_p - log_q
     return _reverse_kl(p, q, r, _ZERO), _forward_kl(p, q, r, _ZERO), p * log_p, q * log_q
 
 
@@ -165,17 +170,16 @@ def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, described: bool) -> A
     def add_sums(s, t, scale, parameter, norm, p_of, q_of, p_factor, q_factor, total):
         own_function()
         reverse = forward = of_student = of_teacher = value = pulls = _ZERO
-        s_max, s_log, t_max, t_log = norm[0], norm[1], norm[2], norm[3]
+        s_max, s_log, t_max, t_log, shift = norm[0], norm[1], norm[2], norm[3], norm[4]
         for j in range(s.shape[0]):
-            log_p = _log_probability(load(s[j]), scale, s_max, s_log)
-            log_q = _log_probability(load(t[j]), scale, t_max, t_log)
+            a, b = _below_top(load(s[j]), scale, s_max), _below_top(load(t[j]), scale, t_max)
             if kept:
                 p, q = p_of[j] * p_factor, q_of[j] * q_factor
             else:
-                p, q = exp(log_p), exp(log_q)
-            r = _log_ratio(log_p, log_q)
+                p, q = exp(_difference(a, s_log)), exp(_difference(b, t_log))
+            r = _log_ratio(a, b, shift)
             if described:
-                terms = _describing_terms(p, q, log_p, log_q)
+                terms = _describing_terms(p, q, r, _difference(a, s_log), _difference(b, t_log))
                 reverse += terms[0]
                 forward += terms[1]
                 of_student -= terms[2]
@@ -204,12 +208,12 @@ def _whole_rows(add_sums: Any) -> Any:
     ):
         of_s, of_t = scratch[0], scratch[1]
         tops = np.empty((2, (columns + _TILE - 1) // _TILE), np.float32)
-        norm = np.empty(4, np.float32)
+        norm = np.empty(5, np.float32)
         for i in range(lo, hi):
             a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
             statistics_of_row(a, b, scale, of_s, of_t, tops, stats[i])
-            norm[0], norm[1] = stats[i, 0], np.log(stats[i, 1])
-            norm[2], norm[3] = stats[i, 2], np.log(stats[i, 3])
+            s_log, t_log = np.log(np.float64(stats[i, 1])), np.log(np.float64(stats[i, 3]))
+            norm[0], norm[1], norm[2], norm[3], norm[4] = stats[i, 0], s_log, stats[i, 2], t_log, t_log - s_log
             total = np.zeros(6)
             for k in range(tops.shape[1]):
                 x, y = k * _TILE, min(k * _TILE + _TILE, columns)
@@ -255,13 +259,12 @@ def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
     @_loop
     def tile_gradient(s, t, scale, parameter, norm, factors, result):
         own_function()
-        s_max, s_log, t_max, t_log = norm[0], norm[1], norm[2], norm[3]
+        s_max, s_log, t_max, t_log, shift = norm[0], norm[1], norm[2], norm[3], norm[4]
         of_pull, of_p = factors[0], factors[1]
         for j in range(s.shape[0]):
-            log_p = _log_probability(load(s[j]), scale, s_max, s_log)
-            log_q = _log_probability(load(t[j]), scale, t_max, t_log)
-            p = exp(log_p)
-            result[j] = of_pull * pull_of(p, exp(log_q), _log_ratio(log_p, log_q), parameter) - of_p * p
+            a, b = _below_top(load(s[j]), scale, s_max), _below_top(load(t[j]), scale, t_max)
+            p, q = exp(_difference(a, s_log)), exp(_difference(b, t_log))
+            result[j] = of_pull * pull_of(p, q, _log_ratio(a, b, shift), parameter) - of_p * p
 
     @_loop
     def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, factors, out, step, scratch):
