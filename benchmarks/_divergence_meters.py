@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,42 @@ def race(contestants: Mapping[str, Callable[[], object]], rounds: int, device: s
     Each round starts with another contestant, so that none always follows the same one. A round before the first is
     not counted: it compiles.
     """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for name in _turns(contestants, rounds):
+        times[name].append(seconds(contestants[name], device))
+    return Times(times)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """Medians over rounds."""
+
+    of: Mapping[str, float]
+    """Time of every contestant over that of the yardstick just before it."""
+    milliseconds: float
+    """Of the yardstick."""
+
+
+def beside(
+    yardstick: Callable[[], object], contestants: Mapping[str, Callable[[], object]], rounds: int, device: str
+) -> Ratios:
+    """A race in which the yardstick runs before every contestant.
+
+    For ratios that are claimed to a few per cent: the seconds from the first to the last of a round are too long.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in contestants}
+    times = []
+    for name in _turns(contestants, rounds):
+        times.append(seconds(yardstick, device))
+        ratios[name].append(seconds(contestants[name], device) / times[-1])
+    return Ratios({name: statistics.median(x) for name, x in ratios.items()}, 1e3 * statistics.median(times))
+
+
+def _turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> Iterator[str]:
+    """Whose turn it is; what the one before left behind is collected."""
     names = list(contestants)
     for name in names:
         contestants[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()  # what compilers hold would make every collection take longer than what is timed
     try:
@@ -54,10 +86,9 @@ def race(contestants: Mapping[str, Callable[[], object]], rounds: int, device: s
             turn = index * len(names) // rounds
             for name in names[turn:] + names[:turn]:
                 gc.collect()
-                times[name].append(seconds(contestants[name], device))
+                yield name
     finally:
         gc.unfreeze()
-    return Times(times)
 
 
 def seconds(run: Callable[[], object], device: str) -> float:

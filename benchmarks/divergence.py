@@ -3,10 +3,11 @@
 A case TxHxV is `linear_divergence`, forward and backward, on random hidden states and heads whose logits have a
 standard deviation of 3. Contestants run in turn, round after round; a ratio is the median over the rounds of the two
 times within a round. The bare products are the four that no exact method can do without (both forwards, both
-gradients), whole, into memory that is already there. Dense is autograd over products in the inputs' dtype and an fp32
-softmax: every type of ours is compared with the fastest of three. Liger is LigerFusedLinearJSDLoss with its own chunk
-size, compiled on a GPU only; every type is compared with it, though it computes the Jensen-Shannon divergence alone.
-That contestants compute the same loss and gradients is a check too.
+gradients), whole, into memory that is already there; they run before every run of ours that is compared with them.
+Dense is autograd over products in the inputs' dtype and an fp32 softmax: every type of ours is compared with the
+fastest of three. Liger is LigerFusedLinearJSDLoss with its own chunk size, compiled on a GPU only; every type is
+compared with it, though it computes the Jensen-Shannon divergence alone. That contestants compute the same loss and
+gradients is a check too.
 
 Memory is what torch's allocator handed out above the inputs, in multiples of the fp32 student logits [T, V].
 """
@@ -40,6 +41,8 @@ from _divergence_table import Rival, Table
 from harness import BenchmarkError, Report, main
 
 BARE = "bare products"
+PAIRS = 3
+"""Pairs of a run of ours and one of the bare products in the time of a round; the peers take ten times as long."""
 HELD_LIMIT, PEAK_LIMIT = 1.0, 2.0
 # Beside [T, V] a few numbers for each token exist, such as its divergence: with them a peak of two is 2 + 1e-4.
 NUMBERS_A_TOKEN = 16
@@ -108,18 +111,19 @@ def contest(
     agree(table, name, mine, peers)
     theirs = {peer_name: peer.contestant for peer_name, peer in peers.items()}
     rivals = rivals_of(peers, None if bare is None else 1.0)  # from logits: shown, not claimed
-    everyone: dict[str, Callable[[], object]] = {**mine, **theirs}
+    over_bare: Mapping[str, float] = {}
     if bare is not None:
-        everyone = {BARE: bare, **everyone}
-        rivals.insert(0, Rival("/bare", (BARE,), plan.bare_limit))
-    times = meters.race(everyone, plan.rounds, case.device)
-    if bare is not None:
-        table.add(name, BARE, {"ms": times.milliseconds(BARE)})
+        ratios = meters.beside(bare, mine, PAIRS * plan.rounds, case.device)
+        table.add(name, BARE, {"ms": ratios.milliseconds})
+        over_bare = ratios.of
+        table.checks += Rival("/bare", (), plan.bare_limit).check(name, over_bare)
+    times = meters.race({**mine, **theirs}, plan.rounds, case.device)
     memory = {contestant: meters.memory(way) for contestant, way in {**mine, **theirs}.items()}
     for contestant, used in memory.items():
         cells = {"ms": times.milliseconds(contestant)}
         cells |= {"held": used.held / case.logits_bytes, "peak": used.peak / case.logits_bytes}
         if contestant in mine:
+            cells |= {"/bare": over_bare[contestant]} if over_bare else {}
             cells |= {rival.column: times.ratio(contestant, *rival.names) for rival in rivals}
         table.add(name, contestant, cells)
     for rival in rivals:
@@ -221,7 +225,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="measure one of them; by default all there are")
-    parser.add_argument("--rounds", type=int, default=5, help="times that every contestant runs, 3 with --quick")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every contestant runs, 3 with --quick")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from opd_megatron.losses.arguments import Objective
 from opd_megatron.losses.engine import Call, Engine, Terms
 from opd_megatron.losses.kernels.base import SUMS
-from opd_megatron.losses.memory import chunk_memory, gradient_memory
+from opd_megatron.losses.memory import chunk_memory, gradient_memory, large_empty
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm
 from opd_megatron.losses.products import add_outer, times_head
 from opd_megatron.losses.topk import Entries
@@ -169,7 +169,9 @@ class _Chunked:
     def _new_head_gradient(self, head: torch.Tensor) -> torch.Tensor:
         # Products of bf16 matrices are bf16, so a sum of two needs no wider storage; a longer one does.
         dtype = head.dtype if len(self.plan.chunks) <= 2 else torch.promote_types(head.dtype, torch.float32)
-        gradient = gradient_memory.empty(tuple(head.shape), dtype, head.device)
+        # A sum that is rounded at the end is not kept for the next call: both would then be there during backward.
+        empty = gradient_memory.empty if dtype == head.dtype else large_empty
+        gradient = empty(tuple(head.shape), dtype, head.device)
         gradient[self.columns if len(self.hidden) else 0 :].zero_()
         return gradient
 

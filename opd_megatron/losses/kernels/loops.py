@@ -75,24 +75,30 @@ def _largest(x, scale):
 
 
 @_loop
-def _sum_of_exp(x, scale, top):
+def _sum_of_exp(x, scale, top, ahead):
+    """Sum of exp(x scale - top), and the largest of `ahead`, which is as long.
+
+    The tile ahead comes from memory while this one is computed; a loop of its own would only wait for it.
+    """
     own_function()
-    result = _ZERO
+    result, largest = _ZERO, _LOWEST
     for j in range(x.shape[0]):
         result += exp(load(x[j]) * scale - top)
-    return result
+        largest = larger(largest, load(ahead[j]))
+    return result, largest * scale
 
 
 @_loop
-def _keep_exp(x, scale, top, kept):
+def _keep_exp(x, scale, top, ahead, kept):
     """The same, which leaves the exponentials in `kept`."""
     own_function()
-    result = _ZERO
+    result, largest = _ZERO, _LOWEST
     for j in range(x.shape[0]):
         value = exp(load(x[j]) * scale - top)
         kept[j] = value
         result += value
-    return result
+        largest = larger(largest, load(ahead[j]))
+    return result, largest * scale
 
 
 @_loop
@@ -102,18 +108,23 @@ def _max_and_sum(x, scale, kept, tops):
     With a `kept` as long as the row, that row's exponentials are left there, each less the `tops` of its tile.
     """
     top, total, place = _LOWEST * scale, 0.0, 0
+    here = _largest(x[:_TILE], scale)
     for k in range((x.shape[0] + _TILE - 1) // _TILE):
         start = k * _TILE
-        tile = x[start : start + _TILE]
-        here = _largest(tile, scale)
+        tile, ahead = x[start : start + _TILE], x[start + _TILE : start + 2 * _TILE]
+        whole = ahead.shape[0] == _TILE
         if here > top:
             total *= exp(top - here)
             top, place = here, start
+        beside = ahead if whole else tile
         if kept.shape[0]:
-            total += _keep_exp(tile, scale, top, kept[start : start + _TILE])
+            part, here = _keep_exp(tile, scale, top, beside, kept[start : start + _TILE])
             tops[k] = top
         else:
-            total += _sum_of_exp(tile, scale, top)
+            part, here = _sum_of_exp(tile, scale, top, beside)
+        total += part
+        if not whole:
+            here = _largest(ahead, scale)
     return top, total, place
 
 
