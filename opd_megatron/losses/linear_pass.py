@@ -78,8 +78,11 @@ class FromHidden(torch.autograd.Function):
 
 
 def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The product; without a pass over memory where the factor is 1 and asking costs no synchronisation."""
-    return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient * factor
+    """The product, in place unless a later backward wants the gradient again (`retain_graph`): it is as large as the
+    head. Without even that pass where the factor is 1 and asking costs no synchronisation."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor
+    return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient.mul_(factor)
 
 
 def _summed(gradient: torch.Tensor, factor: torch.Tensor, group: dist.ProcessGroup | None, shards: int) -> torch.Tensor:

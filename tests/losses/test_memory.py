@@ -77,3 +77,14 @@ class TestGradientOfTheHead:
         place = self._head_gradient(1.0).data_ptr()
         assert len(gradient_memory._free) == 1
         assert self._head_gradient(1.0).data_ptr() == place
+
+    @pytest.mark.parametrize("factor", [1.0, 3.0])
+    def test_of_a_kept_graph_is_made_anew_by_every_backward(self, factor):
+        head, hidden = torch.randn(40, 8, requires_grad=True), torch.randn(6, 8)
+        loss = factor * linear_divergence(hidden, head, [(torch.randn(6, 8), torch.randn(40, 8))])[0]
+        first, second = (torch.autograd.grad(loss, head, retain_graph=True)[0] for _ in range(2))
+        last = torch.autograd.grad(loss, head)[0]
+        expected = first.clone()
+        first.zero_()  # whoever got it may do with it what it likes
+        assert torch.equal(second, expected)
+        assert torch.equal(last, expected)
