@@ -66,7 +66,9 @@ def init_platform() -> None:
         _patch_factories()
         _patch_type_checks()
         _patch_lone_collectives()
+        _patch_token_dispatch()
     _patch_adam_loading()
+    _patch_router()
     from megatron.core import parallel_state
 
     # The stock attention and sequence-parallel linears ask for this buffer; upstream makes it in
@@ -149,6 +151,45 @@ def _patch_lone_collectives() -> None:
 
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, skip_alone(getattr(param_and_grad_buffer, name)))
+
+
+class _InertStream:
+    """A stream, or an event in one, where everything has happened by the time it is asked for."""
+
+    def wait_stream(self, stream: _InertStream) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> _InertStream:
+        return self
+
+
+def _patch_token_dispatch() -> None:
+    """The all-to-all dispatcher of expert layers copies its counts to the host on a stream of its own."""
+    cuda: Any = torch.cuda
+    stream = _InertStream()
+    cuda.Stream = cuda.Event = lambda *_, **__: stream  # made by the dispatcher's constructor
+    cuda.current_stream = lambda *_: stream  # compared with and waited for by the dispatcher's stream
+    cuda.stream = lambda *_: contextlib.nullcontext()  # entered around the copies
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = token_dispatcher.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original)
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Upstream leaves alone what is on the CPU already, also where a NumPy array of sizes is asked for.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _patch_router() -> None:
+    """Also needed on a GPU without Transformer Engine: upstream asks whether this name is None, and a failed import has
+    left it undefined. With None the router multiplies by a plain matmul."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _patch_type_checks() -> None:
