@@ -18,7 +18,7 @@ from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.platform import device, has_gpu
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies, rope_theta
 from opd_megatron.mcore.spec import block_spec
-from opd_megatron.weights.families import Dims, family_of
+from opd_megatron.weights.families import Dims, Family, family_of
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -129,16 +129,17 @@ def transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        **(_experts(hf, dims, grid, grouped=transformer_engine) if family.experts else {}),
+        **(_experts(hf, family, grid, grouped=transformer_engine) if family.experts else {}),
     )
 
 
-def _experts(hf: PretrainedConfig, dims: Dims, grid: ParallelGrid, *, grouped: bool) -> dict[str, Any]:
+def _experts(hf: PretrainedConfig, family: Family, grid: ParallelGrid, *, grouped: bool) -> dict[str, Any]:
+    dims = Dims.of(hf)
     return {
         "num_moe_experts": dims.experts,
         "moe_ffn_hidden_size": dims.expert_ffn,
-        "moe_shared_expert_intermediate_size": dims.shared_ffn or None,
-        "moe_shared_expert_gate": dims.shared_ffn > 0,
+        "moe_shared_expert_intermediate_size": dims.shared_ffn if family.shared_expert else None,
+        "moe_shared_expert_gate": family.shared_expert,
         "moe_router_topk": hf.num_experts_per_tok,
         # Softmax over all experts, then the top k of it; or over the top k alone, which is the former normalised.
         "moe_router_pre_softmax": not hf.norm_topk_prob,

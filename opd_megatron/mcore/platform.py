@@ -67,6 +67,7 @@ def init_platform() -> None:
         _patch_type_checks()
         _patch_lone_collectives()
         _patch_token_dispatch()
+        _patch_uneven_collectives()
     _patch_adam_loading()
     _patch_router()
     from megatron.core import parallel_state
@@ -181,6 +182,36 @@ def _patch_token_dispatch() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _patch_uneven_collectives() -> None:
+    """Tensor-parallel ranks gather tokens of which each has another number, routed to the same experts. Gloo's gather
+    and reduce-scatter want equal numbers; its all-to-all does not."""
+    from megatron.core.tensor_parallel import mappings
+
+    even_gather, even_reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_: torch.Tensor, group: dist.ProcessGroup, sizes: Any = None, buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even_gather(input_, group, sizes, buffer)
+        output = input_.new_empty(sum(sizes), *input_.shape[1:])
+        copies = torch.cat([input_] * group.size())
+        dist.all_to_all_single(output, copies, list(sizes), [len(input_)] * group.size(), group=group)
+        return output
+
+    def reduce_scatter(
+        input_: torch.Tensor, group: dist.ProcessGroup, sizes: Any = None, buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even_reduce_scatter(input_, group, sizes, buffer)
+        mine = sizes[group.rank()]
+        parts = input_.new_empty(group.size(), mine, *input_.shape[1:])
+        dist.all_to_all_single(
+            parts.flatten(0, 1), input_.contiguous(), [mine] * group.size(), list(sizes), group=group
+        )
+        return parts.sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
 
 
 def _patch_router() -> None:

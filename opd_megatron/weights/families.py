@@ -14,6 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from opd_megatron.errors import UnsupportedModelError
+from opd_megatron.weights.supported import check_experts, check_fields
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -57,7 +58,7 @@ class Dims:
     """Routed experts of a layer; 0 in a dense model."""
     expert_ffn: int = 0
     shared_ffn: int = 0
-    """Of the expert that sees every token; 0 where there is none."""
+    """Of the expert that sees every token, in a family that has it."""
 
     @property
     def groups(self) -> int:
@@ -112,6 +113,11 @@ class Family:
     def qk_norm(self) -> bool:
         """Whether each head's query and key are normalised."""
         return self._has("q_layernorm.weight")
+
+    @property
+    def shared_expert(self) -> bool:
+        """Whether one expert of a layer, behind a gate, sees every token."""
+        return self._has("shared_experts.gate_weight")
 
     def _has(self, suffix: str) -> bool:
         return any(name.endswith(suffix) for row in self.layer for name in row.megatron)
@@ -250,19 +256,6 @@ _ARCHITECTURE_OF_TYPE = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
-# Values of config fields for which the tables and Megatron's layers compute what transformers does.
-_SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1.0,),
-    "quantization_config": (None,),
-}
-# Those whose frequencies do not depend on the sequence's length.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
 
 def family_of(hf_config: PretrainedConfig) -> Family:
     """The table for a model's config.
@@ -276,18 +269,9 @@ def family_of(hf_config: PretrainedConfig) -> Family:
             f"architecture {architecture!r} has no mapping to Megatron: use one of {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
-    for name, supported in {**_SUPPORTED_VALUES, **family.supported}.items():
-        value = getattr(hf_config, name, supported[0])
-        if value not in supported:
-            raise UnsupportedModelError(f"{architecture} with {name}={value!r}: only {supported[0]!r} is supported")
-    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise UnsupportedModelError(
-            f"{architecture} with layer_types={sorted(layer_types)}: only full_attention is supported"
-        )
-    _check_rope(architecture, getattr(hf_config, "rope_parameters", None) or {})
+    check_fields(architecture, hf_config, family.supported)
     if family.experts:
-        _check_experts(architecture, hf_config)
+        check_experts(architecture, hf_config)
     return family
 
 
@@ -296,25 +280,3 @@ def architecture_of(hf_config: PretrainedConfig) -> str:
     if hf_config.architectures:
         return hf_config.architectures[0]
     return _ARCHITECTURE_OF_TYPE.get(hf_config.model_type, hf_config.model_type)
-
-
-def _check_experts(architecture: str, hf_config: PretrainedConfig) -> None:
-    if Dims.of(hf_config).experts == 0:
-        raise UnsupportedModelError(f"{architecture} with num_experts=0: use the dense architecture of that family")
-    if hf_config.num_experts_per_tok == 1 and hf_config.norm_topk_prob:
-        raise UnsupportedModelError(
-            f"{architecture} with norm_topk_prob=True and num_experts_per_tok=1: only False is supported, "
-            "a single weight normalised to 1 teaches the router nothing"
-        )
-
-
-def _check_rope(architecture: str, rope: dict[str, Any]) -> None:
-    kind = rope.get("rope_type", "default")
-    if kind not in _ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"{architecture} with rope_type={kind!r}: use a model with one of {', '.join(_ROPE_TYPES)}"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            f"{architecture} with partial_rotary_factor={rope['partial_rotary_factor']}: only 1.0 is supported"
-        )
