@@ -17,7 +17,7 @@ from opd_megatron.mcore.platform import has_gpu
 
 def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataParallel:
     """Gradients summed in fp32 buffers that the distributed optimizer shards over data-parallel ranks."""
-    return DistributedDataParallel(
+    ddp = DistributedDataParallel(
         config=get_model_config(model),
         ddp_config=DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=has_gpu()
@@ -25,6 +25,21 @@ def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataPar
         module=model,
         pg_collection=grid.groups,
     )
+    _count_padding(ddp)
+    return ddp
+
+
+def _count_padding(ddp: DistributedDataParallel) -> None:
+    """Lets checkpoints of the optimizer find every parameter's state where it lies in its buffer.
+
+    Upstream puts the buckets of a buffer together without the padding at their ends and then looks parameters up at
+    positions that count it, so that all state behind a padded bucket (a tied embedding has one of its own under
+    pipeline parallelism) comes back shifted. Where padding counts as content the positions agree; it is not saved.
+    """
+    for buffer in ddp.buffers + ddp.expert_parallel_buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid: ParallelGrid) -> ChainedOptimizer:

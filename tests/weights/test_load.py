@@ -43,13 +43,34 @@ def test_a_rank_reads_only_the_bytes_it_holds(checkpoints: dict[str, Path], monk
     assert sum(read) == sum(parameter.nbytes for parameter in model.parameters()) - padding
 
 
-def test_transformer_engine_and_local_names_get_the_same_tensors(checkpoints: dict[str, Path]) -> None:
+def test_a_rank_reads_its_own_experts_alone(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = SafetensorsSource.get_slice
+
+    def counting(self, name, slices=()):
+        tensor = original(self, name, slices)
+        read.append((name, tensor.nbytes))
+        return tensor
+
+    monkeypatch.setattr(SafetensorsSource, "get_slice", counting)
+    config = CONFIGS["qwen3_moe"]
+    layout = ShardLayout(140, first_layer=0, num_layers=2, tp_rank=1, tp_size=2, ep_rank=1, ep_size=2)
+    model = _stand_in(config, layout)
+    load_weights(model, checkpoints["qwen3_moe"], config, layout)
+    experts = {name.split(".experts.")[1].split(".")[0] for name, _ in read if ".experts." in name}
+    assert experts == {"2", "3"}
+    padding = 2 * 9 * config.hidden_size * 4
+    assert sum(size for _, size in read) == sum(parameter.nbytes for parameter in model.parameters()) - padding
+
+
+@pytest.mark.parametrize("name", ["llama_untied", "qwen3_moe"])
+def test_transformer_engine_and_local_names_get_the_same_tensors(checkpoints: dict[str, Path], name: str) -> None:
     exports = []
     for transformer_engine in (False, True):
-        model = _stand_in(transformer_engine=transformer_engine)
-        load_weights(model, checkpoints["llama_untied"], CONFIG, WHOLE)
-        exports.append(dict(item for bucket in export_weights(model, CONFIG, WHOLE) for item in bucket))
-    original = load_file(checkpoints["llama_untied"] / "model.safetensors")
+        model = _stand_in(CONFIGS[name], transformer_engine=transformer_engine)
+        load_weights(model, checkpoints[name], CONFIGS[name], WHOLE)
+        exports.append(dict(item for bucket in export_weights(model, CONFIGS[name], WHOLE) for item in bucket))
+    original = load_file(checkpoints[name] / "model.safetensors")
     for exported in exports:
         assert exported.keys() == original.keys()
         assert all(torch.equal(exported[name], original[name]) for name in original)
