@@ -56,7 +56,8 @@ class RunDir:
                     f"output_dir={str(self.root)!r} is not empty and holds no run's config.yaml: choose another folder"
                 )
             return
-        difference = _first_difference(yaml.safe_load(self.config.read_text()) or {}, config.model_dump(mode="json"))
+        saved = _flatten({key: (yaml.safe_load(self.config.read_text()) or {}).get(key) for key in _IDENTITY})
+        difference = first_difference(dict(saved), run_identity(config))
         if difference is not None:
             key, theirs, ours = difference
             raise ConfigError(
@@ -72,12 +73,17 @@ class RunDir:
         partial.replace(self.config)
 
 
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    flat_theirs, flat_ours = ({key: tree.get(key) for key in _IDENTITY} for tree in (theirs, ours))
-    for key, value in _flatten(flat_ours):
-        known = dict(_flatten(flat_theirs))
-        if known.get(key, value) != value:  # a key the older file lacks had its default then
-            return key, known[key], value
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """What a run may not change when it is resumed, as flat keys: `objective.type`, `teachers.0.path`, ..."""
+    tree = config.model_dump(mode="json")
+    return dict(_flatten({key: tree[key] for key in _IDENTITY}))
+
+
+def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key on which two identities disagree, with both values."""
+    for key, value in ours.items():
+        if theirs.get(key, value) != value:  # a key the older one lacks had its default then
+            return key, theirs[key], value
     return None
 
 

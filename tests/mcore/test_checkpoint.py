@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opd_megatron.errors import CheckpointError
-from opd_megatron.mcore.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from opd_megatron.mcore.checkpoint import CheckpointSaver, checkpoint_path, list_checkpoints, load_checkpoint
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.layout import check
 from opd_megatron.mcore.platform import init_distributed
@@ -61,7 +61,7 @@ def _resumed_equals_uninterrupted(
     run.step(first)
     run.step(second)
     torch.manual_seed(100 + rank)
-    save_checkpoint(folder, 2, run.student, {"step": 2, "note": "kept"}, keep=2)
+    CheckpointSaver(folder, keep=2).save(2, run.student, {"step": 2, "note": "kept"})
     expected_random = torch.rand(3)
     lr = run.step(third)
     uninterrupted = run.weights()
@@ -69,7 +69,7 @@ def _resumed_equals_uninterrupted(
     again = _Run(pair, layout, dtype)
     torch.manual_seed(0)
     state = load_checkpoint(checkpoint_path(folder, 2), again.student)
-    assert state == {"step": 2, "note": "kept"}
+    assert state == {"step": 2, "note": "kept", "same_layout": True}
     assert torch.equal(torch.rand(3), expected_random), "the random state of this rank is part of the checkpoint"
     assert again.step(third) == lr
     resumed = again.weights()
@@ -90,13 +90,13 @@ def _damage(rank: int, world: int, pair: tuple[Path, Path], folder: Path) -> Any
     run = _Run(pair, (1, 1, 1), "fp32")
     run.step(_batches(1)[0])
     for step in (1, 2, 3):
-        save_checkpoint(folder, step, run.student, {"step": step}, keep=2)
+        CheckpointSaver(folder, keep=2).save(step, run.student, {"step": step})
     kept = [step for step, _ in list_checkpoints(folder)]
 
     (folder / ".step_00000004.partial").mkdir()  # what a killed save leaves behind
     (folder / ".step_00000004.partial" / "metadata.json").write_text("{}")
     after_kill = [step for step, _ in list_checkpoints(folder)]
-    save_checkpoint(folder, 4, run.student, {"step": 4}, keep=2)
+    CheckpointSaver(folder, keep=2).save(4, run.student, {"step": 4})
     after_retry = [step for step, _ in list_checkpoints(folder)]
 
     shard = next(checkpoint_path(folder, 4).glob("*.distcp"))
@@ -108,7 +108,7 @@ def _damage(rank: int, world: int, pair: tuple[Path, Path], folder: Path) -> Any
     blocked = folder / "blocked"
     blocked.write_text("not a folder")
     with pytest.raises(CheckpointError) as unwritable:
-        save_checkpoint(blocked, 5, run.student, {"step": 5}, keep=2)
+        CheckpointSaver(blocked, keep=2).save(5, run.student, {"step": 5})
     return kept, after_kill, after_retry, str(damaged.value), str(unwritable.value)
 
 
