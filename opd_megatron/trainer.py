@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from hashlib import sha256
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +19,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.batching import global_length, make_micro_batches, shard_rollouts
 from opd_megatron.data.readable import readable_sample
 from opd_megatron.errors import StopRequestedError
-from opd_megatron.mcore.checkpoint import all_ranks_max, load_checkpoint
+from opd_megatron.mcore.checkpoint import all_ranks_max, load_checkpoint, named_checkpoint
 from opd_megatron.mcore.student import TeacherView
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
 from opd_megatron.report import write_report
@@ -116,15 +115,15 @@ class OPDTrainer:
         else:
             parts.display.note(f"stopped after step {self.step_count}: the same command goes on from there")
 
-    def restore(self, path: Path | None = None) -> None:
-        """Takes weights, optimizer and data cursor from the newest whole checkpoint, or from the one at `path`;
-        without any the student's own weights stay."""
+    def restore(self, name: str = "latest") -> None:
+        """Takes weights, optimizer and data cursor from a checkpoint: `latest` (the newest whole one; without any the
+        student's own weights stay), `best`, or a step."""
         parts, found = self.parts, self.parts.found
         for warning in found.skipped if found else ():
             parts.display.note(warning)
-        path = path or (found.path if found else None)
-        if path is None:
+        if name == "latest" and found is None:
             return
+        path = found.path if found and name == "latest" else named_checkpoint(parts.run_dir.checkpoints, name)
         state = load_checkpoint(path, parts.student, parts.identity)
         parts.prompts.load_state_dict(state["prompts"])
         self._cursor = parts.prompts.state_dict()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from opd_megatron.errors import CheckpointError, MissingPathError
 from opd_megatron.mcore.checkpoint.agreement import Problems, one_line
-from opd_megatron.mcore.checkpoint.folder import list_checkpoints, read_state
+from opd_megatron.mcore.checkpoint.folder import BEST, list_checkpoints, read_state
 from opd_megatron.mcore.checkpoint.manifest import find_damage
 from opd_megatron.mcore.checkpoint.state import load_state
 from opd_megatron.mcore.platform import release_memory
@@ -74,12 +74,29 @@ def load_checkpoint(path: Path, student: Student, identity: dict[str, Any] | Non
     return {**state, "same_layout": same_layout}
 
 
-def require_step(folder: Path, step: int) -> Path:
-    """The checkpoint of a step that a user names. Raises MissingPathError with the steps there are."""
-    found = dict(list_checkpoints(folder))
-    if step not in found:
-        raise MissingPathError(f"{str(folder)!r} holds no checkpoint of step {step}: it has {sorted(found)}")
-    return found[step]
+def named_checkpoint(folder: Path, name: str) -> Path:
+    """The checkpoint a user names: `best`, or a step. Collective over all ranks.
+
+    Raises:
+        MissingPathError: there is no such checkpoint.
+        CheckpointError: it is damaged.
+    """
+    found = {str(step): path for step, path in list_checkpoints(folder)}
+    if name == BEST and (folder / BEST).is_file():
+        path = folder / (folder / BEST).read_text(encoding="utf-8").strip()
+    elif name in found:
+        path = found[name]
+    else:
+        hint = "" if name != BEST else " (checkpoint.best_metric decides which one is the best)"
+        raise MissingPathError(
+            f"{str(folder)!r} has no checkpoint {name!r}{hint}: it holds the steps {', '.join(found) or 'none'}"
+        )
+    damage = _damage(path)
+    if damage is not None:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is damaged: {damage}: choose another one of {', '.join(found)}"
+        )
+    return path
 
 
 def _damage(path: Path) -> str | None:
