@@ -96,29 +96,41 @@ class ShardWriter(FileSystemWriterAsync):
     def _write_file(self) -> None:
         with (self.folder / self._file_name).open("wb") as raw:
             stream = _HashedStream(raw)
-            self._items.reverse()
-            while self._items:  # each tensor's copy is freed as soon as it is in the file
-                item, data = self._items.pop()
-                if item.type != WriteItemType.BYTE_IO:
-                    data = _on_its_own(data)
-                self.results.append(
-                    _write_item(self.transforms, stream, data, item, self._file_name, SerializationFormat.TORCH_SAVE)
-                )
+            try:
+                self._write_items(stream)
+            except RuntimeError as problem:  # torch's, about a position in the file: what it stumbled over says more
+                raise stream.error or problem from None
             raw.flush()
             os.fsync(raw.fileno())
         self.digests[self._file_name] = stream.digest.hexdigest()
 
+    def _write_items(self, stream: _HashedStream) -> None:
+        self._items.reverse()
+        while self._items:  # each tensor's copy is freed as soon as it is in the file
+            item, data = self._items.pop()
+            if item.type != WriteItemType.BYTE_IO:
+                data = _on_its_own(data)
+            self.results.append(
+                _write_item(self.transforms, stream, data, item, self._file_name, SerializationFormat.TORCH_SAVE)
+            )
+
 
 class _HashedStream(io.IOBase):
-    """An append-only file that knows its checksum."""
+    """An append-only file that knows its checksum, and what went wrong."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        try:
+            written = self._raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.digest.update(data)
-        return int(self._raw.write(data))
+        return int(written)
 
     def tell(self) -> int:
         return int(self._raw.tell())
