@@ -1,7 +1,7 @@
 """A run that is killed with SIGKILL again and again: `python -m tests.e2e.lives CONFIG KILLS SEED`.
 
 Each life is forked from a process that has imported everything, which is what takes the time, and is killed at a
-random moment after its first step; every other one while a checkpoint's files are being written. The last life is
+random moment of one of its first steps; every other one while a checkpoint's files are being written. The last life is
 left alone. Prints one JSON object: how many were killed, and how many of these during a save.
 """
 
@@ -20,21 +20,22 @@ import torch
 from opd_megatron.config import RunConfig, load_config
 from opd_megatron.trainer import OPDTrainer
 
+TOO_SHORT = "the run ended before it was killed often enough: give it more steps"
+
 
 def main() -> None:
     config, kills, chance = load_config(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     during_saves = 0
     for number in range(kills):
         pid = _fork(config)
-        assert _lives_to_see_a_step(pid, config), "the run ended before it was killed often enough: give it more steps"
-        time.sleep(chance.uniform(0, 0.15))
+        assert _lives_to_see_steps(pid, config, chance.randint(1, 2)), TOO_SHORT
         if number % 2:
-            assert _lives_to_see_a_save(pid, config), "the run ended before it was killed often enough"
-            time.sleep(chance.uniform(0, 0.01))
+            assert _lives_to_see_a_save(pid, config), TOO_SHORT
+        time.sleep(chance.uniform(0, 0.02))
         saving = _is_saving(config)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status), "the run ended before it was killed often enough: give it more steps"
+        assert os.WIFSIGNALED(status), TOO_SHORT
         during_saves += saving and _is_saving(config)
     _, status = os.waitpid(_fork(config), 0)
     assert status == 0
@@ -55,20 +56,19 @@ def _fork(config: RunConfig) -> int:
     return pid
 
 
-def _lives_to_see_a_step(pid: int, config: RunConfig) -> bool:
+def _lives_to_see_steps(pid: int, config: RunConfig, steps: int) -> bool:
     metrics = Path(config.output_dir) / "metrics.jsonl"
-    begun = time.time()
-    while _is_alive(pid):
-        # Written anew when the run is resumed, then longer with each step.
-        if metrics.exists() and metrics.stat().st_mtime > begun and _last_step(metrics) > 0:
-            return True
+    before = metrics.stat().st_ino if metrics.exists() else None
+    while not metrics.exists() or metrics.stat().st_ino == before:  # a run that begins or goes on replaces it
+        if not _is_alive(pid):
+            return False
         time.sleep(0.002)
-    return False
-
-
-def _last_step(metrics: Path) -> int:
-    lines = metrics.read_text().splitlines()
-    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+    rows = len(metrics.read_text().splitlines())
+    while len(metrics.read_text().splitlines()) < rows + steps:
+        if not _is_alive(pid):
+            return False
+        time.sleep(0.002)
+    return True
 
 
 def _lives_to_see_a_save(pid: int, config: RunConfig) -> bool:

@@ -45,6 +45,7 @@ class CheckpointSaver:
     ) -> None:
         self.folder, self._keep, self._best, self._asynchronous = folder, keep, best, asynchronous
         self._in_flight: _InFlight | None = None
+        self._validated = False
 
     @property
     def pending(self) -> bool:
@@ -66,7 +67,9 @@ class CheckpointSaver:
         final = files.checkpoint_path(self.folder, step)
         partial = self._make_partial(final)
         writer = ShardWriter(partial, snapshot=self._asynchronous)
-        sharded, common = save_preprocess(state_to_save(student))
+        # Whether every shard has exactly one writer: what is true of a run's first checkpoint is true of all.
+        sharded, common = save_preprocess(state_to_save(student), validate_access_integrity=not self._validated)
+        self._validated = True
         writer.plan(sharded)
         del sharded
         self._in_flight = _InFlight(step, final, partial, writer, common, state)
