@@ -14,6 +14,7 @@ from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
 from opd_megatron.errors import OPDError
 from opd_megatron.evaluation import Evaluator
+from opd_megatron.identity import identity_of
 from opd_megatron.mcore.checkpoint import Best, CheckpointSaver, FoundCheckpoint, choose_checkpoint, raise_together
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.layout import ResolvedModels, check
@@ -23,7 +24,7 @@ from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.rollout import RolloutEngine, build_engine
 from opd_megatron.rollout.sampler import RolloutSampler
-from opd_megatron.run_dir import RunDir, run_identity
+from opd_megatron.run_dir import RunDir
 from opd_megatron.teacher import build_teachers
 from opd_megatron.teacher.base import Teacher
 from opd_megatron.types import Prompt
@@ -66,7 +67,9 @@ class RunParts:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be one of this run: the settings that make it, and its model."""
         hf = self.models.student_config
-        return run_identity(self.config) | {f"model.{name}": getattr(hf, name, None) for name in _ARCHITECTURE}
+        return identity_of(self.config.model_dump(mode="json")) | {
+            f"model.{name}": getattr(hf, name, None) for name in _ARCHITECTURE
+        }
 
     def export_hf(self) -> Path:
         """Writes the student as a Hugging Face folder. Collective over all ranks.

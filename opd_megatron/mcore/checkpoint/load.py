@@ -9,13 +9,13 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_megatron.errors import CheckpointError, MissingPathError
+from opd_megatron.identity import first_difference
 from opd_megatron.mcore.checkpoint.agreement import Problems, one_line
 from opd_megatron.mcore.checkpoint.folder import BEST, list_checkpoints, read_state
 from opd_megatron.mcore.checkpoint.manifest import find_damage
 from opd_megatron.mcore.checkpoint.state import load_state
 from opd_megatron.mcore.platform import release_memory
 from opd_megatron.mcore.student import Student
-from opd_megatron.run_dir import first_difference
 
 
 @dataclass(frozen=True, slots=True)
