@@ -14,7 +14,8 @@ from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
 from opd_megatron.errors import OPDError
 from opd_megatron.evaluation import Evaluator
-from opd_megatron.mcore.checkpoint import list_checkpoints, raise_together
+from opd_megatron.identity import identity_of
+from opd_megatron.mcore.checkpoint import Best, CheckpointSaver, FoundCheckpoint, choose_checkpoint, raise_together
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.layout import ResolvedModels, check
 from opd_megatron.mcore.model import DTYPES
@@ -28,6 +29,12 @@ from opd_megatron.teacher import build_teachers
 from opd_megatron.teacher.base import Teacher
 from opd_megatron.types import Prompt
 from opd_megatron.weights.save import save_hf
+
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
 
 
 @dataclass(slots=True)
@@ -43,6 +50,9 @@ class RunParts:
     teachers: list[Teacher]
     sampler: RolloutSampler
     evaluator: Evaluator
+    found: FoundCheckpoint | None
+    """What the run goes on from."""
+    saver: CheckpointSaver
     display: NullDisplay
     """The terminal on rank 0; shows nothing elsewhere."""
     device: torch.device
@@ -52,6 +62,14 @@ class RunParts:
     @property
     def vocab_size(self) -> int:
         return self.models.vocab_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be one of this run: the settings that make it, and its model."""
+        hf = self.models.student_config
+        return identity_of(self.config.model_dump(mode="json")) | {
+            f"model.{name}": getattr(hf, name, None) for name in _ARCHITECTURE
+        }
 
     def export_hf(self) -> Path:
         """Writes the student as a Hugging Face folder. Collective over all ranks.
@@ -97,10 +115,11 @@ def build_parts(config: RunConfig, *, sampling: bool = True, scoring: bool = Tru
     init_distributed()
     torch.manual_seed(config.seed)
     first = dist.get_rank() == 0
-    done = _steps_done(run_dir)
-    engine = _engine(config, models, run_dir, launch=sampling and done < config.steps) if first else None
+    found = choose_checkpoint(run_dir.checkpoints)
+    unfinished = found is None or found.step < config.steps
+    engine = _engine(config, models, run_dir, launch=sampling and unfinished) if first else None
     try:
-        return _build_models(config, models, run_dir, tokenizer, prompts, held_out, engine, done, scoring)
+        return _build_models(config, models, run_dir, tokenizer, prompts, held_out, engine, found, scoring)
     except BaseException:
         if engine is not None:
             engine.close()
@@ -115,7 +134,7 @@ def _build_models(
     prompts: PromptStream,
     held_out: list[Prompt],
     engine: RolloutEngine | None,
-    done: int,
+    found: FoundCheckpoint | None,
     scoring: bool,
 ) -> RunParts:
     parallel = config.parallel
@@ -131,6 +150,7 @@ def _build_models(
     teachers = build_teachers(config, models.teachers, grid, padded_vocab) if scoring else []
     length_multiple = parallel.tensor if parallel.sequence_parallel else 1
     first = dist.get_rank() == 0
+    done = found.step if found else 0
     display = TrainingDisplay(config.steps, done, config.logging.progress) if first else NullDisplay()
     group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
     return RunParts(
@@ -153,6 +173,8 @@ def _build_models(
             length_multiple=length_multiple,
             device=device(),
         ),
+        found=found,
+        saver=_saver(config, run_dir),
         display=display,
         device=device(),
         length_multiple=length_multiple,
@@ -160,9 +182,10 @@ def _build_models(
     )
 
 
-def _steps_done(run_dir: RunDir) -> int:
-    found = list_checkpoints(run_dir.checkpoints)
-    return found[-1][0] if found else 0
+def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:
+    settings = config.checkpoint
+    best = Best(settings.best_metric, settings.best_mode) if settings.best_metric else None
+    return CheckpointSaver(run_dir.checkpoints, keep=settings.keep, best=best, asynchronous=settings.async_save)
 
 
 def _engine(config: RunConfig, models: ResolvedModels, run_dir: RunDir, *, launch: bool) -> RolloutEngine:

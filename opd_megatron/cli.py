@@ -64,8 +64,12 @@ def _export(argv: list[str]) -> int:
 def _on_newest_weights(
     command: str, description: str, argv: list[str], action: Callable[[OPDTrainer], list[str]], *, scoring: bool
 ) -> int:
-    """Restores the newest checkpoint of a run on all its ranks, acts on it and prints the lines that come of it."""
-    arguments = parse_run(run_parser(f"opd-megatron {command}", description), argv)
+    """Restores a checkpoint of a run on all its ranks, acts on it and prints the lines that come of it."""
+    parser = run_parser(f"opd-megatron {command}", description)
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="NAME", help="`latest` (the default), `best`, or the number of a step"
+    )
+    arguments = parse_run(parser, argv)
     config = arguments.config
     check(config)
     if arguments.dry_run:
@@ -77,7 +81,7 @@ def _on_newest_weights(
 
     launcher.leave_cleanly_on_sigterm()
     with OPDTrainer.from_config(config, sampling=False, scoring=scoring) as trainer:
-        trainer.restore()
+        trainer.restore(arguments.checkpoint)
         lines = action(trainer)
     if launcher.is_first_rank():
         print("\n".join(lines))

@@ -45,6 +45,10 @@ class RolloutError(OPDError, RuntimeError):
     """The rollout engine could not do what was asked."""
 
 
+class StopRequestedError(OPDError):
+    """A signal asked the run to stop; what was waited for was given up."""
+
+
 class EngineDiedError(RolloutError):
     """The rollout engine's process ended; the sampler restarts it."""
 

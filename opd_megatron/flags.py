@@ -55,6 +55,8 @@ class RunArguments:
 
     config: RunConfig
     dry_run: bool = False
+    checkpoint: str = "latest"
+    """Which checkpoint `evaluate` and `export` take."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,7 +102,7 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
     if not paths and not overrides:
         raise ConfigError(f"no config file: give a YAML file, e.g. {parser.prog} configs/demo.yaml")
     path = _config_file(paths[0]) if paths else None
-    return RunArguments(load_config(path, overrides), known.dry_run)
+    return RunArguments(load_config(path, overrides), known.dry_run, getattr(known, "checkpoint", "latest"))
 
 
 def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:

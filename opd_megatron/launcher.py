@@ -1,6 +1,7 @@
 """How a command starts, fails and ends: one process or torchrun's ranks, one line for an error a user can mend.
 
-Exit codes: 0 done, 2 an OPDError (one line on stderr, no traceback), 130 Ctrl-C, anything else as Python has it.
+Exit codes: 0 done, or stopped by a signal with everything saved (`stopping`), 2 an OPDError (one line on stderr, no
+traceback), 130 Ctrl-C, anything else as Python has it.
 
 Several ranks may meet the same error, or only one of them, which then is not always rank 0. So every rank leaves its
 message in torchrun's error file. Ranks that this module started stay silent and the parent prints the first message;
@@ -9,6 +10,7 @@ under a torchrun of the user's, rank 0 prints its own and torchrun reports the f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,15 +21,18 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import OPDError
+from opd_megatron.stopping import STOP_SIGNALS, is_repeated
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+_STOPPED = (TERMINATED, *(-number for number in STOP_SIGNALS))
+"""Exit codes of a rank that a stop signal ended before it could take note of it."""
 PARENT_REPORTS = "OPD_MEGATRON_PARENT_REPORTS"
 
 
@@ -71,23 +76,61 @@ def launch(module: str, argv: Sequence[str], ranks: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence_torchrun()
+    stop = _PassStopSignalsOn()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
     os.environ[PARENT_REPORTS] = "1"
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", logs_specs=DefaultLogsSpecs(),
+        # torchrun would kill ranks half a minute after SIGTERM, however much they still have to save.
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )  # fmt: skip
     try:
+        stop.install()
         elastic_launch(config, sys.executable)("-m", module, *argv)
     except ChildFailedError as error:
+        if stop.first is not None and all(failure.exitcode in _STOPPED for failure in error.failures.values()):
+            return 0  # ranks that were still importing: there was nothing to save
         return _exit_code_of(error.failures)
     except SignalException as error:
         interrupted = error.sigval == signal.SIGINT
         print(f"opd-megatron: {'interrupted' if interrupted else f'ended by {error.sigval.name}'}", file=sys.stderr)
         return INTERRUPTED if interrupted else TERMINATED
     finally:
+        stop.uninstall()
         del os.environ[PARENT_REPORTS]
     return 0
+
+
+class _PassStopSignalsOn:
+    """The launcher's side of `stopping`: the ranks, which are sessions of their own, get the signal that it gets."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+
+    def uninstall(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        from torch.distributed.elastic.multiprocessing import SignalException
+
+        if is_repeated(self.first):
+            raise SignalException(f"signal {number} again", sigval=signal.Signals(number))
+        if self.first is None:
+            self.first = time.monotonic()
+            for pid in _child_pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+
+def _child_pids() -> list[int]:
+    lists = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    return [int(pid) for pids in lists for pid in pids]
 
 
 def available_cores() -> int:

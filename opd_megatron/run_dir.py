@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.errors import ConfigError
-
-# What a run may not change when it is resumed: another value would make the curves those of two different runs.
-_IDENTITY = ("seed", "student", "teachers", "data", "objective")
+from opd_megatron.identity import first_difference, identity_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,8 @@ class RunDir:
                     f"output_dir={str(self.root)!r} is not empty and holds no run's config.yaml: choose another folder"
                 )
             return
-        difference = _first_difference(yaml.safe_load(self.config.read_text()) or {}, config.model_dump(mode="json"))
+        saved = yaml.safe_load(self.config.read_text()) or {}
+        difference = first_difference(identity_of(saved), identity_of(config.model_dump(mode="json")))
         if difference is not None:
             key, theirs, ours = difference
             raise ConfigError(
@@ -70,22 +68,3 @@ class RunDir:
         partial = self.config.with_suffix(".partial")
         partial.write_text(dump_config(config))
         partial.replace(self.config)
-
-
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    flat_theirs, flat_ours = ({key: tree.get(key) for key in _IDENTITY} for tree in (theirs, ours))
-    for key, value in _flatten(flat_ours):
-        known = dict(_flatten(flat_theirs))
-        if known.get(key, value) != value:  # a key the older file lacks had its default then
-            return key, known[key], value
-    return None
-
-
-def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list):
-        items = {str(index): value for index, value in enumerate(tree)}.items()
-    else:
-        return [(prefix, tree)]
-    return [leaf for key, value in items for leaf in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]

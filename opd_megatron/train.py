@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from opd_megatron import launcher
+from opd_megatron import launcher, stopping
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.flags import parse_run, run_parser
 
@@ -49,7 +49,7 @@ def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
         return 0
     if launcher.needs_launch(arguments.config):
         return launcher.launch("opd_megatron.train", argv, arguments.config.world_size)
-    launcher.leave_cleanly_on_sigterm()
+    stopping.note_stop_signals()
     run_training(arguments.config)
     return 0
 

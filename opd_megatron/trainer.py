@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from types import TracebackType
 from typing import Any
 
@@ -16,10 +18,12 @@ from opd_megatron.build import RunParts, build_parts
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batching import global_length, make_micro_batches, shard_rollouts
 from opd_megatron.data.readable import readable_sample
-from opd_megatron.mcore.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from opd_megatron.errors import StopRequestedError
+from opd_megatron.mcore.checkpoint import all_ranks_max, load_checkpoint, named_checkpoint
 from opd_megatron.mcore.student import TeacherView
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
 from opd_megatron.report import write_report
+from opd_megatron.stopping import stop_requested
 from opd_megatron.types import Batch, Rollout, Sampling, StepMetrics
 
 
@@ -32,6 +36,9 @@ class OPDTrainer:
         self.step_count = 0
         """Optimizer steps done; the policy version of the weights."""
         self.timers = PhaseTimers()
+        self._cursor = parts.prompts.state_dict()
+        """Where the prompts of the next step begin; the stream itself is further on while a step is under way."""
+        self._saved_step = 0
 
     @classmethod
     def from_config(cls, config: RunConfig, *, sampling: bool = True, scoring: bool = True) -> OPDTrainer:
@@ -82,39 +89,60 @@ class OPDTrainer:
     # The run
 
     def train(self) -> None:
-        """Trains to the last step, resuming from the newest checkpoint of the run directory if there is one."""
+        """Trains to the last step, resuming from the newest checkpoint of the run directory if there is one.
+
+        A stop signal on any rank (`stopping`) ends it after the current step, with a checkpoint of that step.
+        """
         self.restore()
         parts, config = self.parts, self.config
         with self._log() as log:
             if self.step_count == 0:
                 self._introduce_teachers(log)
-            if self.step_count < config.steps:
-                parts.sampler.start(self.step_count)
-            while self.step_count < config.steps:
-                self._train_step(log)
-        self._finish()
+            try:
+                if self.step_count < config.steps and not self._between_steps():
+                    parts.sampler.start(self.step_count)
+                    while self.step_count < config.steps:
+                        self._train_step(log)
+                        if self._between_steps():
+                            break
+            except StopRequestedError:  # on all ranks: an engine that was coming up was given up
+                pass
+        if self.step_count > self._saved_step:
+            self.save({})
+        parts.saver.finish()
+        if self.step_count == config.steps:
+            self._finish()
+        else:
+            parts.display.note(f"stopped after step {self.step_count}: the same command goes on from there")
 
-    def restore(self) -> None:
-        """Takes weights, optimizer and data cursor from the newest checkpoint; without one the student's own weights
-        stay."""
-        found = list_checkpoints(self.parts.run_dir.checkpoints)
-        if not found:
+    def restore(self, name: str = "latest") -> None:
+        """Takes weights, optimizer and data cursor from a checkpoint: `latest` (the newest whole one; without any the
+        student's own weights stay), `best`, or a step."""
+        parts, found = self.parts, self.parts.found
+        for warning in found.skipped if found else ():
+            parts.display.note(warning)
+        if name == "latest" and found is None:
             return
-        step, path = found[-1]
-        state = load_checkpoint(path, self.parts.student)
-        self.parts.prompts.load_state_dict(state["prompts"])
-        self.step_count = int(state["policy_version"])
-        self.parts.display.note(f"resumed from step {step} ({path})")
+        path = found.path if found and name == "latest" else named_checkpoint(parts.run_dir.checkpoints, name)
+        state = load_checkpoint(path, parts.student, parts.identity)
+        parts.prompts.load_state_dict(state["prompts"])
+        self._cursor = parts.prompts.state_dict()
+        self.step_count = self._saved_step = int(state["policy_version"])
+        parts.display.note(f"resumed from step {self.step_count} ({path})")
 
-    def save(self) -> None:
-        """Writes a checkpoint of this very step."""
+    def save(self, figures: dict[str, float]) -> None:
+        """Begins a checkpoint of this very step; `figures` of its row of metrics may make it the best one."""
+        identity = self.parts.identity
         state: dict[str, Any] = {
             "step": self.step_count,
             "policy_version": self.step_count,
-            "prompts": self.parts.prompts.state_dict(),
+            "prompts": self._cursor,
+            "metrics": {key: value for key, value in figures.items() if key == self.config.checkpoint.best_metric},
+            "identity": identity,
+            "config_hash": sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         }
-        folder = self.parts.run_dir.checkpoints
-        save_checkpoint(folder, self.step_count, self.parts.student, state, keep=self.config.checkpoint.keep)
+        self.parts.saver.save(self.step_count, self.parts.student, state)
+        self._saved_step = self.step_count
 
     def evaluate(self) -> dict[str, float]:
         """Held-out figures at temperature 1, in nats per token of the gold answers (`Evaluator.figures`)."""
@@ -122,13 +150,22 @@ class OPDTrainer:
 
     def _train_step(self, log: MetricsLog | NullLog) -> None:
         metrics = self.step()
-        every = self.config.evaluation.every
-        if every and self._due(every):
+        self._cursor = self.parts.prompts.state_dict()
+        saves = self._due(self.config.checkpoint.every)
+        if self._evaluates(saves):
             metrics.extra.update(self.evaluate())
         log.write(metrics)
         self.parts.display.step(metrics)
-        if self._due(self.config.checkpoint.every):
-            self.save()
+        if saves:
+            self.save(metrics.as_dict())
+
+    def _between_steps(self) -> bool:
+        """Publishes the checkpoint that all ranks have written; True when any rank was asked to stop."""
+        saver = self.parts.saver
+        stop, writing = all_ranks_max(stop_requested(), saver.is_writing)
+        if saver.pending and not writing:
+            saver.finish()
+        return stop
 
     def _finish(self) -> None:
         """Exports the student and shows what came of the run."""
@@ -186,6 +223,10 @@ class OPDTrainer:
             TeacherView(teacher.hidden_states(micro_batches), teacher.head, teacher.weight)
             for teacher in self.parts.teachers
         ]
+
+    def _evaluates(self, saves: bool) -> bool:
+        every, best = self.config.evaluation.every, self.config.checkpoint.best_metric
+        return every > 0 and (self._due(every) or (saves and best is not None and best.startswith("eval/")))
 
     def _due(self, every: int) -> bool:
         return self.step_count == self.config.steps or (every > 0 and self.step_count % every == 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd_megatron import cli, launcher
+from opd_megatron import cli, launcher, stopping
 from opd_megatron.config import RunConfig
 from opd_megatron.flags import ALIASES, parse_run, run_parser
 from opd_megatron.train import main as train_main
@@ -221,7 +221,7 @@ def test_torchrun_is_started_exactly_when_ranks_are_missing(
     started: list[int | None] = []
     monkeypatch.setattr(launcher, "launch", lambda module, argv, n: started.append(n) or 0)
     monkeypatch.setattr("opd_megatron.train.run_training", lambda config: started.append(None))
-    monkeypatch.setattr(launcher, "leave_cleanly_on_sigterm", lambda: None)
+    monkeypatch.setattr(stopping, "note_stop_signals", lambda: None)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)
     assert train_main([str(config_file), *overrides]) == 0

@@ -12,7 +12,7 @@ import opd_megatron
 
 PACKAGE = Path(opd_megatron.__file__).parent
 LEVELS = [
-    {"types", "config", "errors"},
+    {"types", "config", "errors", "identity", "stopping"},
     {"data", "losses"},
     {"rollout", "teacher", "mcore", "weights"},
     {"metrics", "report", "run_dir", "evaluation", "build", "trainer"},

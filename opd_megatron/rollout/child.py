@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.errors import EngineDiedError, RolloutError
+from opd_megatron.stopping import raise_if_stop_requested, stop_requested
 
 _POLL_SECONDS = 0.5
 _alive: weakref.WeakSet[Child] = weakref.WeakSet()
@@ -67,6 +68,9 @@ class Child:
                 # Processes that the child forked may keep its end of the pair open.
                 if self.process.poll() is not None and not self._connection.poll(0):
                     raise EOFError
+                if name == "start" and stop_requested():
+                    self._kill()  # it may take minutes to come up, and would have nothing to do then
+                    raise_if_stop_requested()
                 if time.monotonic() > deadline:
                     self._kill()
                     raise EngineDiedError(

@@ -18,7 +18,7 @@ def main() -> None:
         elif name == "die":
             print("ValueError: " + argument, "and then some chatter", sep="\n", flush=True)
             os._exit(3)
-        elif name == "hang":
+        elif name == "hang" or (name == "start" and argument == "forever"):
             time.sleep(600)
         else:
             connection.send(("ok", argument))

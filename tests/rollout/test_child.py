@@ -72,6 +72,25 @@ def test_a_call_that_takes_too_long_ends_the_child(tmp_path):
     assert not is_running(child.process.pid)
 
 
+def test_a_stop_signal_gives_up_a_start_at_once_and_ends_the_child(tmp_path):
+    script = (
+        "import os; from pathlib import Path; from opd_megatron import stopping\n"
+        "from opd_megatron.errors import StopRequestedError; from opd_megatron.rollout.child import Child\n"
+        "stopping.note_stop_signals()\n"
+        f"c = Child('tests.rollout.echo_child', os.environ, Path({str(tmp_path / 'log')!r}), 60)\n"
+        "c.call('echo', 0); print('starting', c.process.pid, flush=True)\n"
+        "try: c.call('start', 'forever')\n"
+        "except StopRequestedError: print('given up', c.process.poll())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    engine = int(process.stdout.readline().split()[-1])
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "given up -9\n"
+    assert process.returncode == 0
+    assert not is_running(engine)
+
+
 def test_close_ends_the_child_and_can_be_repeated(child):
     child.call("echo", 0)
     child.close()

@@ -1,0 +1,31 @@
+"""What makes a run the run it is, as flat keys: two that disagree in one of them must not be mixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What a run may not change when it is resumed: another value would make the curves those of two different runs.
+_IDENTITY = ("seed", "student", "teachers", "data", "objective")
+
+
+def identity_of(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a run may not change, of a configuration as nested dictionaries: `objective.type`, `teachers.0.path`, ..."""
+    return dict(_flatten({key: tree.get(key) for key in _IDENTITY}))
+
+
+def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key on which two identities disagree, with both values."""
+    for key, value in ours.items():
+        if theirs.get(key, value) != value:  # a key the older one lacks had its default then
+            return key, theirs[key], value
+    return None
+
+
+def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = {str(index): value for index, value in enumerate(tree)}.items()
+    else:
+        return [(prefix, tree)]
+    return [leaf for key, value in items for leaf in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]

@@ -1,0 +1,52 @@
+"""Asked to stop: a signal that lets the current step end and its state be saved.
+
+SIGTERM is what SLURM, Kubernetes and `kill` send; SIGUSR1 is what `sbatch --signal=USR1@120` sends before a time
+limit. The first one only leaves a note, which the trainer reads between steps; a second one ends the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+
+from opd_megatron.errors import StopRequestedError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST_SECONDS = 3.0
+"""One request often arrives more than once: SLURM signals every process of a step, launchers pass it on."""
+
+_first: float | None = None
+
+
+def note_stop_signals() -> None:
+    """From here on a stop signal is a request. A later one is SystemExit, so that `with` blocks end the engine."""
+    global _first
+    _first = None
+    for number in STOP_SIGNALS:
+        signal.signal(number, _note)
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop. Other ranks may not have been."""
+    return _first is not None
+
+
+def raise_if_stop_requested() -> None:
+    """For waits that no step depends on. Raises StopRequestedError."""
+    if stop_requested():
+        raise StopRequestedError("asked to stop by a signal")
+
+
+def is_repeated(first: float | None) -> bool:
+    """Whether a signal that arrives now is another request than the one that arrived at `first`."""
+    return first is not None and time.monotonic() - first > SAME_REQUEST_SECONDS
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _first
+    if is_repeated(_first):
+        sys.exit(128 + number)
+    if _first is None:
+        _first = time.monotonic()
