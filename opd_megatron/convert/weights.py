@@ -7,9 +7,8 @@ Every rank of the layout calls the same function. A Megatron folder is Megatron'
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ import yaml
 
 from opd_megatron.convert.display import Display
 from opd_megatron.errors import ConfigError, MissingPathError, WeightsError
-from opd_megatron.weights.export import export_weights
 from opd_megatron.weights.families import family_of
-from opd_megatron.weights.folder import PROVENANCE, new_folder
+from opd_megatron.weights.folder import PROVENANCE, SafetensorsWriter, new_folder
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
 from opd_megatron.weights.plan import hf_shapes
-from opd_megatron.weights.save import SHARD_BYTES, copy_companions, write_hf
+from opd_megatron.weights.save import SHARD_BYTES, copy_companions, write_shard
 from opd_megatron.weights.source import SafetensorsSource, load_hf_config, resolve_model
 
 if TYPE_CHECKING:
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from opd_megatron.mcore.model import HiddenStatesModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_BUCKET_BYTES = 64 * 2**20
-"""Sent and written at a time on the way to Hugging Face: the memory that a rank needs beyond its shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +126,22 @@ def megatron_to_hf(
         model, layout = _build(config, grid, kind)
         total = sum(parameter.nbytes for parameter in model.parameters())
         load_model(model, grid, source, vocab_size=config.vocab_size, progress=display.bar("reading", total))
-        buckets = export_weights(model, config, layout, bucket_bytes=_BUCKET_BYTES)
-        total = sum(map(math.prod, hf_shapes(config).values())) * kind.itemsize
-        with _together("the model was not written: check space and rights"):
-            try:
-                if dist.get_rank() == 0:
-                    stream = _counted(buckets, display.bar("writing", total))
-                    write_hf(stream, config, folder, companions=companions, dtype=kind, max_shard_bytes=max_shard_bytes)
-                    _keep_config(companions / "config.json", folder / "config.json", kind)
-                    _write_provenance(folder, "megatron_to_hf", source, dtype=_name(kind))
-            finally:
-                for _ in buckets:  # the export is collective: also when its reader failed
-                    pass
+        shown = display.bar("writing", total)
+        shapes, first = hf_shapes(config), dist.get_rank() == 0
+        refused = "the model was not written: check space and rights"
+        with _together(refused):
+            if first:
+                writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes)
+        with _together(refused):
+            if not first:
+                writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes, creates=False)
+            with writer:
+                write_shard(model, config, layout, writer, shown)
+        with _together(refused):
+            if first:
+                _copy_config(companions / "config.json", folder / "config.json", kind)
+                copy_companions(companions, folder)
+                _write_provenance(folder, "megatron_to_hf", source, dtype=_name(kind))
 
 
 def hf_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
@@ -230,13 +230,7 @@ def _together(otherwise: str) -> Iterator[None]:
     raise_everywhere(error, otherwise)
 
 
-def _counted(buckets: Any, progress: Callable[[int], None]) -> Iterator[Any]:
-    for bucket in buckets:
-        yield bucket
-        progress(sum(tensor.nbytes for _, tensor in bucket))
-
-
-def _keep_config(original: Path, copy: Path, kind: torch.dtype) -> None:
+def _copy_config(original: Path, copy: Path, kind: torch.dtype) -> None:
     """The model's own config.json rather than this transformers' rendering of it; only the type may be another."""
     tree = json.loads(original.read_text())
     key = "torch_dtype" if "torch_dtype" in tree else "dtype"

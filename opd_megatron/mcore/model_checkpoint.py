@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from opd_megatron.errors import MissingPathError, OPDError, WeightsError
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.streaming_reader import StreamingReader
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that are done since the last call."""
@@ -77,7 +78,9 @@ def load_model(
     )
     error: BaseException | None = None
     try:
-        dcp.load(mcore_to_pyt_state_dict(grouped, is_loading=True), storage_reader=_Reader(folder), planner=planner)
+        dcp.load(
+            mcore_to_pyt_state_dict(grouped, is_loading=True), storage_reader=StreamingReader(folder), planner=planner
+        )
     except (*_Problems, TorchCheckpointException) as problem:
         error = _cause(problem)
     raise_everywhere(error, f"Megatron checkpoint {str(folder)!r} cannot be read: copy it again")
@@ -179,29 +182,6 @@ class _LoadPlanner(MCoreLoadPlanner):
     def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
         super().commit_tensor(read_item, tensor)
         self._progress(tensor.nbytes)
-
-
-class _Reader(FileSystemReader):
-    """Says which tensor of which file cannot be read."""
-
-    _at: Any = None
-
-    def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        self._at = sinfo
-        return super()._slice_file(file, sinfo)
-
-    def read_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().read_data(plan, planner)
-        except OPDError:
-            raise
-        except Exception as error:  # damaged bytes raise anything
-            names = [key.fqn for key, info in self.storage_data.items() if info is self._at]
-            path = Path(self.path) / (self._at.relative_path if self._at else "")
-            raise WeightsError(
-                f"tensor {next(iter(names), '?')!r} in {str(path)!r} cannot be read: the file is damaged, copy the "
-                f"checkpoint again ({_one_line(error)})"
-            ) from None
 
 
 def _sharded_tensors(model: HiddenStatesModel, grid: ParallelGrid) -> dict[str, ShardedTensor]:

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -22,6 +22,8 @@ from opd_megatron.errors import OPDError, WeightsError
 INDEX_NAME = "model.safetensors.index.json"
 PROVENANCE = "conversion.json"
 """What a converted folder was made from, and how."""
+_COPY_BYTES = 32 * 2**20
+"""Cast and written at a time: what writing needs beyond the tensors."""
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -82,58 +84,81 @@ def write_safetensors(
 
 
 class SafetensorsWriter:
-    """Safetensors files of known shapes and one dtype, filled tensor by tensor in any order.
+    """Safetensors files of known shapes and one dtype, filled in any order, by one process or several.
 
-    Every place is known beforehand, so nothing is kept in memory. Leaving the `with` block without an error flushes
-    the files to disk.
+    Every place is known beforehand, so nothing is kept in memory. With several processes the one that has `creates`
+    makes the files; the others enter the `with` block when it has. Leaving the block without an error flushes to disk.
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, max_shard_size: str | int
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        *,
+        max_shard_size: str | int,
+        creates: bool = True,
     ) -> None:
-        self._folder, self._shapes, self._dtype = folder, shapes, dtype
+        self._folder, self._shapes, self._dtype, self._creates = folder, shapes, dtype, creates
         self._plan = split_torch_state_dict_into_shards(
             {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()},
             max_shard_size=max_shard_size,
         )
         self._places: dict[str, tuple[str, int]] = {}
-        self._headers: dict[str, bytes] = {}
+        self._descriptors: dict[str, int] = {}
         for filename, members in self._plan.filename_to_tensors.items():
-            self._lay_out(filename, members)
-        self._missing = set(shapes)
-        self._streams: dict[str, BinaryIO] = {}
+            header, size = self._lay_out(filename, members)
+            if creates:
+                self._create(filename, header, size)
+        if creates and self._plan.is_sharded:
+            index = {"metadata": self._plan.metadata, "weight_map": self._plan.tensor_to_filename}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def __enter__(self) -> SafetensorsWriter:
-        for filename, header in self._headers.items():
-            self._streams[filename] = (self._folder / filename).open("wb", buffering=0)
-            _write_all(self._streams[filename], header)
+        for filename in self._plan.filename_to_tensors:
+            self._descriptors[filename] = os.open(self._folder / filename, os.O_WRONLY)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with ExitStack() as closing:
-            for stream in self._streams.values():
-                closing.enter_context(stream)
-            if error is not None:
-                return
-            assert not self._missing, f"tensors never written: {sorted(self._missing)[:3]}"
-            for stream in self._streams.values():
-                os.fsync(stream.fileno())
-        if self._plan.is_sharded:
-            index = {"metadata": self._plan.metadata, "weight_map": self._plan.tensor_to_filename}
-            (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            for descriptor in self._descriptors.values():
+                closing.callback(os.close, descriptor)
+            if error is None:
+                for descriptor in self._descriptors.values():
+                    os.fsync(descriptor)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts a tensor, cast to the files' dtype, at its place. OSError when the disk refuses."""
+        """Puts a whole tensor, cast to the files' dtype, at its place. OSError when the disk refuses."""
         assert tuple(tensor.shape) == tuple(self._shapes[name]), f"{name}: {list(tensor.shape)}"
-        self._missing.remove(name)
-        filename, offset = self._places[name]
-        stream = self._streams[filename]
-        stream.seek(offset)
-        data = tensor.detach().to("cpu", self._dtype).contiguous().reshape(-1).view(torch.uint8)
-        _write_all(stream, data.numpy().data)
+        self.write_part(name, tensor.reshape(1) if tensor.dim() == 0 else tensor, dim=0, start=0)
 
-    def _lay_out(self, filename: str, members: Sequence[str]) -> None:
-        """Header and places: 8 bytes of header length, the header as JSON padded to 8 bytes, the tensors."""
+    def write_part(self, name: str, values: torch.Tensor, *, dim: int, start: int) -> None:
+        """Puts rows (`dim` 0) or columns (`dim` 1) from index `start` of a tensor. OSError when the disk refuses."""
+        shape, width = self._shapes[name], self._dtype.itemsize
+        filename, begin = self._places[name]
+        descriptor = self._descriptors[filename]
+        row = math.prod(shape[1:]) * width
+        step = max(1, _COPY_BYTES * len(values) // max(1, values.numel() * width))
+        for first in range(0, len(values), step):
+            part = values[first : first + step].detach().to("cpu", self._dtype).contiguous()
+            if dim == 0:
+                _write_at(descriptor, part, begin + (start + first) * row)
+                continue
+            column = start * math.prod(shape[2:]) * width
+            for index, line in enumerate(part, first):
+                _write_at(descriptor, line, begin + index * row + column)
+
+    def _create(self, filename: str, header: bytes, size: int) -> None:
+        descriptor = os.open(self._folder / filename, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            with suppress(AttributeError):  # not every system has it
+                os.posix_fallocate(descriptor, 0, size)  # a full disk shows before the work, not after
+            os.pwrite(descriptor, header, 0)
+        finally:
+            os.close(descriptor)
+
+    def _lay_out(self, filename: str, members: Sequence[str]) -> tuple[bytes, int]:
+        """(header, size of the file): 8 bytes of length, the header as JSON padded to 8 bytes, the tensors."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         for name in members:
@@ -144,15 +169,16 @@ class SafetensorsWriter:
             }  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._headers[filename] = len(text).to_bytes(8, "little") + text
-        start = len(self._headers[filename])
+        start = 8 + len(text)
         self._places |= {name: (filename, start + offset) for name, offset in offsets.items()}
+        return len(text).to_bytes(8, "little") + text, start + end
 
 
-def _write_all(stream: BinaryIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
+def _write_at(descriptor: int, values: torch.Tensor, position: int) -> None:
+    view = values.reshape(-1).view(torch.uint8).numpy().data
     while len(view) > 0:
-        view = view[stream.write(view) :]
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
 
 
 def file_sha256(path: Path) -> str:

@@ -1,20 +1,22 @@
-"""A bucket stream written as a Hugging Face folder, whole or not at all."""
+"""Hugging Face folders: written from a bucket stream, whole or not at all, or by all ranks from their own shards."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from opd_megatron.errors import WeightsError
 from opd_megatron.types import Bucket
-from opd_megatron.weights.families import architecture_of
+from opd_megatron.weights.families import Shard, architecture_of
 from opd_megatron.weights.folder import SafetensorsWriter, partial_folder
-from opd_megatron.weights.plan import hf_shapes
+from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.plan import build_plan, hf_shapes, stage_parameters
 from opd_megatron.weights.source import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -69,16 +71,40 @@ def write_hf(
 ) -> None:
     """Fills an existing empty folder: safetensors, config.json, and tokenizer and generation files of `companions`.
 
-    The stream may bring tensors in any order; none is kept. OSError when the disk refuses.
+    The stream may bring the tensors in any order; none is kept. OSError when the disk refuses.
     """
     shapes = hf_shapes(hf_config)
+    missing = set(shapes)
     with SafetensorsWriter(folder, shapes, dtype, max_shard_size=max_shard_bytes) as writer:
         for bucket in buckets:
             for name, tensor in bucket:
                 writer.write(name, tensor)
+                missing.remove(name)
+    assert not missing, f"tensors that never came: {sorted(missing)[:3]}"
     _write_config(hf_config, folder, dtype)
     if companions is not None:
         copy_companions(Path(companions), folder)
+
+
+def write_shard(
+    model: nn.Module,
+    hf_config: PretrainedConfig,
+    layout: ShardLayout,
+    writer: SafetensorsWriter,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes this rank's part of every Hugging Face tensor where it belongs: nothing is gathered, no tensor is built.
+
+    The inverse of `load_weights`, by the same pieces. All ranks of a layout together write everything.
+    """
+    plan = build_plan(hf_config, layout)
+    for entry, parameter in stage_parameters(model, plan, layout):
+        if not entry.tied_copy and (entry.shard is not Shard.REPLICATED or layout.tp_rank == 0):
+            for piece in plan.pieces(entry, layout, layout.tp_rank):
+                for block, values in enumerate(piece.of_shard(parameter)):
+                    start = piece.start + block * piece.width if piece.dim == 0 else piece.start
+                    writer.write_part(piece.name, values, dim=piece.dim, start=start)
+        progress(parameter.nbytes)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
