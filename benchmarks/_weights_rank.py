@@ -25,7 +25,9 @@ def main() -> None:
     from opd_megatron.convert.weights import ParallelSizes, hf_to_megatron, megatron_to_hf
     from opd_megatron.mcore import model, model_checkpoint  # noqa: F401 - imported before the clock starts
     from opd_megatron.mcore.platform import init_distributed
+    from opd_megatron.weights.source import load_hf_config
 
+    load_hf_config(Path(source))  # imports transformers
     init_distributed()
     started = time.perf_counter()
     convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[direction]

@@ -137,6 +137,8 @@ class SafetensorsWriter:
         shape, width = self._shapes[name], self._dtype.itemsize
         filename, begin = self._places[name]
         descriptor = self._descriptors[filename]
+        if dim == 1 and values.shape[1] == shape[1]:  # all columns are whole rows
+            dim, start = 0, 0
         row = math.prod(shape[1:]) * width
         step = max(1, _COPY_BYTES * len(values) // max(1, values.numel() * width))
         for first in range(0, len(values), step):
