@@ -65,11 +65,9 @@ def hf_to_megatron(argv: list[str], prog: str) -> int:
 
 
 def megatron_to_hf(argv: list[str], prog: str) -> int:
-    description = (
-        "Megatron checkpoint (torch_dist) to Hugging Face folder. Takes what hf_to_megatron wrote, whatever its"
-    )
-    description += " layout, or a run's checkpoint (RUN/checkpoints/step_...)." + _RANKS
-    parser = _parser(prog, description)
+    description = """Megatron checkpoint (torch_dist) to Hugging Face folder. Takes what hf_to_megatron wrote, whatever its
+layout, or a run's checkpoint (RUN/checkpoints/step_...)."""
+    parser = _parser(prog, description + _RANKS)
     parser.add_argument("--megatron", required=True, metavar="DIR", help="folder with the .metadata of the checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help=_OUT)
     parser.add_argument(
@@ -109,8 +107,8 @@ def gguf_to_hf(argv: list[str], prog: str) -> int:
 
 
 def verify_roundtrip(argv: list[str], prog: str) -> int:
-    description = "Converts a Hugging Face folder to Megatron and back and compares every tensor bit by bit: each\n"
-    description += "layout with itself and with the next one. Exit code 1 when a tensor differs."
+    description = """Converts a Hugging Face folder to Megatron and back and compares every tensor bit by bit: each
+layout with itself and with the next one. Exit code 1 when a tensor differs."""
     parser = _parser(prog, description)
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder with safetensors, or a hub id")
     parser.add_argument("--tensor", type=_sizes, default=[1], metavar="N[,N]", help="tensor parallel sizes (1)")
