@@ -65,7 +65,7 @@ def hf_to_megatron(argv: list[str], prog: str) -> int:
 
 
 def megatron_to_hf(argv: list[str], prog: str) -> int:
-    description = """Megatron checkpoint (torch_dist) to Hugging Face folder. Takes what hf_to_megatron wrote, whatever its
+    description = """Megatron checkpoint (torch_dist) to Hugging Face folder. Takes what hf_to_megatron wrote, in any
 layout, or a run's checkpoint (RUN/checkpoints/step_...)."""
     parser = _parser(prog, description + _RANKS)
     parser.add_argument("--megatron", required=True, metavar="DIR", help="folder with the .metadata of the checkpoint")
