@@ -1,4 +1,4 @@
-"""`opd-megatron train | evaluate | export | report | doctor | config`, and the names of what comes later."""
+"""`opd-megatron train | evaluate | export | convert | report | doctor | config`, and the names of what comes later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from opd_megatron.trainer import OPDTrainer
 
 _LATER = {
-    "convert": "use tools/checkpoint_convert/ for the conversions that exist",
     "plan": "`opd-megatron train CONFIG --dry-run` prints layout and memory of one configuration",
 }
 
@@ -88,6 +87,12 @@ def _on_newest_weights(
     return 0
 
 
+def _convert(argv: list[str]) -> int:
+    from opd_megatron.convert.command import dispatch
+
+    return dispatch(argv)
+
+
 def _report(argv: list[str]) -> int:
     parser = Parser(prog="opd-megatron report", description="Draw the curves of a run again and print its table.")
     parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a run")
@@ -121,6 +126,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
     "evaluate": (_evaluate, "score a student on held-out answers"),
     "export": (_export, "write a run's newest weights as a Hugging Face folder"),
+    "convert": (_convert, "convert weights: Hugging Face <-> Megatron, GGUF -> Hugging Face"),
     "report": (_report, "draw the curves of a run again and print its table"),
     "doctor": (_doctor, "what is installed, and can a run work here"),
     "config": (_config, "every configuration key with type, default and meaning"),

@@ -143,7 +143,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
     ("argv", "words"),
     [
         (["trian"], "did you mean 'train'"),
-        (["convert"], "not available yet"),
+        (["convert", "hf"], "unknown conversion 'hf': use one of hf-to-megatron"),
         (["plan", "x.yaml"], "not available yet"),
         (["report", "nowhere"], "nowhere"),
         (["train", "--distillation_type", "jsd", "--temperature", "2"], "must equal rollout.temperature=1.0"),

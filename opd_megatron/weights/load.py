@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,17 @@ _DERIVED = re.compile(r".*rotary_emb\.inv_freq")
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, source_dir: Path, hf_config: PretrainedConfig, layout: ShardLayout) -> None:
+def load_weights(
+    model: nn.Module,
+    source_dir: Path,
+    hf_config: PretrainedConfig,
+    layout: ShardLayout,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
     """Fills every parameter of `model`, cast to its dtype; vocabulary padding rows become zero.
 
-    No collective. With tied embeddings and several pipeline stages the last stage's output layer gets the embedding.
+    No collective; `progress` is told the bytes of each parameter that is filled. With tied embeddings and several
+    pipeline stages the last stage's output layer gets the embedding.
 
     Raises:
         UnsupportedModelError: see `families.family_of`.
@@ -38,6 +46,7 @@ def load_weights(model: nn.Module, source_dir: Path, hf_config: PretrainedConfig
         _refuse_unknown(source, plan)
         for entry, parameter in pairs:
             _fill(parameter, entry, plan, layout, source)
+            progress(parameter.nbytes)
 
 
 def _fill(parameter: torch.Tensor, entry: Entry, plan: Plan, layout: ShardLayout, source: SafetensorsSource) -> None:
@@ -47,7 +56,7 @@ def _fill(parameter: torch.Tensor, entry: Entry, plan: Plan, layout: ShardLayout
     if sum(piece.blocks * piece.width for piece in pieces) < parameter.shape[0]:
         parameter.zero_()
     for piece in pieces:
-        piece.of_shard(parameter).copy_(piece.of_slice(source.get_slice(piece.name, piece.slices())))
+        source.copy_slice(piece.name, piece.slices(), piece.of_shard(parameter))
 
 
 def _refuse_unknown(source: SafetensorsSource, plan: Plan) -> None:

@@ -1,20 +1,22 @@
-"""A bucket stream written as a Hugging Face folder, whole or not at all."""
+"""Hugging Face folders: written from a bucket stream, whole or not at all, or by all ranks from their own shards."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from opd_megatron.errors import WeightsError
 from opd_megatron.types import Bucket
-from opd_megatron.weights.families import architecture_of
-from opd_megatron.weights.folder import write_safetensors
-from opd_megatron.weights.plan import hf_shapes
+from opd_megatron.weights.families import Shard, architecture_of
+from opd_megatron.weights.folder import SafetensorsWriter, partial_folder
+from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.plan import build_plan, hf_shapes, stage_parameters
 from opd_megatron.weights.source import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -40,45 +42,76 @@ def save_hf(
     """Writes safetensors, config.json and, from `tokenizer_dir`, tokenizer and generation_config. One rank calls it.
 
     Everything is written beside `out_dir` and moved there at the end, so that an earlier export stays whole until the
-    new one is. Host memory: about one file's worth of tensors.
+    new one is. Host memory: the buckets'.
 
     Raises:
         WeightsError: `out_dir` holds files that are not an export's, or cannot be written.
     """
     out_dir = Path(out_dir).absolute()
     _refuse_foreign(out_dir)
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_tensors(buckets, hf_config, partial, dtype, max_shard_bytes)
-        _write_config(hf_config, partial, dtype)
-        if tokenizer_dir is not None:
-            for name in _COMPANIONS:
-                if (Path(tokenizer_dir) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_dir) / name, partial / name)
-        _replace(out_dir, partial)
+        with partial_folder(out_dir) as partial:
+            write_hf(
+                buckets, hf_config, partial, companions=tokenizer_dir, dtype=dtype, max_shard_bytes=max_shard_bytes
+            )
+            _replace(out_dir, partial)
     except OSError as error:
         raise WeightsError(f"cannot write the export to {str(out_dir)!r}: check space and rights ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
 
 
-def _write_tensors(
-    buckets: Iterable[Bucket], hf_config: PretrainedConfig, folder: Path, dtype: torch.dtype, limit: int
+def write_hf(
+    buckets: Iterable[Bucket],
+    hf_config: PretrainedConfig,
+    folder: Path,
+    *,
+    companions: str | Path | None = None,
+    dtype: torch.dtype,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    stream = iter(buckets)
-    ahead: dict[str, torch.Tensor] = {}  # the writer gives a tensor over its limit a file out of turn
+    """Fills an existing empty folder: safetensors, config.json, and tokenizer and generation files of `companions`.
 
-    def pull(name: str) -> torch.Tensor:
-        while name not in ahead:
-            ahead.update(next(stream))
-        return ahead.pop(name).to("cpu", dtype)
+    The stream may bring the tensors in any order; none is kept. OSError when the disk refuses.
+    """
+    shapes = hf_shapes(hf_config)
+    missing = set(shapes)
+    with SafetensorsWriter(folder, shapes, dtype, max_shard_size=max_shard_bytes) as writer:
+        for bucket in buckets:
+            for name, tensor in bucket:
+                writer.write(name, tensor)
+                missing.remove(name)
+    assert not missing, f"tensors that never came: {sorted(missing)[:3]}"
+    _write_config(hf_config, folder, dtype)
+    if companions is not None:
+        copy_companions(Path(companions), folder)
 
-    write_safetensors(folder, hf_shapes(hf_config), pull, dtype, max_shard_size=limit)
-    surplus = [*ahead, *(name for bucket in stream for name, _ in bucket)]  # also lets the other ranks finish
-    assert not surplus, f"tensors beyond the model's own: {surplus[:3]}"
+
+def write_shard(
+    model: nn.Module,
+    hf_config: PretrainedConfig,
+    layout: ShardLayout,
+    writer: SafetensorsWriter,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes this rank's part of every Hugging Face tensor where it belongs: nothing is gathered, no tensor is built.
+
+    The inverse of `load_weights`, by the same pieces. All ranks of a layout together write everything.
+    """
+    plan = build_plan(hf_config, layout)
+    for entry, parameter in stage_parameters(model, plan, layout):
+        if not entry.tied_copy and (entry.shard is not Shard.REPLICATED or layout.tp_rank == 0):
+            for piece in plan.pieces(entry, layout, layout.tp_rank):
+                for block, values in enumerate(piece.of_shard(parameter)):
+                    start = piece.start + block * piece.width if piece.dim == 0 else piece.start
+                    writer.write_part(piece.name, values, dim=piece.dim, start=start)
+        progress(parameter.nbytes)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what a Hugging Face folder holds besides weights and config.json."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_config(hf_config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> None:

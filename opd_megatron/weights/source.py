@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,10 +22,14 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MEGATRON_MARK = ".metadata"
+"""The index of a torch_dist checkpoint, which Megatron's `dist_checkpointing` writes last but one."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Anything else (int8, fp8, packed 4-bit) is a quantized checkpoint, whose numbers are not the weights.
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READ_BYTES = 32 * 2**20
+"""Read at a time where only some columns are wanted, and copied at a time: what loading needs beyond the model."""
 
 
 def resolve_model(path: str) -> Path:
@@ -75,39 +82,91 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
-class SafetensorsSource:
-    """The tensors of a checkpoint folder, in one file or many, memory-mapped: a slice reads the pages it lies on.
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An open safetensors file whose header has been checked."""
 
-    Raises WeightsError from every method: one line naming the file and the tensor.
+    descriptor: int
+    data: int
+    """Where the tensors begin, in bytes."""
+    header: dict[str, Any]
+
+
+class SafetensorsSource:
+    """The tensors of a checkpoint folder, in one file or many, read slice by slice.
+
+    Reads rather than maps: pages of a mapped file count as the process's memory, and a file that shrinks while it is
+    mapped ends the process. Raises WeightsError from every method: one line naming the file and the tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _File] = {}
         self._file_of = self._locate()
 
     def __enter__(self) -> SafetensorsSource:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._files.clear()
+        while self._files:
+            os.close(self._files.popitem()[1].descriptor)
 
     @property
     def names(self) -> Sequence[str]:
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_shape())
+        return tuple(self._entry(name)["shape"])
 
-    def get_slice(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
-        """`tensor[slices]` on CPU in the file's dtype: a view of the mapped file, read when it is used."""
-        handle = self._handle(name)
-        if handle.get_dtype() not in _DTYPES:
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises WeightsError also for a quantized tensor."""
+        kind = self._entry(name)["dtype"]
+        if kind not in _DTYPES:
             raise WeightsError(
-                f"{self._where(name)} has dtype {handle.get_dtype()}: quantized checkpoints are not read, "
+                f"{self._where(name)} has dtype {kind}: quantized checkpoints are not read, "
                 "use the model's bf16 or fp32 weights"
             )
-        return handle[slices] if slices else handle[:]
+        return _DTYPES[kind]
+
+    def get_slice(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
+        """`tensor[slices]` on CPU in the file's dtype. Slices of the first two dimensions, step 1."""
+        shape, dtype = self.shape(name), self.dtype(name)
+        bounds = [part.indices(size)[:2] for part, size in zip(slices, shape, strict=False)]
+        first, last = bounds[0] if bounds else (0, shape[0] if shape else 1)
+        row = math.prod(shape[1:])  # elements
+        if len(bounds) < 2:
+            out = torch.empty((last - first, *shape[1:]) if shape else (), dtype=dtype)
+            self._read(name, first * row * dtype.itemsize, out)
+            return out
+        left, right = bounds[1]
+        out = torch.empty((last - first, right - left, *shape[2:]), dtype=dtype)
+        step = max(1, _READ_BYTES // max(1, row * dtype.itemsize))
+        for start in range(first, last, step):
+            rows = torch.empty((min(step, last - start), *shape[1:]), dtype=dtype)
+            self._read(name, start * row * dtype.itemsize, rows)
+            out[start - first : start - first + len(rows)] = rows[:, left:right]
+        return out
+
+    def copy_slice(self, name: str, slices: tuple[slice, ...], target: torch.Tensor) -> None:
+        """Copies `tensor[slices]` into `target` [blocks, width, ...], whose first two dimensions are its rows.
+
+        Holds a few MiB of the slice at a time.
+        """
+        blocks, width = target.shape[:2]
+        rows, *columns = slices
+        first, last, _ = rows.indices(self.shape(name)[0])
+        assert last - first == blocks * width, f"{name}: {last - first} rows for {blocks} x {width}"
+        row_bytes = math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
+        step = max(1, _READ_BYTES // max(1, row_bytes))
+        if blocks > 1:  # whole blocks at a time
+            step = max(1, step // width) * width
+        for start in range(0, last - first, step):
+            stop = min(start + step, last - first)
+            part = self.get_slice(name, (slice(first + start, first + stop), *columns))
+            if blocks > 1:
+                target[start // width : stop // width].copy_(part.unflatten(0, (-1, width)))
+            else:
+                target[0, start:stop].copy_(part)
 
     def expect_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if self.shape(name) != shape:
@@ -116,23 +175,42 @@ class SafetensorsSource:
                 "the checkpoint and its config do not belong together"
             )
 
-    def _handle(self, name: str) -> Any:
+    def _read(self, name: str, offset: int, out: torch.Tensor) -> None:
+        """Fills the contiguous `out` from `offset` bytes into the tensor."""
+        file, begin = self._open(self._file_of[name]), self._entry(name)["data_offsets"][0]
+        view, position = out.reshape(-1).view(torch.uint8).numpy().data, file.data + begin + offset
+        while len(view) > 0:
+            try:
+                count = os.preadv(file.descriptor, [view], position)
+            except OSError as error:
+                raise WeightsError(f"{self._where(name)} cannot be read: check the disk ({error})") from error
+            if count == 0:
+                raise WeightsError(f"{self._where(name)} cannot be read: the file was cut short, download it again")
+            view, position = view[count:], position + count
+
+    def _entry(self, name: str) -> dict[str, Any]:
         if name not in self._file_of:
             raise WeightsError(f"{str(self.folder)!r} holds no tensor {name!r}: the checkpoint is incomplete")
-        try:
-            return self._open(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise WeightsError(f"{self._where(name)} cannot be read: download the file again ({error})") from error
+        header = self._open(self._file_of[name]).header
+        if name not in header:
+            raise WeightsError(f"{self._where(name)} cannot be read: the file does not hold it, download it again")
+        entry: dict[str, Any] = header[name]
+        return entry
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
+    def _open(self, name: str) -> _File:
+        if name not in self._files:
+            path = self.folder / name
             try:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
+                with safe_open(path, framework="pt"):  # checks that header and file agree; reads no tensor
+                    pass
+                descriptor = os.open(path, os.O_RDONLY)
+                length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+                header = json.loads(os.pread(descriptor, length, 8))
             except (SafetensorError, OSError) as error:
-                raise WeightsError(
-                    f"{str(self.folder / file)!r} is damaged or cut short: download it again ({error})"
-                ) from error
-        return self._files[file]
+                raise WeightsError(f"{str(path)!r} is damaged or cut short: download it again ({error})") from error
+            header.pop("__metadata__", None)
+            self._files[name] = _File(descriptor, 8 + length, header)
+        return self._files[name]
 
     def _where(self, name: str) -> str:
         return f"tensor {name!r} in {str(self.folder / self._file_of[name])!r}"
@@ -150,7 +228,12 @@ class SafetensorsSource:
                     )
             return file_of
         if (self.folder / SINGLE_FILE).is_file():
-            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+            return dict.fromkeys(self._open(SINGLE_FILE).header, SINGLE_FILE)
+        if (self.folder / MEGATRON_MARK).is_file():
+            raise WeightsError(
+                f"{str(self.folder)!r} is a Megatron checkpoint: convert it first with `opd-megatron convert "
+                "megatron-to-hf`"
+            )
         pickled = any(self.folder.glob("*.bin"))
         remedy = "load it with transformers and save_pretrained it once" if pickled else "give a folder with weights"
         raise WeightsError(f"{str(self.folder)!r} holds no {SINGLE_FILE} or {INDEX_FILE}: {remedy}")
