@@ -1,4 +1,4 @@
-"""`opd-megatron train | evaluate | export | report | doctor | config`, and the names of what comes later."""
+"""`opd-megatron train | plan | evaluate | export | report | doctor | config`, and the names of what comes later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _LATER = {
     "convert": "use tools/checkpoint_convert/ for the conversions that exist",
-    "plan": "`opd-megatron train CONFIG --dry-run` prints layout and memory of one configuration",
 }
 
 
@@ -113,8 +112,15 @@ def _train(argv: list[str]) -> int:
     return train(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from opd_megatron.planning.command import plan
+
+    return plan(argv)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
+    "plan": (_plan, "check layout, memory, traffic and time of a run without its weights or machines"),
     "evaluate": (_evaluate, "score a student on held-out answers"),
     "export": (_export, "write a run's newest weights as a Hugging Face folder"),
     "report": (_report, "draw the curves of a run again and print its table"),
