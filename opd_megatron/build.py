@@ -120,7 +120,11 @@ def _build_models(
 ) -> RunParts:
     parallel = config.parallel
     grid = ParallelGrid.build(
-        parallel.tensor, parallel.pipeline, models.data_parallel, sequence_parallel=parallel.sequence_parallel
+        parallel.tensor,
+        parallel.pipeline,
+        models.data_parallel,
+        expert=parallel.expert,
+        sequence_parallel=parallel.sequence_parallel,
     )
     padded_vocab = models.padded_vocab(parallel.tensor)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)

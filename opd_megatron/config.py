@@ -201,7 +201,9 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     """Pipeline-parallel size."""
     data: PositiveInt | None = None
-    """Data-parallel size; world size / (tensor * pipeline) by default, 1 when started without torchrun."""
+    """Data-parallel size; world size / (tensor * pipeline) by default, `expert` when started without torchrun."""
+    expert: PositiveInt = 1
+    """Expert-parallel size: so many data-parallel ranks share the experts of every layer out; it divides `data`."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tensor > 1."""
     micro_batch_size: PositiveInt | None = None
@@ -279,7 +281,7 @@ class RunConfig(Section):
     @property
     def world_size(self) -> int:
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
-        return self.parallel.model * (self.parallel.data or 1)
+        return self.parallel.model * (self.parallel.data or self.parallel.expert)
 
     @model_validator(mode="after")
     def _cross_field_rules(self) -> RunConfig:
@@ -287,6 +289,11 @@ class RunConfig(Section):
         if parallel.sequence_parallel and parallel.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel=true needs parallel.tensor > 1, got 1: raise it or switch it off"
+            )
+        if parallel.data is not None and parallel.data % parallel.expert:
+            raise ValueError(
+                f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}, whose ranks share the "
+                "experts out: change one of them"
             )
         if optimizer.warmup_steps >= self.steps and optimizer.warmup_steps > 0:
             raise ValueError(

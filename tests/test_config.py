@@ -79,6 +79,7 @@ def test_a_value_outside_its_range_is_refused_by_name_and_value(override: str) -
     ("overrides", "words"),
     [
         (("parallel.sequence_parallel=true",), ("parallel.sequence_parallel", "parallel.tensor > 1")),
+        (("parallel.expert=4", "parallel.data=2"), ("parallel.expert=4", "parallel.data=2")),
         (("steps=5", "optimizer.warmup_steps=5"), ("optimizer.warmup_steps=5", "steps=5")),
         (("optimizer.lr=1e-5", "optimizer.min_lr=1e-4"), ("optimizer.min_lr=0.0001", "optimizer.lr=1e-05")),
         (("rollout.prompts_per_step=6", "parallel.data=4"), ("= 6", "data-parallel size 4")),

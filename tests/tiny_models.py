@@ -10,8 +10,23 @@ import torch
 
 def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
     """A random model with an even number of heads, saved with `save_pretrained`. `changes` go into its config."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
+    families: dict[str, Any] = {
+        "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_moe": Qwen2MoeConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+    }  # fmt: skip
+    experts = {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": family == "qwen3_moe",
+    }  # fmt: skip
     settings: dict[str, Any] = {
         "hidden_size": 64,
         "num_hidden_layers": 4,
@@ -22,9 +37,11 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: 
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "initializer_range": 0.1,  # large enough that two random models differ by whole nats
+        **({"head_dim": 24} if "qwen3" in family else {}),
+        **(experts if "moe" in family else {}),
         **changes,
     }
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**settings)
+    config = families[family](**settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -16,12 +16,15 @@ class ParallelGrid:
     """One model's place in the world: sizes, this rank's coordinates and its process groups.
 
     Ranks are ordered tensor, context, data, pipeline from fastest to slowest, as in Megatron-LM, so that tensor
-    parallel ranks are neighbours (one node) and pipeline stages are far apart.
+    parallel ranks are neighbours (one node) and pipeline stages are far apart. Expert parallelism takes no ranks of its
+    own: `expert` neighbouring data-parallel ranks of a stage share every layer's experts out among themselves and send
+    each other the tokens meant for them. Experts are sharded over the tensor-parallel ranks like everything else.
     """
 
     tensor: int
     pipeline: int
     data: int
+    expert: int
     sequence_parallel: bool
     groups: ProcessGroupCollection
     world: dist.ProcessGroup
@@ -29,9 +32,17 @@ class ParallelGrid:
 
     @classmethod
     def build(
-        cls, tensor: int, pipeline: int, data: int, *, sequence_parallel: bool = False, rank_offset: int = 0
+        cls,
+        tensor: int,
+        pipeline: int,
+        data: int,
+        *,
+        expert: int = 1,
+        sequence_parallel: bool = False,
+        rank_offset: int = 0,
     ) -> ParallelGrid:
         """Makes the groups; every rank of the default process group must call it with the same arguments."""
+        assert data % expert == 0, f"{data} data-parallel ranks do not split into expert-parallel groups of {expert}"
         comm = HyperCommGrid([tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
         groups = ProcessGroupCollection(
             tp=comm.create_pg("tp"),
@@ -47,13 +58,8 @@ class ParallelGrid:
         groups.embd = _first_and_last_stage_group(comm)
         groups.pos_embd = None  # rotary models have no position embedding to keep in step
         groups.intra_dist_opt = world
-        # Dense models have no experts; upstream still wants the expert groups, each rank being its own expert.
-        groups.ep = groups.cp
-        groups.expt_tp = groups.tp
-        groups.tp_ep = groups.tp
-        groups.tp_ep_pp = groups.mp
-        groups.expt_dp = groups.dp
-        return cls(tensor, pipeline, data, sequence_parallel, groups, world)
+        _add_expert_groups(groups, tensor, expert, data // expert, pipeline, rank_offset)
+        return cls(tensor, pipeline, data, expert, sequence_parallel, groups, world)
 
     @property
     def tp_rank(self) -> int:
@@ -66,6 +72,10 @@ class ParallelGrid:
     @property
     def dp_rank(self) -> int:
         return self.groups.dp.rank()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
 
     @property
     def is_first_stage(self) -> bool:
@@ -88,7 +98,25 @@ class ParallelGrid:
             pp_size=self.pipeline,
             tp_group=self.groups.tp,
             pp_group=self.groups.pp,
+            ep_rank=self.ep_rank,
+            ep_size=self.expert,
+            ep_group=self.groups.ep,
         )
+
+
+def _add_expert_groups(
+    groups: ProcessGroupCollection, tensor: int, expert: int, expert_data: int, pipeline: int, rank_offset: int
+) -> None:
+    """`expert_data` ranks hold the same experts."""
+    groups.expt_tp = groups.tp
+    if expert == 1:  # upstream wants the groups even so
+        groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.mp, groups.dp
+        return
+    comm = HyperCommGrid([tensor, expert, expert_data, pipeline], ["tp", "ep", "dp", "pp"], rank_offset=rank_offset)
+    groups.ep = comm.create_pg("ep")
+    groups.tp_ep = comm.create_pg(["tp", "ep"])
+    groups.tp_ep_pp = comm.create_pg(["tp", "ep", "pp"])
+    groups.expt_dp = comm.create_pg("dp")
 
 
 def _first_and_last_stage_group(comm: HyperCommGrid) -> dist.ProcessGroup | None:

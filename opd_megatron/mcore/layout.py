@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.weights.families import family_of
+from opd_megatron.weights.families import Dims, family_of
 from opd_megatron.weights.source import load_hf_config, resolve_model
 
 
@@ -66,6 +66,7 @@ def check(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> 
     for name, hf in zip(_names(config), resolved.configs, strict=True):
         family_of(hf)
         check_divisible(name, hf, config)
+    _check_experts(resolved, config)
     _check_context(resolved.student_config, config)
     return resolved
 
@@ -91,12 +92,14 @@ def _data_parallel(config: RunConfig) -> int:
 def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
     """Raises ConfigError unless the parallel sizes divide the model's heads, columns and layers."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    heads = hf.num_attention_heads
-    sizes = {
-        "attention heads": heads,
-        "key-value heads": getattr(hf, "num_key_value_heads", None) or heads,
-        "feed-forward columns": hf.intermediate_size,
-    }
+    dims, family = Dims.of(hf), family_of(hf)
+    sizes = {"attention heads": hf.num_attention_heads, "key-value heads": dims.groups}
+    if family.experts:
+        sizes["feed-forward columns of an expert"] = dims.expert_ffn
+    else:
+        sizes["feed-forward columns"] = dims.ffn
+    if family.shared_expert:
+        sizes["feed-forward columns of the shared expert"] = dims.shared_ffn
     for what, size in sizes.items():
         if size % tensor:
             choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
@@ -106,6 +109,30 @@ def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.pipeline={pipeline} must divide the {hf.num_hidden_layers} layers of {name}: "
             f"use one of {choices}"
+        )
+    expert = config.parallel.expert
+    if family.experts and dims.experts % expert:
+        choices = [n for n in range(1, dims.experts + 1) if dims.experts % n == 0]
+        raise ConfigError(
+            f"parallel.expert={expert} must divide the {dims.experts} experts of {name}: use one of {choices}"
+        )
+
+
+def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.expert > 1 and not any(family_of(hf).experts for hf in resolved.configs):
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} needs a model of experts, student and teachers have none: set it to 1"
+        )
+    if resolved.data_parallel % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} must divide data-parallel size {resolved.data_parallel}, whose ranks "
+            "share the experts out: start more ranks or lower it"
+        )
+    if family_of(resolved.student_config).experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel.sequence_parallel=false with parallel.tensor={parallel.tensor}: a student of experts is trained "
+            "with it only, set parallel.sequence_parallel=true"
         )
 
 

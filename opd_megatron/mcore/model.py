@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import Dtype
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.platform import has_gpu
+from opd_megatron.mcore.platform import device, has_gpu
+from opd_megatron.mcore.rope import attention_factor, inverse_frequencies, rope_theta
 from opd_megatron.mcore.spec import block_spec
-from opd_megatron.weights.families import rope_factor
+from opd_megatron.weights.families import Dims, Family, family_of
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,23 +76,35 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    hf: PretrainedConfig, grid: ParallelGrid, *, dtype: Dtype, recompute: bool = False
+    hf: PretrainedConfig,
+    grid: ParallelGrid,
+    *,
+    dtype: Dtype,
+    recompute: bool = False,
+    transformer_engine: bool = False,
 ) -> TransformerConfig:
-    """Megatron's description of a Llama-like (RMSNorm, SwiGLU, rotary, grouped-query) model."""
-    heads = hf.num_attention_heads
+    """Megatron's description of a Llama-like (RMSNorm, SwiGLU, rotary, grouped-query) model, dense or of experts.
+
+    Raises:
+        UnsupportedModelError: see `families.family_of`.
+    """
+    heads, dims, family = hf.num_attention_heads, Dims.of(hf), family_of(hf)
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
         num_attention_heads=heads,
-        num_query_groups=getattr(hf, "num_key_value_heads", None) or heads,
-        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        num_query_groups=dims.groups,
+        kv_channels=dims.head_dim,
+        # The factor that YaRN puts on cosines and sines, and so on queries and keys alike.
+        softmax_scale=attention_factor(hf) ** 2 / math.sqrt(dims.head_dim),
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=hf.model_type == "qwen2",
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=grid.tensor,
@@ -115,7 +129,29 @@ def transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **(_experts(hf, family, grid, grouped=transformer_engine) if family.experts else {}),
     )
+
+
+def _experts(hf: PretrainedConfig, family: Family, grid: ParallelGrid, *, grouped: bool) -> dict[str, Any]:
+    dims = Dims.of(hf)
+    return {
+        "num_moe_experts": dims.experts,
+        "moe_ffn_hidden_size": dims.expert_ffn,
+        "moe_shared_expert_intermediate_size": dims.shared_ffn if family.shared_expert else None,
+        "moe_shared_expert_gate": family.shared_expert,
+        "moe_router_topk": hf.num_experts_per_tok,
+        # Softmax over all experts, then the top k of it; or over the top k alone, which is the former normalised.
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        # The objective is the divergence and nothing else: no balancing loss pulls on the router.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": grouped,
+        "expert_model_parallel_size": grid.expert,
+        "expert_tensor_parallel_size": grid.tensor,
+    }
 
 
 def build_gpt_model(
@@ -128,7 +164,7 @@ def build_gpt_model(
     transformer_engine: bool = False,
 ) -> HiddenStatesModel:
     """This rank's shard of the model, with unset weights (`weights.load_weights` fills them)."""
-    config = transformer_config(hf, grid, dtype=dtype, recompute=recompute)
+    config = transformer_config(hf, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine)
     model = HiddenStatesModel(
         config=config,
         transformer_layer_spec=block_spec(
@@ -141,18 +177,11 @@ def build_gpt_model(
         share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
         position_embedding_type="rope",
         rotary_base=rope_theta(hf),
-        rope_scaling=rope_factor(hf) is not None,
-        rope_scaling_factor=rope_factor(hf) or 1.0,
         pg_collection=grid.groups,
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(device())
     return model.cuda() if has_gpu() else model
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
     return weight
-
-
-def rope_theta(hf: PretrainedConfig) -> float:
-    """Base of the rotary frequencies; its place in the config moved in transformers 5."""
-    parameters = getattr(hf, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0)

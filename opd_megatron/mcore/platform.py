@@ -66,7 +66,10 @@ def init_platform() -> None:
         _patch_factories()
         _patch_type_checks()
         _patch_lone_collectives()
+        _patch_token_dispatch()
+        _patch_uneven_collectives()
     _patch_adam_loading()
+    _patch_router()
     from megatron.core import parallel_state
 
     # The stock attention and sequence-parallel linears ask for this buffer; upstream makes it in
@@ -149,6 +152,75 @@ def _patch_lone_collectives() -> None:
 
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, skip_alone(getattr(param_and_grad_buffer, name)))
+
+
+class _InertStream:
+    """A stream, or an event in one, where everything has happened by the time it is asked for."""
+
+    def wait_stream(self, stream: _InertStream) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> _InertStream:
+        return self
+
+
+def _patch_token_dispatch() -> None:
+    """The all-to-all dispatcher of expert layers copies its counts to the host on a stream of its own."""
+    cuda: Any = torch.cuda
+    stream = _InertStream()
+    cuda.Stream = cuda.Event = lambda *_, **__: stream  # made by the dispatcher's constructor
+    cuda.current_stream = lambda *_: stream  # compared with and waited for by the dispatcher's stream
+    cuda.stream = lambda *_: contextlib.nullcontext()  # entered around the copies
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = token_dispatcher.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original)
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Upstream leaves alone what is on the CPU already, also where a NumPy array of sizes is asked for.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _patch_uneven_collectives() -> None:
+    """Tensor-parallel ranks gather tokens of which each has another number, routed to the same experts. Gloo's gather
+    and reduce-scatter want equal numbers; its all-to-all does not."""
+    from megatron.core.tensor_parallel import mappings
+
+    even_gather, even_reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_: torch.Tensor, group: dist.ProcessGroup, sizes: Any = None, buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even_gather(input_, group, sizes, buffer)
+        output = input_.new_empty(sum(sizes), *input_.shape[1:])
+        copies = torch.cat([input_] * group.size())
+        dist.all_to_all_single(output, copies, list(sizes), [len(input_)] * group.size(), group=group)
+        return output
+
+    def reduce_scatter(
+        input_: torch.Tensor, group: dist.ProcessGroup, sizes: Any = None, buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even_reduce_scatter(input_, group, sizes, buffer)
+        mine = sizes[group.rank()]
+        parts = input_.new_empty(group.size(), mine, *input_.shape[1:])
+        dist.all_to_all_single(
+            parts.flatten(0, 1), input_.contiguous(), [mine] * group.size(), list(sizes), group=group
+        )
+        return parts.sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
+
+
+def _patch_router() -> None:
+    """Also needed on a GPU without Transformer Engine: upstream asks whether this name is None, and a failed import has
+    left it undefined. With None the router multiplies by a plain matmul."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _patch_type_checks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,31 +16,33 @@ from opd_megatron.config import ParallelConfig
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import build_gpt_model
 from opd_megatron.mcore.platform import init_platform
+from opd_megatron.weights.families import family_of
 from opd_megatron.weights.layout import ShardLayout
 
 
 def distinct_shards(
     hf: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int
 ) -> Iterator[tuple[torch.nn.Module, ShardLayout]]:
-    """Every pipeline stage's and tensor-parallel rank's module, in the order of ranks, and its place.
+    """The module of every pipeline stage, tensor- and (of a model of experts) expert-parallel rank, and its place.
 
     Data-parallel copies are the same and are left out. Parameters are meta tensors: names and shapes, no memory. The
     process must not be in a process group.
     """
     init_platform()
-    world = parallel.model * data
-    for stage in range(parallel.pipeline):
-        for tensor in range(parallel.tensor):
-            # Tensor-parallel ranks are neighbours, stages are far apart (`ParallelGrid`); data-parallel rank 0.
-            rank = stage * parallel.tensor * data + tensor
-            with pretended_rank(rank, world), _NothingStored():
-                grid = ParallelGrid.build(
-                    parallel.tensor, parallel.pipeline, data, sequence_parallel=parallel.sequence_parallel
-                )
-                model = build_gpt_model(hf, grid, padded_vocab=padded_vocab, dtype="bf16")
-                layout = grid.layout(hf.num_hidden_layers, padded_vocab)
-            assert (layout.pp_rank, layout.tp_rank) == (stage, tensor)
-            yield model, layout
+    experts = parallel.expert if family_of(hf).experts else 1
+    places = itertools.product(range(parallel.pipeline), range(experts), range(parallel.tensor))
+    for stage, expert, tensor in places:
+        # From slowest to fastest as in `ParallelGrid`; the first data-parallel ranks share the experts out.
+        rank = (stage * data + expert) * parallel.tensor + tensor
+        with pretended_rank(rank, parallel.model * data), _NothingStored():
+            grid = ParallelGrid.build(
+                parallel.tensor, parallel.pipeline, data,
+                expert=parallel.expert, sequence_parallel=parallel.sequence_parallel,
+            )  # fmt: skip
+            model = build_gpt_model(hf, grid, padded_vocab=padded_vocab, dtype="bf16")
+            layout = grid.layout(hf.num_hidden_layers, padded_vocab)
+        assert (layout.pp_rank, layout.ep_rank, layout.tp_rank) == (stage, expert, tensor)
+        yield model, layout
 
 
 @contextmanager

@@ -111,9 +111,10 @@ class Student:
     def export(self) -> Iterator[Bucket]:
         """Full HF tensors in bounded buckets, on global rank 0 alone; every rank must exhaust the iterator.
 
-        The first data-parallel replica does the work (`weights.export`); the others hold the same weights.
+        The first replica (the data-parallel ranks that share the experts out) does the work (`weights.export`); the
+        others hold the same weights.
         """
-        if self.grid.dp_rank > 0:
+        if self.grid.dp_rank >= self.grid.expert:
             return iter(())
         return export_weights(self.model, self.hf, self.layout)
 

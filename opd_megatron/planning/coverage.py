@@ -20,6 +20,8 @@ from opd_megatron.weights.plan import Entry, Piece, Plan, build_plan, stage_para
 
 Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension."""
+Held = dict[tuple[str, bool], dict[tuple[int, int], list[Box]]]
+"""(tensor, whether it is the copy of a tied embedding) -> (expert-, tensor-parallel rank) -> what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def check_coverage(
             place, has another shape or is missing; an element lies in no rank's shard, or in two.
     """
     plan: Plan | None = None
-    held: dict[tuple[str, bool], list[tuple[Box, Entry, int]]] = defaultdict(list)
+    held: Held = defaultdict(lambda: defaultdict(list))
     count = 0
     for module, layout in shards:
         plan = build_plan(hf, layout)
@@ -56,11 +58,12 @@ def check_coverage(
             pieces = plan.pieces(entry, layout, layout.tp_rank)
             _check_shard(entry, pieces, tuple(parameter.shape), layout)
             for piece in pieces:
-                held[piece.name, entry.tied_copy].append((_box(piece, entry), entry, layout.tp_rank))
+                held[piece.name, entry.tied_copy][layout.ep_rank, layout.tp_rank].append(_box(piece, entry))
         count += 1
     assert plan is not None, "a grid has ranks"
     tensors = plan.tensors()
-    _check_all_held(plan, held, layout.tp_size)
+    experts = layout.ep_size if any(entry.expert_rank is not None for entry in plan.entries) else 1
+    _check_all_held(plan, held, experts, layout.tp_size)
     return Coverage(len(tensors), sum(map(math.prod, tensors.values())), count, known and known[1])
 
 
@@ -115,16 +118,20 @@ def _box(piece: Piece, entry: Entry) -> Box:
     return box
 
 
-def _check_all_held(plan: Plan, held: dict[tuple[str, bool], list[tuple[Box, Entry, int]]], tp_size: int) -> None:
+def _check_all_held(plan: Plan, held: Held, experts: int, tensors: int) -> None:
+    """Every expert-parallel rank that should hold a tensor holds the whole of it, over its tensor-parallel ranks."""
     for entry in plan.entries:
         for name, shape in entry.hf.items():
-            parts = held.pop((name, entry.tied_copy), [])
-            if entry.shard is Shard.REPLICATED:
-                boxes_of_rank = [[box for box, _, rank in parts if rank == r] for r in range(tp_size)]
-            else:
-                boxes_of_rank = [[box for box, _, _ in parts]]
-            for boxes in boxes_of_rank:
-                _check_tiles(name, shape, boxes)
+            parts = held.pop((name, entry.tied_copy), {})
+            owners = range(experts) if entry.expert_rank is None else [entry.expert_rank]
+            strangers = {expert for expert, _ in parts} - set(owners)
+            if strangers:
+                raise WeightsError(f"tensor {name!r} is also held by expert-parallel ranks {sorted(strangers)}")
+            for expert in owners:
+                by_rank = [parts.get((expert, tensor), []) for tensor in range(tensors)]
+                copies = by_rank if entry.shard is Shard.REPLICATED else [[box for boxes in by_rank for box in boxes]]
+                for boxes in copies:
+                    _check_tiles(name, shape, boxes)
     assert not held, f"pieces of tensors that no entry names: {sorted(held)[:3]}"
 
 

@@ -57,7 +57,7 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
         "weights": student.parameters * sizes.width,
         "gradients": student.parameters * 4,  # fp32 buffer of the distributed optimizer's DDP
         # fp32 main weights (where the weights are not), both moments.
-        "optimizer": student.parameters * (12 if sizes.width == 2 else 8) / sizes.data,
+        "optimizer": (12 if sizes.width == 2 else 8) * optimizer_share(sizes, student),
         **_teachers(sizes, stage),
         "activations": kept,
         "loss chunks": chunk,
@@ -68,6 +68,11 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
     }
     share = sizes.config.rollout.gpu_memory_utilization if gpu and stage == 0 else 0.0
     return RankMemory(stage, parts, share * device_bytes)
+
+
+def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
+    """Elements whose optimizer state a rank keeps: shared out over the ranks that have copies of them."""
+    return (student.parameters - student.experts + student.experts * sizes.expert) / sizes.data
 
 
 def activations_both_ways(sizes: RunSizes, stage: int) -> tuple[float, float]:

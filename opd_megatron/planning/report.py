@@ -112,7 +112,7 @@ def as_tree(plan: RunPlan) -> dict[str, Any]:
     sizes = plan.sizes
     return {
         "ranks": sizes.ranks,
-        "parallel": {"tensor": sizes.tensor, "pipeline": sizes.pipeline, "data": sizes.data},
+        "parallel": {"tensor": sizes.tensor, "pipeline": sizes.pipeline, "data": sizes.data, "expert": sizes.expert},
         "models": {path: asdict(found) for path, found in plan.coverage.items()},
         "stages": [
             {
@@ -135,7 +135,8 @@ def _layout_lines(sizes: RunSizes) -> list[str]:
     padded = sizes.models.padded_vocab(sizes.tensor)
     sequences = sizes.micro_batches * sizes.micro_size
     return [
-        f"ranks            {sizes.ranks} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}",
+        f"ranks            {sizes.ranks} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}"
+        + (f", experts over {sizes.expert}" if sizes.expert > 1 else ""),
         f"step             {sizes.config.sequences_per_step} sequences, {sequences} a data-parallel rank in "
         f"{sizes.micro_batches} micro batches of {sizes.micro_size}, {sizes.length} tokens each",
         f"vocabulary       {sizes.models.vocab_size} shared, padded to {padded}, {sizes.columns} columns a rank",

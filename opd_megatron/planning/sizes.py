@@ -22,6 +22,8 @@ class StageShard:
     """One rank's parameters of one model on one pipeline stage, in elements."""
 
     parameters: int
+    experts: int
+    """Of routed experts, which fewer data-parallel ranks have copies of; counted in `parameters` too."""
     largest: int
     embedding: int
     """Of the input embedding; 0 off the first stage."""
@@ -55,11 +57,8 @@ class LayerSizes:
     @staticmethod
     def of(hf: PretrainedConfig) -> LayerSizes:
         dims = Dims.of(hf)
-        routed = (getattr(hf, "num_experts_per_tok", None) or 0) if getattr(hf, "num_experts", None) else 0
-        ffn = hf.intermediate_size
-        if routed:
-            shared = getattr(hf, "shared_expert_intermediate_size", None) or 0
-            ffn = routed * hf.moe_intermediate_size + shared
+        routed = hf.num_experts_per_tok if family_of(hf).experts else 0
+        ffn = routed * dims.expert_ffn + dims.shared_ffn if routed else dims.ffn
         return LayerSizes(dims.hidden, dims.q, dims.kv, dims.q // dims.head_dim, dims.head_dim, ffn, routed)
 
 
@@ -81,6 +80,10 @@ class RunSizes:
     @property
     def data(self) -> int:
         return self.models.data_parallel
+
+    @property
+    def expert(self) -> int:
+        return self.config.parallel.expert
 
     @property
     def ranks(self) -> int:
@@ -144,13 +147,14 @@ class RunSizes:
         embedding = sizes.get(family.first[0].megatron, 0)
         tied = stage == 0 == self.pipeline - 1 and plan.tied
         head = embedding if tied else sizes.get(family.head.megatron, 0)
-        return StageShard(sum(sizes.values()), max(sizes.values()), embedding, head, tied, layout.num_layers)
+        experts = sum(sizes[entry.megatron] for entry in entries if entry.expert_rank is not None)
+        return StageShard(sum(sizes.values()), experts, max(sizes.values()), embedding, head, tied, layout.num_layers)
 
     def _layout(self, hf: PretrainedConfig, stage: int) -> ShardLayout:
         layers = hf.num_hidden_layers // self.pipeline
         return ShardLayout(
             self.models.padded_vocab(self.tensor), stage * layers, layers,
-            tp_size=self.tensor, pp_rank=stage, pp_size=self.pipeline,
+            tp_size=self.tensor, pp_rank=stage, pp_size=self.pipeline, ep_size=self.expert,
         )  # fmt: skip
 
 

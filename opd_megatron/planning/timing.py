@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
-from opd_megatron.planning.memory import weights_bytes
+from opd_megatron.planning.memory import optimizer_share, weights_bytes
 from opd_megatron.planning.sizes import WIDTH, LayerSizes, RunSizes
 from opd_megatron.planning.traffic import Traffic
 
@@ -30,16 +30,17 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     passes = 4 if sizes.config.student.recompute else 3
     of_student = passes * _body_flops(student, sizes) + 3 * _head_flops(student, sizes)
     of_teachers = sum(_body_flops(hf, sizes) + _head_flops(hf, sizes) for hf, _ in sizes.teachers)
-    stage = max(sizes.stage(student, index).parameters for index in range(sizes.pipeline))
+    updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pipeline))
     return {
         "rollout": _rollout(sizes, gpu),
         "teacher": of_teachers / sizes.ranks / flops * bubble,
         "student": of_student / sizes.ranks / flops * bubble,
         "tensor collectives": moved.tensor / _link(sizes.tensor, gpu),
         "pipeline transfers": moved.pipeline / _link(sizes.ranks, gpu),
+        "expert transfers": moved.expert / _link(sizes.tensor * sizes.expert, gpu),
         "data collectives": moved.data / _link(sizes.tensor * sizes.data, gpu),
         # Gradient, main weight and both moments read, three of them and the weight written.
-        "optimizer": stage / sizes.data * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
+        "optimizer": updated * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
         "weight push": moved.weight_push / gpu.network,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_megatron.planning.memory import weights_bytes
-from opd_megatron.planning.sizes import WIDTH, RunSizes
+from opd_megatron.planning.sizes import WIDTH, LayerSizes, RunSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,8 @@ class Traffic:
     """All-reduces of hidden states (or their halves under sequence parallelism), student and teachers."""
     pipeline: float
     """Hidden states to the next stage and their gradients back."""
+    expert: float
+    """Tokens to the experts that other ranks hold, and back."""
     data: float
     """Gradients reduce-scattered in fp32, updated weights gathered."""
     teacher_states: float
@@ -38,14 +40,28 @@ def traffic(sizes: RunSizes) -> Traffic:
         between += hf.hidden_size * width
     tokens = sizes.tokens * sizes.micro_batches
     rollout = WIDTH[sizes.config.rollout.dtype or sizes.config.student.dtype]
-    parameters = max(sizes.stage(student, stage).parameters for stage in range(sizes.pipeline))
+    shards = [sizes.stage(student, stage) for stage in range(sizes.pipeline)]
+    copies = sizes.data // sizes.expert  # of an expert
+    synchronised = max(
+        _ring(sizes.data) * (shard.parameters - shard.experts) + _ring(copies) * shard.experts for shard in shards
+    )
     return Traffic(
         tensor=2 * _ring(sizes.tensor) * inside / sizes.pipeline * tokens,
         pipeline=between * tokens / sizes.sequence_shards if sizes.pipeline > 1 else 0.0,
-        data=_ring(sizes.data) * parameters * (4 + sizes.width),
+        expert=_ring(sizes.expert) * _to_experts(sizes) * tokens,
+        data=synchronised * (4 + sizes.width),
         teacher_states=0.0,
         weight_push=weights_bytes(student, rollout),
     )
+
+
+def _to_experts(sizes: RunSizes) -> float:
+    """Bytes that a token sends and gets back on a rank's layers: forward and backward, and once more to recompute."""
+    hf, passes = sizes.models.student_config, 3 if sizes.config.student.recompute else 2
+    bytes_ = passes * 2 * LayerSizes.of(hf).routed * hf.hidden_size * hf.num_hidden_layers * sizes.width
+    for teacher, width in sizes.teachers:
+        bytes_ += 2 * LayerSizes.of(teacher).routed * teacher.hidden_size * teacher.num_hidden_layers * width
+    return bytes_ / sizes.pipeline / sizes.tensor
 
 
 def _ring(ranks: int) -> float:

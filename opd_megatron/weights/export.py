@@ -1,8 +1,9 @@
 """Megatron parameters back to Hugging Face tensors, as a stream of bounded buckets.
 
 Per bucket: the owning stage's tensor-parallel ranks send their shards to their rank 0 (one gather), which puts the
-full tensors together and, unless it is on the first stage, sends them there (one message). So a rank holds its own
-shards plus a few buckets, never a whole model.
+full tensors together and sends them on where they are not yet at home: from another expert-parallel rank to the first
+of its stage, from another stage to the first (one message each). So a rank holds its own shards plus a few buckets,
+never a whole model.
 """
 
 from __future__ import annotations
@@ -36,43 +37,47 @@ def export_weights(
 ) -> Iterator[Bucket]:
     """Full Hugging Face tensors in buckets of at most `bucket_bytes` (a larger tensor is a bucket by itself).
 
-    Every rank of one model replica (all TP x PP) must exhaust the iterator: it communicates. Only rank
-    (pp 0, tp 0) is given buckets. Order: embedding, layers, final norm, output layer unless tied. The tensors stay on
-    the model's device in `dtype` (the first parameter's by default), without the vocabulary's padding rows. Where
-    nothing has to be gathered they are views of the parameters: use them before the next optimizer step.
+    Every rank of one model replica (all TP x PP x EP) must exhaust the iterator: it communicates. Only rank
+    (pp 0, tp 0, ep 0) is given buckets. Order: embedding, layers, final norm, output layer unless tied. The tensors
+    stay on the model's device in `dtype` (the first parameter's by default), without the vocabulary's padding rows.
+    Where nothing has to be gathered they are views of the parameters: use them before the next optimizer step.
     """
     dtype = dtype or next(model.parameters()).dtype
     device = next(model.parameters()).device
     plan = build_plan(hf_config, layout)
     parameters = {entry.megatron: parameter for entry, parameter in stage_parameters(model, plan, layout)}
-    writes = layout.is_first_stage and layout.tp_rank == 0
+    writes = layout.is_first_stage and layout.tp_rank == 0 and layout.ep_rank == 0
     for entries in _buckets(plan, bucket_bytes // dtype.itemsize):
-        owner = entries[0].stage
         bucket: Bucket | None = None
-        if owner == layout.pp_rank:
+        if _owner(entries[0]) == (layout.pp_rank, layout.ep_rank):
             shards = [parameters[entry.megatron] for entry in entries]
             if layout.tp_size == 1 and writes:
                 bucket = _views_of_shards(entries, shards, plan, layout, dtype)
             else:
                 bucket = _collect(entries, shards, plan, layout, dtype)
-        elif writes:
-            bucket = _receive(entries, owner, layout, dtype, device)
+        elif layout.tp_rank == 0 and layout.ep_rank == 0:
+            bucket = _receive(entries, layout, dtype, device)
         if writes:
             assert bucket is not None
             yield bucket
 
 
 def _buckets(plan: Plan, limit: int) -> Iterator[list[Entry]]:
-    """Entries of one stage at a time, at most `limit` elements together unless one entry alone has more."""
+    """Entries of one owner at a time, at most `limit` elements together unless one entry alone has more."""
     bucket: list[Entry] = []
     size = 0
     for entry in plan.exported():
-        if bucket and (entry.stage != bucket[0].stage or size + entry.numel > limit):
+        if bucket and (_owner(entry) != _owner(bucket[0]) or size + entry.numel > limit):
             yield bucket
             bucket, size = [], 0
         bucket.append(entry)
         size += entry.numel
     yield bucket
+
+
+def _owner(entry: Entry) -> tuple[int, int]:
+    """(pipeline stage, expert-parallel rank) that exports it: of what all expert-parallel ranks hold, the first."""
+    return entry.stage, entry.expert_rank or 0
 
 
 def _views_of_shards(
@@ -89,7 +94,7 @@ def _views_of_shards(
 def _collect(
     entries: Sequence[Entry], shards: Sequence[torch.Tensor], plan: Plan, layout: ShardLayout, dtype: torch.dtype
 ) -> list[NamedTensor] | None:
-    """Gathers one bucket within its stage and hands it to the first stage. Returns it where it ends up."""
+    """Gathers one bucket within its stage and sends it on. Returns it where it ends up."""
     by_rank = _gather(entries, shards, layout, dtype)
     if by_rank is None:
         return None
@@ -100,10 +105,16 @@ def _collect(
                 continue
             for piece in plan.pieces(entry, layout, tp_rank):
                 piece.of_full(tensors[piece.name]).copy_(piece.of_shard(part))
-    if layout.is_first_stage:
+    return _send_on(flat, tensors, layout)
+
+
+def _send_on(flat: torch.Tensor, tensors: dict[str, torch.Tensor], layout: ShardLayout) -> list[NamedTensor] | None:
+    """To the first expert-parallel rank of the stage, from there to the first stage; there it is returned."""
+    if layout.ep_rank == 0 and layout.is_first_stage:
         return list(tensors.items())
-    assert layout.pp_group is not None
-    dist.send(flat.view(torch.uint8), dist.get_global_rank(layout.pp_group, 0), group=layout.pp_group)
+    group = layout.ep_group if layout.ep_rank > 0 else layout.pp_group
+    assert group is not None
+    dist.send(flat.view(torch.uint8), dist.get_global_rank(group, 0), group=group)
     return None
 
 
@@ -143,12 +154,17 @@ def _gather(
 
 
 def _receive(
-    entries: Sequence[Entry], owner: int, layout: ShardLayout, dtype: torch.dtype, device: torch.device
-) -> list[NamedTensor]:
-    assert layout.pp_group is not None
+    entries: Sequence[Entry], layout: ShardLayout, dtype: torch.dtype, device: torch.device
+) -> list[NamedTensor] | None:
+    """On the first expert-parallel rank of every stage: takes what comes by on its way and sends it on."""
+    stage, expert_rank = _owner(entries[0])
+    if stage != layout.pp_rank and not layout.is_first_stage:
+        return None
+    group, source = (layout.ep_group, expert_rank) if stage == layout.pp_rank else (layout.pp_group, stage)
+    assert group is not None
     flat, tensors = _empty_bucket(entries, dtype, device)
-    dist.recv(flat.view(torch.uint8), dist.get_global_rank(layout.pp_group, owner), group=layout.pp_group)
-    return list(tensors.items())
+    dist.recv(flat.view(torch.uint8), dist.get_global_rank(group, source), group=group)
+    return _send_on(flat, tensors, layout)
 
 
 def _empty_bucket(

@@ -1,17 +1,20 @@
 """Which Megatron parameter is made of which Hugging Face tensors: one table per model family.
 
-A new dense family is a new table here plus a row in the tests. Names hold `{layer}`: the global layer index on the
-Hugging Face side, the index within the pipeline stage on Megatron's. A row names every Megatron spelling of its
-parameter: Transformer Engine keeps a norm's weight inside the linear that follows it, the local layers do not.
+A new dense family is a new table here plus a row in the tests. Names hold `{layer}` and, of experts, `{expert}`: global
+indices on the Hugging Face side, on Megatron's those within the pipeline stage and the expert-parallel rank. A row
+names every Megatron spelling of its parameter: Transformer Engine keeps a norm's weight inside the linear that follows
+it and all experts in one module, the local layers do not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from opd_megatron.errors import UnsupportedModelError
+from opd_megatron.weights.supported import check_experts, check_fields
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,7 +37,7 @@ class Row:
     megatron: tuple[str, ...]
     """Its possible names; a model has exactly one of them."""
     shard: Shard
-    hf: dict[str, tuple[str, ...]]
+    hf: dict[str, tuple[str | int, ...]]
     """Hugging Face tensors it is made of, in Megatron's order, with their shapes as names of `Dims` fields."""
 
 
@@ -51,14 +54,19 @@ class Dims:
     """Key-value groups times head size."""
     ffn: int
     head_dim: int
+    experts: int = 0
+    """Routed experts of a layer; 0 in a dense model."""
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    """Of the expert that sees every token, in a family that has it."""
 
     @property
     def groups(self) -> int:
         """Key-value groups."""
         return self.kv // self.head_dim
 
-    def shape(self, names: tuple[str, ...]) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in names)
+    def shape(self, names: tuple[str | int, ...]) -> tuple[int, ...]:
+        return tuple(name if isinstance(name, int) else getattr(self, name) for name in names)
 
     @staticmethod
     def of(hf_config: PretrainedConfig) -> Dims:
@@ -72,6 +80,9 @@ class Dims:
             kv=(getattr(hf_config, "num_key_value_heads", None) or heads) * head_dim,
             ffn=hf_config.intermediate_size,
             head_dim=head_dim,
+            experts=getattr(hf_config, "num_experts", None) or 0,
+            expert_ffn=getattr(hf_config, "moe_intermediate_size", None) or 0,
+            shared_ffn=getattr(hf_config, "shared_expert_intermediate_size", None) or 0,
         )
 
 
@@ -88,11 +99,28 @@ class Family:
     """On the last pipeline stage, the output layer excepted."""
     head: Row
     """The output layer; with tied embeddings it holds the first row's tensor."""
+    experts: tuple[Row, ...] = ()
+    """Of every routed expert of a layer; empty in a dense family."""
+    supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Config fields of this family alone, and the values with which its table describes the model."""
 
     @property
     def qkv_bias(self) -> bool:
         """Whether the query, key and value projections have biases."""
-        return any(name.endswith("linear_qkv.bias") for row in self.layer for name in row.megatron)
+        return self._has("linear_qkv.bias")
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head's query and key are normalised."""
+        return self._has("q_layernorm.weight")
+
+    @property
+    def shared_expert(self) -> bool:
+        """Whether one expert of a layer, behind a gate, sees every token."""
+        return self._has("shared_experts.gate_weight")
+
+    def _has(self, suffix: str) -> bool:
+        return any(name.endswith(suffix) for row in self.layer for name in row.megatron)
 
 
 _IN = "decoder.layers.{layer}."
@@ -128,6 +156,14 @@ _QKV_BIAS = Row(
 _ATTENTION_OUT = Row(
     (_IN + "self_attention.linear_proj.weight",), Shard.ROW, {_HF + "self_attn.o_proj.weight": ("hidden", "q")}
 )
+_QK_NORM = tuple(
+    Row(
+        (_IN + f"self_attention.{name}_layernorm.weight",),
+        Shard.REPLICATED,
+        {_HF + f"self_attn.{name}_norm.weight": ("head_dim",)},
+    )
+    for name in "qk"
+)
 _MLP = (
     Row(
         (_IN + "pre_mlp_layernorm.weight", _IN + "mlp.linear_fc1.layer_norm_weight"),
@@ -142,24 +178,83 @@ _MLP = (
     Row((_IN + "mlp.linear_fc2.weight",), Shard.ROW, {_HF + "mlp.down_proj.weight": ("hidden", "ffn")}),
 )
 
-LLAMA = Family("llama", (_EMBEDDING,), (_INPUT_NORM, _QKV, _ATTENTION_OUT, *_MLP), (_FINAL_NORM,), _HEAD)
-QWEN2 = Family("qwen2", (_EMBEDDING,), (_INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUT, *_MLP), (_FINAL_NORM,), _HEAD)
+_ROUTER = (
+    Row((_IN + "pre_mlp_layernorm.weight",), Shard.REPLICATED, {_HF + "post_attention_layernorm.weight": ("hidden",)}),
+    Row((_IN + "mlp.router.weight",), Shard.REPLICATED, {_HF + "mlp.gate.weight": ("experts", "hidden")}),
+)
+_SHARED_EXPERT = (
+    Row(
+        (_IN + "mlp.shared_experts.linear_fc1.weight",),
+        Shard.COLUMN,
+        {
+            _HF + "mlp.shared_expert.gate_proj.weight": ("shared_ffn", "hidden"),
+            _HF + "mlp.shared_expert.up_proj.weight": ("shared_ffn", "hidden"),
+        },
+    ),
+    Row(
+        (_IN + "mlp.shared_experts.linear_fc2.weight",),
+        Shard.ROW,
+        {_HF + "mlp.shared_expert.down_proj.weight": ("hidden", "shared_ffn")},
+    ),
+    Row(
+        (_IN + "mlp.shared_experts.gate_weight",),
+        Shard.REPLICATED,
+        {_HF + "mlp.shared_expert_gate.weight": (1, "hidden")},
+    ),
+)
+_EXPERT = "mlp.experts.{expert}."
+_EXPERTS = (
+    Row(
+        (_IN + "mlp.experts.local_experts.{expert}.linear_fc1.weight", _IN + "mlp.experts.linear_fc1.weight{expert}"),
+        Shard.COLUMN,
+        {
+            _HF + _EXPERT + "gate_proj.weight": ("expert_ffn", "hidden"),
+            _HF + _EXPERT + "up_proj.weight": ("expert_ffn", "hidden"),
+        },
+    ),
+    Row(
+        (_IN + "mlp.experts.local_experts.{expert}.linear_fc2.weight", _IN + "mlp.experts.linear_fc2.weight{expert}"),
+        Shard.ROW,
+        {_HF + _EXPERT + "down_proj.weight": ("hidden", "expert_ffn")},
+    ),
+)
+# Every layer has experts: which layers do not is said by these two fields.
+_EVERY_LAYER_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 
-FAMILIES: dict[str, Family] = {"LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA, "Qwen2ForCausalLM": QWEN2}
-_ARCHITECTURE_OF_TYPE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-# Values of config fields for which the tables and Megatron's layers compute what transformers does.
-_SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1.0,),
-    "quantization_config": (None,),
+def _family(name: str, *layer: Row, **kwargs: Any) -> Family:
+    return Family(name, (_EMBEDDING,), layer, (_FINAL_NORM,), _HEAD, **kwargs)
+
+
+LLAMA = _family("llama", _INPUT_NORM, _QKV, _ATTENTION_OUT, *_MLP)
+QWEN2 = _family("qwen2", _INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUT, *_MLP)
+QWEN3 = _family("qwen3", _INPUT_NORM, _QKV, *_QK_NORM, _ATTENTION_OUT, *_MLP)
+QWEN2_MOE = _family(
+    "qwen2_moe", _INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUT, *_ROUTER, *_SHARED_EXPERT,
+    experts=_EXPERTS,
+    # Its config class writes 0 for a window that is switched off.
+    supported={**_EVERY_LAYER_SPARSE, "qkv_bias": (True,), "sliding_window": (None, 0)},
+)  # fmt: skip
+QWEN3_MOE = _family(
+    "qwen3_moe", _INPUT_NORM, _QKV, *_QK_NORM, _ATTENTION_OUT, *_ROUTER, experts=_EXPERTS, supported=_EVERY_LAYER_SPARSE
+)
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
-# Megatron's rope scaling has these numbers built in; only the factor is free.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_ARCHITECTURE_OF_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
@@ -173,17 +268,11 @@ def family_of(hf_config: PretrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"architecture {architecture!r} has no mapping to Megatron: use one of {', '.join(FAMILIES)}"
         )
-    for field, supported in _SUPPORTED_VALUES.items():
-        value = getattr(hf_config, field, supported[0])
-        if value not in supported:
-            raise UnsupportedModelError(f"{architecture} with {field}={value!r}: only {supported[0]!r} is supported")
-    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise UnsupportedModelError(
-            f"{architecture} with layer_types={sorted(layer_types)}: only full_attention is supported"
-        )
-    _check_rope(architecture, getattr(hf_config, "rope_parameters", None) or {})
-    return FAMILIES[architecture]
+    family = FAMILIES[architecture]
+    check_fields(architecture, hf_config, family.supported)
+    if family.experts:
+        check_experts(architecture, hf_config)
+    return family
 
 
 def architecture_of(hf_config: PretrainedConfig) -> str:
@@ -191,24 +280,3 @@ def architecture_of(hf_config: PretrainedConfig) -> str:
     if hf_config.architectures:
         return hf_config.architectures[0]
     return _ARCHITECTURE_OF_TYPE.get(hf_config.model_type, hf_config.model_type)
-
-
-def rope_factor(hf_config: PretrainedConfig) -> float | None:
-    """By how much Llama 3.1's rope scaling stretches the context; None where there is none."""
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    return float(rope["factor"]) if rope.get("rope_type") == "llama3" else None
-
-
-def _check_rope(architecture: str, rope: dict[str, Any]) -> None:
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        raise UnsupportedModelError(f"{architecture} with rope_type={kind!r}: use a model with 'default' or 'llama3'")
-    for field, supported in _LLAMA3_ROPE.items() if kind == "llama3" else ():
-        if rope.get(field, supported) != supported:
-            raise UnsupportedModelError(
-                f"{architecture} with llama3 rope {field}={rope[field]}: only {supported} is supported"
-            )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            f"{architecture} with partial_rotary_factor={rope['partial_rotary_factor']}: only 1.0 is supported"
-        )

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """One rank's place in the tensor- and pipeline-parallel grid of one model."""
+    """One rank's place in the tensor-, pipeline- and expert-parallel grid of one model."""
 
     padded_vocab: int
     """Rows of embedding and head over all tensor-parallel ranks; rows at or past the HF vocabulary are zero."""
@@ -25,6 +25,11 @@ class ShardLayout:
     """None only when tp_size is 1."""
     pp_group: ProcessGroup | None = None
     """The pipeline group of this tensor-parallel rank; None only when pp_size is 1."""
+    ep_rank: int = 0
+    """Which equal share of every layer's experts this rank holds, in the experts' order."""
+    ep_size: int = 1
+    ep_group: ProcessGroup | None = None
+    """Ranks of this stage and tensor-parallel rank that share the experts out; None only when ep_size is 1."""
 
     @property
     def is_first_stage(self) -> bool:

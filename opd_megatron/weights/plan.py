@@ -34,6 +34,8 @@ class Entry:
     """Full Hugging Face tensors it is made of, with their shapes."""
     tied_copy: bool = False
     """The last stage's copy of a tied embedding: loaded, but not exported a second time."""
+    expert_rank: int | None = None
+    """The expert-parallel rank that alone holds it; None where all of them do."""
 
     @property
     def numel(self) -> int:
@@ -82,8 +84,9 @@ class Plan:
     dims: Dims
     tied: bool
 
-    def stage(self, pp_rank: int) -> list[Entry]:
-        return [entry for entry in self.entries if entry.stage == pp_rank]
+    def stage(self, pp_rank: int, ep_rank: int = 0) -> list[Entry]:
+        """What a rank of that stage holds."""
+        return [entry for entry in self.entries if entry.stage == pp_rank and entry.expert_rank in (None, ep_rank)]
 
     def exported(self) -> list[Entry]:
         return [entry for entry in self.entries if not entry.tied_copy]
@@ -122,7 +125,8 @@ class Plan:
 
 
 def build_plan(hf_config: PretrainedConfig, layout: ShardLayout) -> Plan:
-    """Works the family's table out for a model whose layers are spread evenly over the pipeline stages.
+    """Works the family's table out for a model whose layers are spread evenly over the pipeline stages and whose
+    experts are spread evenly over the expert-parallel ranks.
 
     Raises:
         UnsupportedModelError: see `family_of`.
@@ -136,6 +140,11 @@ def build_plan(hf_config: PretrainedConfig, layout: ShardLayout) -> Plan:
     for layer in range(dims.layers):
         stage, local = divmod(layer, per_stage)
         entries += [_entry(row, dims, stage, layer, local) for row in family.layer]
+        for expert in range(dims.experts if family.experts else 0):
+            rank, index = divmod(expert, _divide(dims.experts, layout.ep_size))
+            entries += [
+                _expert_entry(row, dims, stage, (layer, expert), (local, index), rank) for row in family.experts
+            ]
     entries += [_entry(row, dims, stages - 1) for row in family.last]
     tied = bool(hf_config.tie_word_embeddings)
     if not tied:
@@ -160,7 +169,7 @@ def stage_parameters(model: nn.Module, plan: Plan, layout: ShardLayout) -> list[
     """
     parameters = {_unwrapped(name): parameter.detach() for name, parameter in model.named_parameters()}
     pairs = []
-    for entry in plan.stage(layout.pp_rank):
+    for entry in plan.stage(layout.pp_rank, layout.ep_rank):
         names = [name for name in entry.megatron if name in parameters]
         if len(names) != 1:
             raise WeightsError(f"the Megatron model has no parameter {entry.megatron[0]!r} for {list(entry.hf)}")
@@ -184,6 +193,15 @@ def _unwrapped(name: str) -> str:
 def _entry(row: Row, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False) -> Entry:
     hf = {name.format(layer=layer): dims.shape(shape) for name, shape in row.hf.items()}
     return Entry(stage, tuple(name.format(layer=local) for name in row.megatron), row.shard, hf, tied)
+
+
+def _expert_entry(row: Row, dims: Dims, stage: int, theirs: tuple[int, int], ours: tuple[int, int], rank: int) -> Entry:
+    """`theirs` and `ours` are (layer, expert), in the whole model and on the rank."""
+    layer, expert = theirs
+    hf = {name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in row.hf.items()}
+    layer, expert = ours
+    megatron = tuple(name.format(layer=layer, expert=expert) for name in row.megatron)
+    return Entry(stage, megatron, row.shard, hf, expert_rank=rank)
 
 
 def _vocab_pieces(entry: Entry, vocab: int, rows: int, tp_rank: int) -> list[Piece]:

@@ -71,7 +71,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     except ValueError as error:
         cause = " ".join(str(error).split())[:160]
         raise UnsupportedModelError(
-            f"{str(file)!r} has unknown model_type={model_type!r}: use a Llama, Mistral or Qwen2 model ({cause})"
+            f"{str(file)!r} has unknown model_type={model_type!r}: use a Llama, Mistral or Qwen model ({cause})"
         ) from error
 
 

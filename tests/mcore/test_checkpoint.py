@@ -30,15 +30,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 class _Run:
     """A student and its teacher, ready to take the step of a given batch."""
 
-    def __init__(self, pair: tuple[Path, Path], layout: tuple[int, int, int], dtype: str) -> None:
+    def __init__(self, pair: tuple[Path, Path], layout: tuple[int, ...], dtype: str) -> None:
         init_distributed()
-        tensor, pipeline, data = layout
+        tensor, pipeline, data, expert = (*layout, 1)[:4]
         self.config = _config(pair, "unused", **{
             "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data, "student.dtype": dtype,
+            "parallel.expert": expert,
             "optimizer.decay": "cosine", "optimizer.warmup_steps": 1,
         })  # fmt: skip
         self.models = check(self.config)
-        self.grid = ParallelGrid.build(tensor, pipeline, data)
+        self.grid = ParallelGrid.build(tensor, pipeline, data, expert=expert)
         padded = self.models.padded_vocab(tensor)
         self.student = Student(self.config, self.models.student, self.models.student_config, self.grid, padded)
         (self.teacher,) = build_teachers(self.config, self.models.teachers, self.grid, padded)
@@ -54,7 +55,7 @@ class _Run:
 
 
 def _resumed_equals_uninterrupted(
-    rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, int, int], dtype: str, folder: Path
+    rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, ...], dtype: str, folder: Path
 ) -> Any:
     first, second, third = _batches(3)
     run = _Run(pair, layout, dtype)
@@ -84,6 +85,17 @@ def test_resumed_training_is_bit_identical(
     world = layout[0] * layout[1] * layout[2]
     assert all(run_ranks(world, _resumed_equals_uninterrupted, pair, layout, dtype, tmp_path))
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 2, 2), (1, 2, 2, 2), (1, 1, 4, 2)], ids=["ep2", "pp2-ep2", "dp4-ep2"])
+def test_resumed_training_of_experts_is_bit_identical(
+    pair: tuple[Path, Path], layout: tuple[int, ...], tmp_path: Path
+) -> None:
+    student = save_tiny(tmp_path / "student", "qwen2_moe", num_hidden_layers=2)
+    world = layout[0] * layout[1] * layout[2]
+    assert all(
+        run_ranks(world, _resumed_equals_uninterrupted, (student, pair[1]), layout, "bf16", tmp_path / "checkpoints")
+    )
 
 
 def _damage(rank: int, world: int, pair: tuple[Path, Path], folder: Path) -> Any:

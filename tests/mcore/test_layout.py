@@ -63,6 +63,52 @@ def test_a_broken_rule_is_one_line_with_value_and_remedy(
         assert part in message
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("experts") / "model", "qwen2_moe")
+
+
+@pytest.mark.parametrize("dense", ["student.path", "teachers.0.path", None])
+def test_a_model_of_experts_on_either_side_may_be_split_over_expert_parallel_ranks(
+    pair: tuple[Path, Path], experts: Path, dense: str | None
+) -> None:
+    paths = {"student.path": experts, "teachers.0.path": experts} | ({dense: pair[0]} if dense else {})
+    config = _config(pair, **{"parallel.expert": 4, **paths})
+    assert config.world_size == 4
+    assert check(config).data_parallel == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"parallel.expert": 3, "parallel.data": 3}, ["parallel.expert=3", "4 experts", "student", "[1, 2, 4]"]),
+        ({"parallel.expert": 4, "parallel.data": 2}, ["parallel.expert=4", "parallel.data=2"]),
+        ({"parallel.tensor": 2}, ["parallel.sequence_parallel=false", "parallel.tensor=2"]),
+        (
+            {"parallel.tensor": 4, "parallel.sequence_parallel": True},
+            ["parallel.tensor=4", "2 key-value heads of student", "[1, 2]"],
+        ),
+    ],
+)
+def test_rules_of_experts(pair: tuple[Path, Path], experts: Path, values: dict[str, Any], parts: list[str]) -> None:
+    settings = {"rollout.prompts_per_step": 12, "rollout.samples_per_prompt": 1, "student.path": experts}
+    with pytest.raises(ConfigError) as caught:
+        check(_config(pair, **settings, **values))
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_expert_parallel_needs_experts_and_ranks_to_hold_them(
+    pair: tuple[Path, Path], experts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"parallel.expert=2 needs a model of experts"):
+        check(_config(pair, **{"parallel.expert": 2}))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match=r"parallel.expert=2 must divide data-parallel size 1"):
+        check(_config(pair, **{"parallel.expert": 2, "student.path": experts}))
+
+
 def test_world_size_that_does_not_match_names_both_numbers(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,9 @@ def _train(
         "parallel.sequence_parallel": sequence_parallel, **objective,
     })  # fmt: skip
     models = check(config)
-    grid = ParallelGrid.build(tensor, pipeline, data, sequence_parallel=sequence_parallel)
+    grid = ParallelGrid.build(
+        tensor, pipeline, data, expert=config.parallel.expert, sequence_parallel=sequence_parallel
+    )
     padded = models.padded_vocab(tensor)
     student = Student(config, models.student, models.student_config, grid, padded)
     (teacher,) = build_teachers(config, models.teachers, grid, padded)
@@ -121,7 +123,10 @@ def _reference(
     pair: tuple[Path, Path], loss_of: LossOfBatch
 ) -> tuple[list[tuple[dict[str, float], float]], dict[str, torch.Tensor]]:
     """The same training in float64 with dense logits and torch's own optimizer."""
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in pair)
+    # Its grouped matrix product for experts knows no float64.
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager") for path in pair
+    )
     decayed = [p for p in student.parameters() if p.ndim > 1]
     plain = [p for p in student.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(

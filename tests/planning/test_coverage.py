@@ -25,11 +25,11 @@ from tests.tiny_models import save_tiny
 TOTALS: dict[str, dict[str, int]] = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "published_totals.json").read_text()
 )
-LAYOUTS = {  # tensor, pipeline, data: 64 ranks each
-    "Qwen/Qwen2.5-7B": (4, 4, 4),
-    "Qwen/Qwen2.5-72B": (8, 4, 2),
-    "Qwen/Qwen3-30B-A3B": (4, 8, 2),
-    "meta-llama/Llama-3.1-70B": (8, 8, 1),
+LAYOUTS = {  # tensor, pipeline, data, expert: 64 ranks each
+    "Qwen/Qwen2.5-7B": (4, 4, 4, 1),
+    "Qwen/Qwen2.5-72B": (8, 4, 2, 1),
+    "Qwen/Qwen3-30B-A3B": (2, 4, 8, 4),
+    "meta-llama/Llama-3.1-70B": (8, 8, 1, 1),
 }
 
 
@@ -49,11 +49,11 @@ def test_64_ranks_hold_every_published_tensor_exactly_once(name: str) -> None:
     hf = _published(name)
     if architecture_of(hf) not in FAMILIES:
         pytest.skip(f"{architecture_of(hf)} has no weight table")
-    tensor, pipeline, data = LAYOUTS[name]
+    tensor, pipeline, data, expert = LAYOUTS[name]
     padded = math.ceil(hf.vocab_size / (8 * tensor)) * 8 * tensor
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence_parallel=True)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence_parallel=True)
     found = build_and_check(hf, parallel, data, padded, known_tensors(name, find_model(name)))
-    assert found.shards == tensor * pipeline
+    assert found.shards == tensor * pipeline * expert
     assert 2 * found.elements == TOTALS[name]["total_size"]
     assert found.index is not None
 

@@ -82,7 +82,7 @@ def test_where_nothing_fits_more_ranks_are_asked_for(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("parallel.tensor=8", ("parallel.tensor=8", "4 key-value heads", "[1, 2, 4]")),
+        ("parallel.tensor=8", ("parallel.tensor=8", "28 attention heads", "[1, 2, 4]")),
         ("parallel.pipeline=3", ("parallel.pipeline=3", "28 layers", "use one of")),
         ("student.path=nobody/nothing", ("nobody/nothing",)),
     ],
@@ -113,6 +113,7 @@ def test_an_index_without_its_files_is_compared_by_name(tmp_path: Path, capsys: 
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps(names))
     lengths = ["data.max_prompt_tokens=64", "rollout.max_new_tokens=64"]
+    capsys.readouterr()  # transformers' progress bar
     error = refused(capsys, f"student.path={source}", f"teachers.0.path={source}", *lengths)
     assert "model.safetensors.index.json lacks" in error
 

@@ -1,0 +1,39 @@
+"""Rotary frequencies as transformers computes them, whatever the scaling.
+
+Megatron-Core has a class for each scaling, with constants built in and a mixture of frequencies of its own for YaRN.
+Its plain class multiplies positions by `inv_freq` and no more, so that transformers' own functions can say what those
+are: one seam for linear, Llama 3 and YaRN scaling alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from opd_megatron.weights.families import Dims
+
+
+def inverse_frequencies(hf: PretrainedConfig) -> torch.Tensor:
+    """[head_dim / 2] in fp32, on the CPU: radians a position, fastest first."""
+    return _parameters(hf)[0]
+
+
+def attention_factor(hf: PretrainedConfig) -> float:
+    """What rotated queries and keys are multiplied by; 1 except with YaRN."""
+    return float(_parameters(hf)[1])
+
+
+def rope_theta(hf: PretrainedConfig) -> float:
+    """Base of the rotary frequencies; its place in the config moved in transformers 5."""
+    parameters = getattr(hf, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0)
+
+
+def _parameters(hf: PretrainedConfig) -> tuple[torch.Tensor, float]:
+    kind = (getattr(hf, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind == "default":
+        size = Dims.of(hf).head_dim
+        exponents = torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size
+        return 1.0 / rope_theta(hf) ** exponents, 1.0
+    return ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
