@@ -59,6 +59,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["opd_megatron", "opd_megatron.*"]),
+    package_data={"opd_megatron.planning": ["models/*.json", "models/*/*/config.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["opd-megatron = opd_megatron.cli:main"]},

@@ -1,4 +1,4 @@
-"""`opd-megatron train | evaluate | export | convert | report | doctor | config`, and the names of what comes later."""
+"""`opd-megatron train | plan | evaluate | export | convert | report | doctor | config`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_megatron import __version__, launcher
-from opd_megatron.errors import ConfigError, NotAvailableError
+from opd_megatron.errors import ConfigError
 from opd_megatron.flags import Parser, config_reference, parse_run, run_parser
 from opd_megatron.train import check, describe, train
 
 if TYPE_CHECKING:
     from opd_megatron.trainer import OPDTrainer
-
-_LATER = {
-    "plan": "`opd-megatron train CONFIG --dry-run` prints layout and memory of one configuration",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +31,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"opd-megatron {__version__}")
         return 0
     command, *rest = words
-    if command in _LATER:
-        raise NotAvailableError(f"`opd-megatron {command}` is not available yet: {_LATER[command]}")
     if command not in _COMMANDS:
-        close = difflib.get_close_matches(command, [*_COMMANDS, *_LATER], n=1)
+        close = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(_COMMANDS)}"
         raise ConfigError(f"unknown command {command!r}: {hint}")
     return _COMMANDS[command][0](rest)
@@ -122,8 +116,15 @@ def _train(argv: list[str]) -> int:
     return train(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from opd_megatron.planning.command import plan
+
+    return plan(argv)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
+    "plan": (_plan, "check layout, memory, traffic and time of a run without its weights or machines"),
     "evaluate": (_evaluate, "score a student on held-out answers"),
     "export": (_export, "write a run's newest weights as a Hugging Face folder"),
     "convert": (_convert, "convert weights: Hugging Face <-> Megatron, GGUF -> Hugging Face"),
@@ -136,7 +137,6 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 def _overview() -> str:
     lines = ["usage: opd-megatron COMMAND ...\n", "On-policy distillation on Megatron-Core and vLLM.\n", "commands:"]
     lines += [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
-    lines += [f"  {name:<10} not available yet" for name in _LATER]
     lines += ["\n`opd-megatron COMMAND --help` explains one. Start here: opd-megatron train configs/demo.yaml"]
     return "\n".join(lines)
 

@@ -34,9 +34,9 @@ def check(config: RunConfig) -> None:
 
 def describe(config: RunConfig) -> str:
     """What `--dry-run` prints: the resolved configuration, the process layout and the memory per rank."""
-    from opd_megatron.mcore import layout
+    from opd_megatron.planning import report
 
-    return f"{dump_config(config)}\n{layout.describe(config)}"
+    return f"{dump_config(config)}\n{report.describe(config)}"
 
 
 def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:

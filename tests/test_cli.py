@@ -144,7 +144,8 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
     [
         (["trian"], "did you mean 'train'"),
         (["convert", "hf"], "unknown conversion 'hf': use one of hf-to-megatron"),
-        (["plan", "x.yaml"], "not available yet"),
+        (["plan", "x.yaml"], "'x.yaml'"),
+        (["plan", "--gpu", "H1000", "steps=3"], "use one of A100-80G, H100"),
         (["report", "nowhere"], "nowhere"),
         (["train", "--distillation_type", "jsd", "--temperature", "2"], "must equal rollout.temperature=1.0"),
         (["train", "--lambda_rl", "0.5"], "objective.lambda_rl=0.5 is not available yet"),

@@ -19,7 +19,7 @@ def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, poli
     Computed from what is the same on all ranks of a group. A policy term at the level of sequences moves every bound to
     the end of a sequence, because a sequence's ratio needs all its tokens.
     """
-    size = chunk_tokens or _default_chunk(tokens, head)
+    size = chunk_tokens or default_chunk(tokens, len(head) * head.element_size(), head.device.type)
     if policy is None or policy.level == "token" or policy.sequence_ids is None:
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
     _, counts = policy.sequence_ids.unique_consecutive(return_counts=True)
@@ -32,8 +32,9 @@ def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, poli
     return [*chunks, slice(start, stop)] if stop > start else chunks
 
 
-def _default_chunk(tokens: int, head: torch.Tensor) -> int:
+def default_chunk(tokens: int, row_bytes: int, device: str) -> int:
+    """Tokens of a chunk: equal parts of `tokens` whose logits, `row_bytes` a token, stay within the device's bound."""
     tokens = max(tokens, 1)
-    limit = _CHUNK_BYTES.get(head.device.type, _CHUNK_BYTES_GPU) // (len(head) * head.element_size())
+    limit = _CHUNK_BYTES.get(device, _CHUNK_BYTES_GPU) // row_bytes
     chunks = -(-tokens // max(limit, _MIN_CHUNK_TOKENS))
     return -(-tokens // chunks)

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Scores of one layer and micro batch up to which the backward pass recomputes them at once: 64 MiB in fp32.
-_SCORES_AT_ONCE = 2**24
+SCORES_AT_ONCE = 2**24
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -57,7 +57,7 @@ class SdpaCoreAttention(MegatronModule):
         assert attention_bias is None
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, n, S, d]
         batch, heads, length, _ = query.shape
-        if query.is_cpu and query.requires_grad and batch * heads * length**2 <= _SCORES_AT_ONCE:
+        if query.is_cpu and query.requires_grad and batch * heads * length**2 <= SCORES_AT_ONCE:
             context = _RecomputedAttention.apply(query, key, value, self.scale)
         else:
             context = _attend(query, key, value, self.scale)

@@ -1,9 +1,9 @@
-"""Does the model fit the layout? Rules and memory by arithmetic on `config.json`, before any process group exists."""
+"""Does the model fit the layout? Rules on `config.json`, before any process group exists; memory is in `planning`."""
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,8 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.mcore.platform import has_gpu
 from opd_megatron.weights.families import Dims, family_of
-from opd_megatron.weights.plan import hf_shapes
 from opd_megatron.weights.source import load_hf_config, resolve_model
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +40,10 @@ class ResolvedModels:
         return -(-max(hf.vocab_size for hf in self.configs) // multiple) * multiple
 
 
-def check(config: RunConfig) -> ResolvedModels:
+def check(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
     """Every rule that needs the models' configs. Raises an OPDError on the first that is broken.
+
+    `resolve` finds the folder of a model; only its config.json is read.
 
     Raises:
         MissingPathError, UnsupportedModelError: see `weights`.
@@ -55,9 +53,9 @@ def check(config: RunConfig) -> ResolvedModels:
     config.require_available()
     data_parallel = _data_parallel(config)
     config.micro_batch_size(data_parallel)
-    student = resolve_model(config.student.path)
-    teachers = [resolve_model(teacher.path) for teacher in config.teachers]
-    tokenizer = resolve_model(config.student.tokenizer) if config.student.tokenizer else student
+    student = resolve(config.student.path)
+    teachers = [resolve(teacher.path) for teacher in config.teachers]
+    tokenizer = resolve(config.student.tokenizer) if config.student.tokenizer else student
     resolved = ResolvedModels(
         student,
         load_hf_config(student),
@@ -67,82 +65,10 @@ def check(config: RunConfig) -> ResolvedModels:
     )
     for name, hf in zip(_names(config), resolved.configs, strict=True):
         family_of(hf)
-        _check_divisible(name, hf, config)
+        check_divisible(name, hf, config)
     _check_experts(resolved, config)
     _check_context(resolved.student_config, config)
     return resolved
-
-
-def describe(config: RunConfig) -> str:
-    """The process layout and an estimate of each rank's memory, for `--dry-run`."""
-    resolved = check(config)
-    parallel, data = config.parallel, resolved.data_parallel
-    micro = config.micro_batch_size(data)
-    per_rank = config.sequences_per_step // data
-    lines = [
-        f"ranks            {parallel.model * data} = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-        f"x data {data}",
-        f"step             {config.sequences_per_step} sequences, {per_rank} a data-parallel rank "
-        f"in {per_rank // micro} micro batches of {micro}",
-        f"vocabulary       {resolved.vocab_size} shared, padded to {resolved.padded_vocab(parallel.tensor)}, "
-        f"{resolved.padded_vocab(parallel.tensor) // parallel.tensor} columns a rank",
-        "memory a rank    estimate in GiB; activations at the longest prompt and answer",
-    ]
-    for stage in range(parallel.pipeline):
-        parts = stage_memory(config, resolved, stage)
-        body = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
-        lines.append(f"  stage {stage}        {sum(parts.values()) / GIB:.2f} = {body}")
-    lines.append(f"rollout engine   {_engine_memory(config, resolved)}, in a process of its own beside rank 0")
-    return "\n".join(lines)
-
-
-def _engine_memory(config: RunConfig, resolved: ResolvedModels) -> str:
-    """What the engine takes: a share of the GPU where there is one, else weights and cache."""
-    rollout, student = config.rollout, resolved.student_config
-    if has_gpu():
-        return f"{rollout.gpu_memory_utilization:.0%} of the memory of {rollout.tensor} GPU(s)"
-    width = 2 if (rollout.dtype or config.student.dtype) == "bf16" else 4
-    weights = sum(math.prod(shape) for shape in hf_shapes(student).values()) * width
-    return f"{weights / GIB:.2f} GiB of weights, {rollout.kv_cache_gib:.2f} GiB of key-value cache"
-
-
-def stage_memory(config: RunConfig, resolved: ResolvedModels, stage: int) -> dict[str, float]:
-    """Bytes on one rank of a pipeline stage, by what they are for."""
-    parallel = config.parallel
-    student = resolved.student_config
-    length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    tokens = config.micro_batch_size(resolved.data_parallel) * length
-    width = 2 if config.student.dtype == "bf16" else 4
-    parameters = shard_parameters(student, config, resolved, stage)
-    layers = student.num_hidden_layers // parallel.pipeline
-    # Saved for the backward pass per token and layer: about 10 hidden-sized and 3 FFN-sized tensors (arXiv 2205.05198
-    # without the attention scores, which are never stored); with recomputation only the layer's input.
-    kept = student.hidden_size if config.student.recompute else 10 * student.hidden_size + 3 * student.intermediate_size
-    in_flight = min(parallel.pipeline - stage, config.sequences_per_step)  # 1F1B keeps this many micro batches
-    return {
-        "student": parameters * width,
-        "gradients": parameters * 4,
-        "optimizer": parameters * (12 if width == 2 else 8) / resolved.data_parallel,
-        "teachers": sum(
-            shard_parameters(hf, config, resolved, stage) * (2 if teacher.dtype == "bf16" else 4)
-            for teacher, (_, hf) in zip(config.teachers, resolved.teachers, strict=True)
-        ),
-        "activations": tokens * layers * kept * width * in_flight / parallel.tensor,
-    }
-
-
-def shard_parameters(hf: PretrainedConfig, config: RunConfig, resolved: ResolvedModels, stage: int) -> int:
-    """Parameters of one rank of a stage (norms, which are not sharded, are counted as if they were)."""
-    heads = hf.num_attention_heads
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    groups = getattr(hf, "num_key_value_heads", None) or heads
-    layer = hf.hidden_size * head_dim * (2 * heads + 2 * groups) + 3 * hf.hidden_size * hf.intermediate_size
-    pipeline = config.parallel.pipeline
-    vocabulary = resolved.padded_vocab(config.parallel.tensor) * hf.hidden_size
-    total = layer * (hf.num_hidden_layers // pipeline) + vocabulary * (stage == 0)
-    if stage == pipeline - 1 and not (hf.tie_word_embeddings and pipeline == 1):
-        total += vocabulary
-    return total // config.parallel.tensor
 
 
 def _names(config: RunConfig) -> list[str]:
@@ -163,7 +89,8 @@ def _data_parallel(config: RunConfig) -> int:
     return data
 
 
-def _check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
+def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
+    """Raises ConfigError unless the parallel sizes divide the model's heads, columns and layers."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     dims, family = Dims.of(hf), family_of(hf)
     sizes = {"attention heads": hf.num_attention_heads, "key-value heads": dims.groups}

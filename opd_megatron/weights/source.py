@@ -32,10 +32,10 @@ _READ_BYTES = 32 * 2**20
 """Read at a time where only some columns are wanted, and copied at a time: what loading needs beyond the model."""
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
     """The folder of a model: `path` itself when it is one, else the hub's snapshot of that id.
 
-    Honours HF_HUB_OFFLINE and the hub's cache.
+    Honours HF_HUB_OFFLINE and the hub's cache. `files` are patterns of what is wanted of a snapshot.
 
     Raises:
         MissingPathError: neither a folder with a config.json nor an id the hub (or its cache) has.
@@ -50,7 +50,7 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises its own, HTTP and OS errors
         cause = " ".join(str(error).split())[:160]
         raise MissingPathError(
@@ -72,7 +72,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         raise MissingPathError(f"{str(file)!r} does not exist: give a Hugging Face model folder")
     from transformers import AutoConfig
 
-    model_type = _read_json(file).get("model_type")
+    model_type = read_json(file).get("model_type")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -218,7 +218,7 @@ class SafetensorsSource:
     def _locate(self) -> dict[str, str]:
         index = self.folder / INDEX_FILE
         if index.is_file():
-            file_of = _read_json(index).get("weight_map")
+            file_of = read_json(index).get("weight_map")
             if not isinstance(file_of, dict):
                 raise WeightsError(f"{str(index)!r} has no weight_map: download it again")
             for name, file in file_of.items():
@@ -239,7 +239,8 @@ class SafetensorsSource:
         raise WeightsError(f"{str(self.folder)!r} holds no {SINGLE_FILE} or {INDEX_FILE}: {remedy}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises WeightsError when it holds none."""
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

@@ -55,7 +55,7 @@ def test_attention_equals_float64_reference(
     dtype: torch.dtype, limit: float, groups: int, length: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not at_once:
-        monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 0)
+        monkeypatch.setattr(attention, "SCORES_AT_ONCE", 0)
     torch.manual_seed(0)
     inputs = [torch.randn(length, 3, n, 16).to(dtype).requires_grad_() for n in (4, groups, groups)]
     gradient = torch.randn(length, 3, 64).to(dtype)

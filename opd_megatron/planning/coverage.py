@@ -1,0 +1,161 @@
+"""Is every element of every Hugging Face tensor held exactly once? Checked on the pieces and modules of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from opd_megatron.config import ParallelConfig
+from opd_megatron.errors import WeightsError
+from opd_megatron.planning.models import Shapes
+from opd_megatron.weights.families import Shard
+from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.plan import Entry, Piece, Plan, build_plan, stage_parameters
+
+Box = tuple[tuple[int, int], ...]
+"""Start and stop in every dimension."""
+Held = dict[tuple[str, bool], dict[tuple[int, int], list[Box]]]
+"""(tensor, whether it is the copy of a tied embedding) -> (expert-, tensor-parallel rank) -> what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What was checked of one model."""
+
+    tensors: int
+    elements: int
+    shards: int
+    """Distinct ranks whose modules were built."""
+    index: str | None
+    """Where the names it was compared with come from; None where only the config is known."""
+
+
+def check_coverage(
+    hf: PretrainedConfig,
+    shards: Iterable[tuple[nn.Module, ShardLayout]],
+    known: tuple[Shapes, str] | None = None,
+) -> Coverage:
+    """Checks table, pieces and modules of all ranks against each other and against the real checkpoint.
+
+    Raises:
+        WeightsError: a module's parameter has no place in the table or another shape; a tensor of the checkpoint has no
+            place, has another shape or is missing; an element lies in no rank's shard, or in two.
+    """
+    plan: Plan | None = None
+    held: Held = defaultdict(lambda: defaultdict(list))
+    count = 0
+    for module, layout in shards:
+        plan = build_plan(hf, layout)
+        if count == 0:
+            _compare_names(plan, known)
+        for entry, parameter in stage_parameters(module, plan, layout):
+            pieces = plan.pieces(entry, layout, layout.tp_rank)
+            _check_shard(entry, pieces, tuple(parameter.shape), layout)
+            for piece in pieces:
+                held[piece.name, entry.tied_copy][layout.ep_rank, layout.tp_rank].append(_box(piece, entry))
+        count += 1
+    assert plan is not None, "a grid has ranks"
+    tensors = plan.tensors()
+    experts = layout.ep_size if any(entry.expert_rank is not None for entry in plan.entries) else 1
+    _check_all_held(plan, held, experts, layout.tp_size)
+    return Coverage(len(tensors), sum(map(math.prod, tensors.values())), count, known and known[1])
+
+
+def _compare_names(plan: Plan, known: tuple[Shapes, str] | None) -> None:
+    """Nothing left over on either side, and shapes agree where they are known."""
+    if known is None:
+        return
+    (theirs, where), ours = known, plan.tensors()
+    extra = [name for name in theirs if name not in ours and not _derived(name, plan)]
+    if extra:
+        raise WeightsError(f"{len(extra)} tensors of {where} (first {extra[0]!r}) have no place in the model")
+    absent = [name for name in ours if name not in theirs]
+    if absent:
+        raise WeightsError(f"{where} lacks {len(absent)} tensors that the model needs (first {absent[0]!r})")
+    for name, shape in ours.items():
+        if theirs[name] not in (None, shape):
+            raise WeightsError(f"tensor {name!r} has shape {list(theirs[name] or ())} in {where}, {list(shape)} here")
+
+
+def _derived(name: str, plan: Plan) -> bool:
+    """Stored by some checkpoints although it follows from something else."""
+    return name.endswith("rotary_emb.inv_freq") or (plan.tied and name == "lm_head.weight")
+
+
+def _check_shard(entry: Entry, pieces: list[Piece], shape: tuple[int, ...], layout: ShardLayout) -> None:
+    """The pieces fill the shard's rows once; only rows past the vocabulary stay empty."""
+    filled = torch.zeros(shape[0], dtype=torch.int32)
+    for piece in pieces:
+        piece.of_shard(filled).add_(1)
+    rows = int((filled == 1).sum())
+    padding = 0
+    if entry.shard is Shard.VOCAB:
+        ((vocab, *_),) = entry.hf.values()
+        padding = max(0, (layout.tp_rank + 1) * shape[0] - max(vocab, layout.tp_rank * shape[0]))
+    if bool((filled > 1).any()) or rows != shape[0] - padding:
+        raise WeightsError(
+            f"parameter {entry.megatron[0]!r} of stage {layout.pp_rank}, tensor-parallel rank {layout.tp_rank}: "
+            f"{rows} of {shape[0] - padding} rows are filled exactly once from {list(entry.hf)}"
+        )
+
+
+def _box(piece: Piece, entry: Entry) -> Box:
+    """The part of the Hugging Face tensor that a piece is."""
+    shape = entry.hf[piece.name]
+    cuts = [part.indices(size)[:2] for part, size in zip(piece.slices(), shape, strict=False)]
+    box = (*cuts, *((0, size) for size in shape[len(cuts) :]))
+    rows = box[0][1] - box[0][0]
+    if rows != piece.blocks * piece.width:
+        raise WeightsError(
+            f"tensor {piece.name!r}: a slice of {rows} rows does not fill {piece.blocks} blocks of {piece.width}"
+        )
+    return box
+
+
+def _check_all_held(plan: Plan, held: Held, experts: int, tensors: int) -> None:
+    """Every expert-parallel rank that should hold a tensor holds the whole of it, over its tensor-parallel ranks."""
+    for entry in plan.entries:
+        for name, shape in entry.hf.items():
+            parts = held.pop((name, entry.tied_copy), {})
+            owners = range(experts) if entry.expert_rank is None else [entry.expert_rank]
+            strangers = {expert for expert, _ in parts} - set(owners)
+            if strangers:
+                raise WeightsError(f"tensor {name!r} is also held by expert-parallel ranks {sorted(strangers)}")
+            for expert in owners:
+                by_rank = [parts.get((expert, tensor), []) for tensor in range(tensors)]
+                copies = by_rank if entry.shard is Shard.REPLICATED else [[box for boxes in by_rank for box in boxes]]
+                for boxes in copies:
+                    _check_tiles(name, shape, boxes)
+    assert not held, f"pieces of tensors that no entry names: {sorted(held)[:3]}"
+
+
+def _check_tiles(name: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
+    """Boxes inside the tensor that do not meet and have its volume together are the whole of it, once."""
+    inside = all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True))
+    ordered = sorted(boxes)
+    apart = all(not _meet(a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 :])
+    volume = sum(math.prod(stop - start for start, stop in box) for box in boxes)
+    if not inside or not apart or volume != math.prod(shape):
+        raise WeightsError(
+            f"tensor {name!r} of shape {list(shape)} is not held exactly once: {len(boxes)} pieces hold {volume} of "
+            f"{math.prod(shape)} elements{'' if apart else ', some of them twice'}"
+        )
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return all(max(p[0], q[0]) < min(p[1], q[1]) for p, q in zip(a, b, strict=True))
+
+
+def build_and_check(
+    hf: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int, known: tuple[Shapes, str] | None
+) -> Coverage:
+    """`check_coverage` over every distinct rank of a layout."""
+    from opd_megatron.mcore.shards import distinct_shards
+
+    return check_coverage(hf, distinct_shards(hf, parallel, data, padded_vocab), known)

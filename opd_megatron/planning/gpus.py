@@ -1,0 +1,46 @@
+"""Published figures of a few GPUs: NVIDIA's data sheets of the SXM and DGX forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_megatron.errors import ConfigError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU in a machine of eight."""
+
+    name: str
+    bf16_flops: float
+    """A second, dense."""
+    memory_bytes: float
+    """That its driver reports."""
+    memory_bandwidth: float
+    """Bytes a second."""
+    nvlink: float
+    """Bytes a second to the other GPUs of the machine, one direction."""
+    network: float
+    """Bytes a second to other machines, one network card a GPU."""
+
+
+GPUS_PER_NODE = 8
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100-80G", 312e12, 80 * _GIB, 2.039e12, 300e9, 25e9),
+        Gpu("H100", 989e12, 79.6 * _GIB, 3.35e12, 450e9, 50e9),
+        Gpu("H200", 989e12, 140.4 * _GIB, 4.8e12, 450e9, 50e9),
+        Gpu("B200", 2250e12, 179 * _GIB, 8e12, 900e9, 50e9),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises ConfigError for a GPU that is not in the table."""
+    found = {known.lower(): gpu for known, gpu in GPUS.items()}.get(name.lower())
+    if found is None:
+        raise ConfigError(f"--gpu {name!r} is not in the table: use one of {', '.join(GPUS)}")
+    return found

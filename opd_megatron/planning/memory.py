@@ -1,0 +1,160 @@
+"""Bytes on one rank, by what they are for: the one memory formula of the package.
+
+Activations follow arXiv 2205.05198 (section 4): what a layer keeps for its backward pass, term by term, with what is
+sharded over tensor-parallel ranks (its equation 2), with sequence parallelism (equation 4), with recomputation (only a
+layer's input), times the micro batches that 1F1B has in flight on a stage. Ours keeps no attention scores, having none,
+and no dropout masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from opd_megatron.losses.chunks import default_chunk
+from opd_megatron.mcore.attention import SCORES_AT_ONCE
+from opd_megatron.planning.sizes import LayerSizes, RunSizes, StageShard, parameters
+
+GIB = 2**30
+# What a process holds on a GPU before the first tensor: CUDA context, kernels, NCCL's buffers.
+_GPU_RUNTIME = 2 * GIB
+# glibc does not use all freed blocks again, so that a CPU process holds more than its tensors: by this share of the
+# activations (measured by benchmarks/memory_plan.py, whose runs with MALLOC_MMAP_THRESHOLD_ set hold just the tensors).
+_GLIBC_HOLES = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank of a pipeline stage. All tensor- and data-parallel ranks of a stage have the same."""
+
+    stage: int
+    parts: dict[str, float]
+    engine: float = 0.0
+    """What the rollout engine takes of the device it shares with this stage's first ranks; 0 elsewhere."""
+
+    @property
+    def total(self) -> float:
+        """Of the training process."""
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> float:
+        """With the engine beside it."""
+        return self.total + self.engine
+
+
+def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float = 0.0) -> RankMemory:
+    """Memory of a rank of `stage` at the peak of a step whose sequences are as long as they may be.
+
+    `device_bytes` is the memory of the GPU, of which the rollout engine takes its share on the first stage.
+    """
+    student = sizes.stage(sizes.models.student_config, stage)
+    last = stage == sizes.pipeline - 1
+    kept = _activations(sizes, stage, recompute=sizes.config.student.recompute)
+    chunk, head_gradient = _loss(sizes, student, gpu) if last else (0.0, 0.0)
+    parts = {
+        "weights": student.parameters * sizes.width,
+        "gradients": student.parameters * 4,  # fp32 buffer of the distributed optimizer's DDP
+        # fp32 main weights (where the weights are not), both moments.
+        "optimizer": (12 if sizes.width == 2 else 8) * optimizer_share(sizes, student),
+        **_teachers(sizes, stage),
+        "activations": kept,
+        "loss chunks": chunk,
+        "head gradient": head_gradient,
+        "workspace": _workspace(sizes, student, gpu),
+        "allocator": 0.0 if gpu else _GLIBC_HOLES * kept,
+        "runtime": _GPU_RUNTIME if gpu else 0.0,
+    }
+    share = sizes.config.rollout.gpu_memory_utilization if gpu and stage == 0 else 0.0
+    return RankMemory(stage, parts, share * device_bytes)
+
+
+def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
+    """Elements whose optimizer state a rank keeps: shared out over the ranks that have copies of them."""
+    return (student.parameters - student.experts + student.experts * sizes.expert) / sizes.data
+
+
+def activations_both_ways(sizes: RunSizes, stage: int) -> tuple[float, float]:
+    """Bytes of activations on a rank of `stage` without and with recomputation."""
+    return _activations(sizes, stage, recompute=False), _activations(sizes, stage, recompute=True)
+
+
+def layer_elements(layer: LayerSizes, tensor: int, shards: int) -> float:
+    """Elements a token keeps in one layer. `shards`: ranks over which the sequence is shared out between regions.
+
+    Inputs of both norms and of the linears behind them (4 h); rotated query and key, the projection they and the value
+    are parts of, the attention's output and its copy for the next linear; gate and up projection (2), the gate's
+    activation, the up half's copy and their product.
+    """
+    attention = 4 * layer.query + 3 * layer.key
+    copies = 2 * layer.routed * layer.hidden  # tokens sent to experts, and what comes back
+    return 4 * layer.hidden / shards + (attention + 5 * layer.ffn) / tensor + copies / shards
+
+
+def _activations(sizes: RunSizes, stage: int, *, recompute: bool) -> float:
+    hf, width, shards = sizes.models.student_config, sizes.width, sizes.sequence_shards
+    layer, layers = LayerSizes.of(hf), hf.num_hidden_layers // sizes.pipeline
+    whole = (layer_elements(layer, sizes.tensor, shards) * width + _per_token(layer, sizes)) * sizes.tokens
+    row = layer.hidden * width * sizes.tokens / shards
+    in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
+    if stage < sizes.pipeline - 1:
+        return in_flight * (layers * (row if recompute else whole) + row) + whole * recompute
+    rows = layer.hidden * sizes.responses * (width + 4 + width)  # the objective's rows, d of them in fp32 and back
+    gathered = layer.hidden * width * sizes.tokens if shards > 1 else 0.0
+    return layers * (row if recompute else whole) + whole * recompute + 2 * row + rows + gathered
+
+
+def _per_token(layer: LayerSizes, sizes: RunSizes) -> float:
+    """Bytes beside the large tensors: cosines and sines of query and key, one fp32 number a norm."""
+    return 4 * layer.head_dim * sizes.width / sizes.micro_size + 2 * 4 / sizes.sequence_shards
+
+
+def _teachers(sizes: RunSizes, stage: int) -> dict[str, float]:
+    """Frozen weights on the student's ranks; on the last stage their heads and the hidden states of a whole step."""
+    body = heads = states = 0.0
+    for hf, width in sizes.teachers:
+        shard = sizes.stage(hf, stage)
+        heads += 0 if shard.tied else shard.head * width
+        body += (shard.parameters - (0 if shard.tied else shard.head)) * width
+        if stage == sizes.pipeline - 1:
+            states += sizes.responses * sizes.micro_batches * hf.hidden_size * width
+    return {"teachers": body, "teacher heads": heads, "teacher states": states}
+
+
+def _loss(sizes: RunSizes, student: StageShard, gpu: bool) -> tuple[float, float]:
+    """Logits of a chunk of tokens for student and teachers, and d head. Both are kept for the next call."""
+    device = "cuda" if gpu else "cpu"
+    tokens = sizes.responses
+    size = sizes.config.objective.chunk_tokens or default_chunk(tokens, sizes.columns * sizes.width, device)
+    widths = [sizes.width, *(width for _, width in sizes.teachers)]
+    chunk = min(size, tokens) * sizes.columns * sum(widths)
+    # More than two chunks are summed in fp32 and rounded at the end (`losses.linear_pass`).
+    summed = 4 if sizes.width < 4 and -(-tokens // size) > 2 else 0
+    return chunk, student.head * (sizes.width + summed)
+
+
+def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
+    """Temporaries: of one layer's backward pass, and of the largest matrices of parameters."""
+    layer, width = LayerSizes.of(sizes.models.student_config), sizes.width
+    of_layer = _layer_temporaries(layer, sizes, gpu)
+    # A gradient in the weights' dtype is there until it has been added; a CPU widens it to fp32 to do so.
+    cast = 4 if width < 4 and not gpu else 0
+    # A tied embedding's two gradients are summed; d head alone is counted already.
+    matrix = student.largest * (width * (2 if student.tied else 1) + cast)
+    return of_layer + max(matrix, student.largest * 4 / sizes.data)  # or the copy that clipping makes
+
+
+def _layer_temporaries(layer: LayerSizes, sizes: RunSizes, gpu: bool) -> float:
+    """Of the feed-forward part (six of its width) or of attention, whose scores a CPU makes again if they are few."""
+    scores = sizes.micro_size * layer.heads / sizes.tensor * sizes.length**2
+    attention = 6 * layer.query / sizes.tensor * sizes.tokens
+    if not gpu and scores <= SCORES_AT_ONCE:
+        attention += 3 * scores
+    feed_forward = 6 * layer.ffn / sizes.tensor * sizes.tokens
+    return (max(attention, feed_forward) + 4 * layer.hidden * sizes.tokens) * sizes.width
+
+
+def weights_bytes(hf: PretrainedConfig, width: int) -> float:
+    """Of a whole model."""
+    return parameters(hf) * width

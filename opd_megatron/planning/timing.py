@@ -1,0 +1,74 @@
+"""Seconds of a step on a GPU of the table. An estimate from published figures; its assumptions are printed with it."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
+from opd_megatron.planning.memory import optimizer_share, weights_bytes
+from opd_megatron.planning.sizes import WIDTH, LayerSizes, RunSizes
+from opd_megatron.planning.traffic import Traffic
+
+_FLOPS_USED, _BANDWIDTH_USED = 0.4, 0.6
+_SEQUENCES_AT_ONCE = 256  # of vLLM, by default
+
+ASSUMPTIONS = (
+    f"matrix products at {_FLOPS_USED:.0%} of the dense bf16 peak; 2 FLOP a weight and token forward, 4 backward, "
+    "2 more with recomputation; causal attention",
+    "pipeline bubble (stages - 1) / micro batches; transfers at the links' published rate, none behind arithmetic",
+    f"{GPUS_PER_NODE} GPUs a machine: a group that fits into one uses NVLink, any other one network card a GPU",
+    f"decoding at {_BANDWIDTH_USED:.0%} of the memory bandwidth, which reads weights and keys and values once a token, "
+    f"{_SEQUENCES_AT_ONCE} sequences at once, on rollout.tensor GPUs; every answer as long as it may be",
+)
+
+
+def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
+    """Seconds of the phases of one step, one after the other."""
+    student = sizes.models.student_config
+    flops = gpu.bf16_flops * _FLOPS_USED
+    bubble = 1 + (sizes.pipeline - 1) / sizes.micro_batches
+    passes = 4 if sizes.config.student.recompute else 3
+    of_student = passes * _body_flops(student, sizes) + 3 * _head_flops(student, sizes)
+    of_teachers = sum(_body_flops(hf, sizes) + _head_flops(hf, sizes) for hf, _ in sizes.teachers)
+    updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pipeline))
+    return {
+        "rollout": _rollout(sizes, gpu),
+        "teacher": of_teachers / sizes.ranks / flops * bubble,
+        "student": of_student / sizes.ranks / flops * bubble,
+        "tensor collectives": moved.tensor / _link(sizes.tensor, gpu),
+        "pipeline transfers": moved.pipeline / _link(sizes.ranks, gpu),
+        "expert transfers": moved.expert / _link(sizes.tensor * sizes.expert, gpu),
+        "data collectives": moved.data / _link(sizes.tensor * sizes.data, gpu),
+        # Gradient, main weight and both moments read, three of them and the weight written.
+        "optimizer": updated * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
+        "weight push": moved.weight_push / gpu.network,
+    }
+
+
+def _body_flops(hf: PretrainedConfig, sizes: RunSizes) -> float:
+    """Of one forward pass over a step's tokens through all layers."""
+    layer, tokens = LayerSizes.of(hf), sizes.config.sequences_per_step * sizes.length
+    return hf.num_hidden_layers * tokens * (2 * layer.matrix + 2 * sizes.length * layer.query)
+
+
+def _head_flops(hf: PretrainedConfig, sizes: RunSizes) -> float:
+    responses = sizes.config.sequences_per_step * sizes.config.rollout.max_new_tokens
+    return 2.0 * responses * hf.vocab_size * hf.hidden_size
+
+
+def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
+    """Prefill, then one pass over weights, keys and values for each new token of all sequences at once."""
+    hf, rollout = sizes.models.student_config, sizes.config.rollout
+    width = WIDTH[rollout.dtype or sizes.config.student.dtype]
+    waves = -(-sizes.config.sequences_per_step // _SEQUENCES_AT_ONCE)
+    batch = sizes.config.sequences_per_step / waves
+    cached = batch * sizes.length * 2 * LayerSizes.of(hf).key * hf.num_hidden_layers * width
+    rate = gpu.memory_bandwidth * _BANDWIDTH_USED * rollout.tensor
+    decode = waves * rollout.max_new_tokens * (weights_bytes(hf, width) + cached) / rate
+    share = sizes.config.data.max_prompt_tokens / sizes.length
+    return decode + _body_flops(hf, sizes) * share / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor)
+
+
+def _link(ranks: int, gpu: Gpu) -> float:
+    """Bytes a second within a group whose members span `ranks` neighbouring ranks."""
+    return gpu.nvlink if ranks <= GPUS_PER_NODE else gpu.network
