@@ -1,29 +1,28 @@
 """Megatron parameters back to Hugging Face tensors, as a stream of bounded buckets.
 
 Per bucket: the owning stage's tensor-parallel ranks send their shards to their rank 0 (one gather), which puts the
-full tensors together and, unless it is on the first stage, sends them there (one message). So a rank holds its own
-shards plus a few buckets, never a whole model.
+full tensors together and, unless it is on the first stage, sends them there (one message). All of that is under way
+for the next bucket while the last one is used (`streaming`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from opd_megatron.types import Bucket, NamedTensor
 from opd_megatron.weights.families import Shard
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.plan import Entry, Plan, build_plan, stage_parameters
+from opd_megatron.weights.streaming import BUCKET_BYTES, UNITS, Finish, Outbox, exchange, overlapped, receive
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-BUCKET_BYTES = 256 * 2**20
 
 
 def export_weights(
@@ -34,7 +33,10 @@ def export_weights(
     bucket_bytes: int = BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Bucket]:
-    """Full Hugging Face tensors in buckets of at most `bucket_bytes` (a larger tensor is a bucket by itself).
+    """Full Hugging Face tensors in buckets; a rank holds at most `bucket_bytes` beyond its shards.
+
+    That is the bucket in use, the next one on its way and what it is made of: so a bucket has at most a third of it.
+    A Megatron parameter with more (an embedding, often) is a bucket by itself, and three times its size is held.
 
     Every rank of one model replica (all TP x PP) must exhaust the iterator: it communicates. Only rank
     (pp 0, tp 0) is given buckets. Order: embedding, layers, final norm, output layer unless tied. The tensors stay on
@@ -46,32 +48,35 @@ def export_weights(
     plan = build_plan(hf_config, layout)
     parameters = {entry.megatron: parameter for entry, parameter in stage_parameters(model, plan, layout)}
     writes = layout.is_first_stage and layout.tp_rank == 0
-    for entries in _buckets(plan, bucket_bytes // dtype.itemsize):
-        owner = entries[0].stage
-        bucket: Bucket | None = None
-        if owner == layout.pp_rank:
-            shards = [parameters[entry.megatron] for entry in entries]
-            if layout.tp_size == 1 and writes:
-                bucket = _views_of_shards(entries, shards, plan, layout, dtype)
-            else:
-                bucket = _collect(entries, shards, plan, layout, dtype)
-        elif writes:
-            bucket = _receive(entries, owner, layout, dtype, device)
-        if writes:
-            assert bucket is not None
-            yield bucket
+    outbox = Outbox()
+
+    def begin() -> Iterator[Finish]:
+        for entries in buckets_of(plan, bucket_bytes // UNITS // dtype.itemsize):
+            if entries[0].stage == layout.pp_rank:
+                shards = [parameters[entry.megatron] for entry in entries]
+                if layout.tp_size == 1 and writes:
+                    yield functools.partial(_views_of_shards, entries, shards, plan, layout, dtype)
+                else:
+                    yield _begin_collect(entries, shards, plan, layout, dtype, outbox)
+            elif writes:
+                yield _begin_receive(entries, layout, dtype, device)
+
+    yield from overlapped(begin())
+    outbox.wait()
 
 
-def _buckets(plan: Plan, limit: int) -> Iterator[list[Entry]]:
+def buckets_of(
+    plan: Plan, limit: int, numel: Callable[[Entry], int] = lambda entry: entry.numel
+) -> Iterator[list[Entry]]:
     """Entries of one stage at a time, at most `limit` elements together unless one entry alone has more."""
     bucket: list[Entry] = []
     size = 0
     for entry in plan.exported():
-        if bucket and (entry.stage != bucket[0].stage or size + entry.numel > limit):
+        if bucket and (entry.stage != bucket[0].stage or size + numel(entry) > limit):
             yield bucket
             bucket, size = [], 0
         bucket.append(entry)
-        size += entry.numel
+        size += numel(entry)
     yield bucket
 
 
@@ -86,69 +91,83 @@ def _views_of_shards(
     return bucket
 
 
-def _collect(
-    entries: Sequence[Entry], shards: Sequence[torch.Tensor], plan: Plan, layout: ShardLayout, dtype: torch.dtype
-) -> list[NamedTensor] | None:
-    """Gathers one bucket within its stage and hands it to the first stage. Returns it where it ends up."""
-    by_rank = _gather(entries, shards, layout, dtype)
-    if by_rank is None:
+def _begin_collect(
+    entries: Sequence[Entry],
+    shards: Sequence[torch.Tensor],
+    plan: Plan,
+    layout: ShardLayout,
+    dtype: torch.dtype,
+    outbox: Outbox,
+) -> Finish:
+    """Begins to gather one bucket within its stage; finishing hands it to the first stage, or returns it there."""
+    gathered = _begin_gather(entries, shards, layout, dtype)
+
+    def finish() -> list[NamedTensor] | None:
+        by_rank = gathered()
+        if by_rank is None:
+            return None
+        outbox.wait()
+        flat, tensors = _empty_bucket(entries, dtype, shards[0].device)
+        for tp_rank, parts in enumerate(by_rank):
+            for entry, part in zip(entries, parts, strict=True):
+                if entry.shard is Shard.REPLICATED and tp_rank > 0:
+                    continue
+                for piece in plan.pieces(entry, layout, tp_rank):
+                    piece.of_full(tensors[piece.name]).copy_(piece.of_shard(part))
+        if layout.is_first_stage:
+            return list(tensors.items())
+        assert layout.pp_group is not None
+        outbox.send(flat, layout.pp_group, to=0)
         return None
-    flat, tensors = _empty_bucket(entries, dtype, shards[0].device)
-    for tp_rank, parts in enumerate(by_rank):
-        for entry, part in zip(entries, parts, strict=True):
-            if entry.shard is Shard.REPLICATED and tp_rank > 0:
-                continue
-            for piece in plan.pieces(entry, layout, tp_rank):
-                piece.of_full(tensors[piece.name]).copy_(piece.of_shard(part))
-    if layout.is_first_stage:
-        return list(tensors.items())
-    assert layout.pp_group is not None
-    dist.send(flat.view(torch.uint8), dist.get_global_rank(layout.pp_group, 0), group=layout.pp_group)
-    return None
+
+    return finish
 
 
-def _gather(
+def _begin_gather(
     entries: Sequence[Entry], shards: Sequence[torch.Tensor], layout: ShardLayout, dtype: torch.dtype
-) -> list[list[torch.Tensor]] | None:
-    """Every tensor-parallel rank's shards, on tensor-parallel rank 0; None on the others.
-
-    Bytes are sent rather than numbers: not every backend knows every dtype. Replicated parameters stay at home.
-    """
+) -> Callable[[], list[list[torch.Tensor]] | None]:
+    """Every tensor-parallel rank's shards, on tensor-parallel rank 0; None on the others. Replicated ones stay home."""
     if layout.tp_size == 1:
-        return [list(shards)]
+        return lambda: [list(shards)]
     assert layout.tp_group is not None
     sharded = [s for e, s in zip(entries, shards, strict=True) if e.shard is not Shard.REPLICATED]
-    collects = layout.tp_rank == 0
-    flats: list[torch.Tensor] = []
-    if sharded:
-        mine = torch.cat([shard.reshape(-1).to(dtype) for shard in sharded])
-        flats = [torch.empty_like(mine) for _ in range(layout.tp_size)] if collects else []
-        dist.gather(
-            mine.view(torch.uint8),
-            [flat.view(torch.uint8) for flat in flats] if collects else None,
-            dst=dist.get_global_rank(layout.tp_group, 0),
-            group=layout.tp_group,
-        )
-    if not collects:
-        return None
     sizes = [shard.numel() for shard in sharded]
-    by_rank = []
-    for rank in range(layout.tp_size):
-        parts = iter(flats[rank].split(sizes) if sharded else ())
-        by_rank.append([
-            shard if entry.shard is Shard.REPLICATED else next(parts).view(shard.shape)
-            for entry, shard in zip(entries, shards, strict=True)
-        ])  # fmt: skip
-    return by_rank
+    collects = layout.tp_rank == 0
+    peers = range(1, layout.tp_size) if collects else [0]
+    if collects:  # its own shards need no copy
+        flats = [shards[0].new_empty(sum(sizes), dtype=dtype) for _ in peers]
+    else:
+        flats = [torch.cat([shard.reshape(-1).to(dtype) for shard in sharded])] if sharded else []
+    works = exchange(flats, peers, layout.tp_group, sends=not collects) if sharded else []
+
+    def finish() -> list[list[torch.Tensor]] | None:
+        for work in works:
+            work.wait()
+        if not collects:
+            return None
+        by_rank = [list(shards)]
+        for flat in flats:
+            parts = iter(flat.split(sizes))
+            by_rank.append([
+                shard if entry.shard is Shard.REPLICATED else next(parts).view(shard.shape)
+                for entry, shard in zip(entries, shards, strict=True)
+            ])  # fmt: skip
+        return by_rank
+
+    return finish
 
 
-def _receive(
-    entries: Sequence[Entry], owner: int, layout: ShardLayout, dtype: torch.dtype, device: torch.device
-) -> list[NamedTensor]:
+def _begin_receive(entries: Sequence[Entry], layout: ShardLayout, dtype: torch.dtype, device: torch.device) -> Finish:
+    """On the first stage: begins to take a bucket of another one."""
     assert layout.pp_group is not None
     flat, tensors = _empty_bucket(entries, dtype, device)
-    dist.recv(flat.view(torch.uint8), dist.get_global_rank(layout.pp_group, owner), group=layout.pp_group)
-    return list(tensors.items())
+    work = receive(flat, layout.pp_group, entries[0].stage)
+
+    def finish() -> list[NamedTensor]:
+        work.wait()
+        return list(tensors.items())
+
+    return finish
 
 
 def _empty_bucket(
