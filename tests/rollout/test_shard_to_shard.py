@@ -55,7 +55,7 @@ def _engine(folder: Path) -> VLLMEngine:
 def _sample_both_ways(
     rank: int, world_size: int, folders: list[Path], padded_vocab: int, kill: bool
 ) -> tuple[list[list[Rollout]], list[str]]:
-    """Samples from folders[0] gathered and sharded, then from folders[1] sharded, in this order."""
+    """Samples from folders[0] gathered and sharded, then from folders[1] sharded and gathered, in this order."""
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
     from opd_megatron.mcore.platform import init_platform
@@ -90,6 +90,8 @@ def _sample_both_ways(
             os.kill(engine.pid, signal.SIGKILL)
         sharding.push(2)
         rollouts.append(sharding.sample(PROMPTS, SAMPLING))
+        gathering.push(3)  # nothing of the other way is left in the workers
+        rollouts.append(gathering.sample(PROMPTS, SAMPLING))
     finally:
         gathering.close()
     return rollouts, events
@@ -108,14 +110,14 @@ def test_shards_give_the_samples_of_gathered_tensors_and_of_transformers(
 ) -> None:
     assert (padded_vocab // 2 == vocab_rows(VOCAB, 2)) is (padded_vocab == 256)
     folders = [save_tiny(tmp_path / str(seed), family, seed=seed, tie_word_embeddings=tied, **SIZES) for seed in (0, 1)]
-    ((gathered, sharded, next_version), events), others = run_ranks(
-        2, _sample_both_ways, folders, padded_vocab, kill, timeout=800
-    )
-    assert others[0] == [gathered, sharded, next_version]
-    assert [r.response_ids for r in sharded] == [r.response_ids for r in gathered]
-    for one, other in zip(sharded, gathered, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    for folder, rollouts in zip((folders[0], folders[1]), (sharded, next_version), strict=True):
+    (rollouts, events), (others, _) = run_ranks(2, _sample_both_ways, folders, padded_vocab, kill, timeout=800)
+    assert others == rollouts
+    gathered, sharded, sharded_next, gathered_next = rollouts
+    for pair in ((gathered, sharded), (gathered_next, sharded_next)):
+        for one, other in zip(*pair, strict=True):
+            assert one.response_ids == other.response_ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    for folder, rollouts in zip((folders[0], folders[1]), (sharded, sharded_next), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for rollout in rollouts:
             ids = [*rollout.prompt.token_ids, *rollout.response_ids]
