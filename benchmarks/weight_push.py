@@ -37,8 +37,9 @@ def write_stand_in(folder: Path, tokenizer_dir: Path) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     AutoModelForCausalLM.from_config(LlamaConfig(**STAND_IN)).save_pretrained(folder)
-    for path in tokenizer_dir.glob("*token*"):
-        shutil.copy(path, folder)
+    for path in tokenizer_dir.iterdir():
+        if path.is_file() and "safetensors" not in path.name and not (folder / path.name).exists():
+            shutil.copy(path, folder)
     return folder
 
 
