@@ -2,19 +2,29 @@
 
 `time/sync` covers the whole way: export from Megatron's shards as Hugging Face tensors, transport to the engine's
 process, loading there, and the reset of the prefix cache. The first push of a run, which warms up, is shown apart.
+
+`--tensor N` measures trainer and engine at tensor-parallel size N, shard to shard beside tensors that are gathered
+first. The demo's student has 9 heads and 3 key-value heads, so for any N but 3 a random model of its size stands in.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import _processes as processes
-from harness import REPOSITORY, Check, Report, main
+from harness import REPOSITORY, Check, Report, Row, main
 
 LIMIT_SECONDS = 1.5
+STAND_IN: dict[str, Any] = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
 
 
 def parameter_bytes(model_dir: Path) -> int:
@@ -22,9 +32,20 @@ def parameter_bytes(model_dir: Path) -> int:
     return sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
 
 
-def measure(arguments: argparse.Namespace) -> Report:
-    teacher, student = processes.assets(arguments.assets)
-    overrides = processes.ONLY_STEPS | {
+def write_stand_in(folder: Path, tokenizer_dir: Path) -> Path:
+    """A random Llama of the student's size whose heads divide by 2 and 4, with the tokenizer of `tokenizer_dir`."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    AutoModelForCausalLM.from_config(LlamaConfig(**STAND_IN)).save_pretrained(folder)
+    for path in tokenizer_dir.iterdir():
+        if path.is_file() and "safetensors" not in path.name and not (folder / path.name).exists():
+            shutil.copy(path, folder)
+    return folder
+
+
+def pushes(arguments: argparse.Namespace, teacher: Path, student: Path, run_dir: Path, **overrides: Any) -> list[float]:
+    """`time/sync` of each step, in seconds."""
+    settings = processes.ONLY_STEPS | {
         "steps": 3 if arguments.quick else arguments.steps,
         "student.path": str(student),
         "teachers.0.path": str(teacher),
@@ -34,11 +55,13 @@ def measure(arguments: argparse.Namespace) -> Report:
         "rollout.max_new_tokens": 8,
         "optimizer.warmup_steps": 0,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = [row["time/sync"] for row in processes.train(arguments.config, Path(folder) / "run", overrides).rows]
+    return [row["time/sync"] for row in processes.train(arguments.config, run_dir, settings | overrides).rows]
+
+
+def table_row(way: str, size: int, seconds: list[float]) -> Row:
     median = statistics.median(seconds[1:])
-    size = parameter_bytes(student)
-    row = {
+    return {
+        "way": way,
         "pushed, MB": size / 1e6,
         "median, s": median,
         "slowest, s": max(seconds[1:]),
@@ -46,14 +69,38 @@ def measure(arguments: argparse.Namespace) -> Report:
         "MB/s": size / 1e6 / median,
         "pushes": len(seconds),
     }
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    teacher, student = processes.assets(arguments.assets)
+    if arguments.tensor > 1:
+        return measure_sharded(arguments, student)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = pushes(arguments, teacher, student, Path(folder) / "run")
+    row = table_row("one rank to one worker", parameter_bytes(student), seconds)
     note = "24-layer student from Megatron-Core into vLLM in its own process, bf16."
-    return Report([row], [Check.below("weight push, s", median, LIMIT_SECONDS)], note)
+    return Report([row], [Check.below("weight push, s", row["median, s"], LIMIT_SECONDS)], note)
+
+
+def measure_sharded(arguments: argparse.Namespace, student: Path) -> Report:
+    """Both ways at `--tensor`, in one run; the model is its own teacher."""
+    tensor, rows = arguments.tensor, []
+    with tempfile.TemporaryDirectory() as folder:
+        model = student if tensor == 3 else write_stand_in(Path(folder) / "model", student)
+        for way, sharded in (("gathered", False), ("shard to shard", True)):
+            sizes = {"parallel.tensor": tensor, "rollout.tensor": tensor, "rollout.shard_to_shard": sharded}
+            seconds = pushes(arguments, model, model, Path(folder) / way.replace(" ", "_"), **sizes)
+            rows.append(table_row(f"{way}, {tensor} ranks to {tensor} workers", parameter_bytes(model), seconds))
+    ratio = rows[1]["median, s"] / rows[0]["median, s"]
+    note = f"A 24-layer model from Megatron-Core into vLLM, bf16, both at tensor-parallel size {tensor}."
+    return Report(rows, [Check.below("shard to shard / gathered", ratio, 1.0)], note)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assets", default=str(REPOSITORY / "runs/assets"), help="folder with teacher/ and student/")
     parser.add_argument("--config", default=str(REPOSITORY / "configs/demo.yaml"))
     parser.add_argument("--steps", type=int, default=8, help="pushes measured, and one to warm up")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size of trainer and engine")
 
 
 if __name__ == "__main__":

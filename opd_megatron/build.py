@@ -22,6 +22,7 @@ from opd_megatron.mcore.model import DTYPES
 from opd_megatron.mcore.platform import device, init_distributed
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
+from opd_megatron.push import weight_stream
 from opd_megatron.rollout import RolloutEngine, build_engine
 from opd_megatron.rollout.sampler import RolloutSampler
 from opd_megatron.run_dir import RunDir
@@ -162,7 +163,11 @@ def _build_models(
         student=student,
         teachers=teachers,
         sampler=RolloutSampler(
-            engine, student.export, group, max_restarts=config.rollout.max_restarts, on_event=display.note
+            engine,
+            weight_stream(config, student, group, display.note),
+            group,
+            max_restarts=config.rollout.max_restarts,
+            on_event=display.note,
         ),
         evaluator=Evaluator(
             config,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 NamedTensor = tuple[str, torch.Tensor]
-"""A Hugging Face parameter name and its full (unsharded) value."""
+"""A Hugging Face parameter name and its value: whole, unless the text says shards."""
 
 Bucket = Sequence[NamedTensor]
 """A bounded group of named tensors: the unit in which weights leave the trainer."""

@@ -27,6 +27,7 @@ from opd_megatron.types import Batch, Bucket, TeacherStates
 from opd_megatron.weights.export import export_weights
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
+from opd_megatron.weights.shards import export_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Student:
         self, config: RunConfig, source: Path, hf: PretrainedConfig, grid: ParallelGrid, padded_vocab: int
     ) -> None:
         self.hf, self.grid = hf, grid
+        self._bucket_bytes = config.rollout.bucket_mib * 2**20
         self.layout: ShardLayout = grid.layout(hf.num_hidden_layers, padded_vocab)
         self.model: HiddenStatesModel = build_gpt_model(
             hf,
@@ -116,7 +118,16 @@ class Student:
         """
         if self.grid.dp_rank >= self.grid.expert:
             return iter(())
-        return export_weights(self.model, self.hf, self.layout)
+        return export_weights(self.model, self.hf, self.layout, bucket_bytes=self._bucket_bytes)
+
+    def export_shards(self, vocab_rows: int) -> Iterator[Bucket]:
+        """This rank's part of every HF tensor, on the ranks of the first stage; every rank must exhaust the iterator.
+
+        `vocab_rows`: see `weights.shards.export_shards`. The first data-parallel replica does the work.
+        """
+        if self.grid.dp_rank > 0:
+            return iter(())
+        return export_shards(self.model, self.hf, self.layout, vocab_rows=vocab_rows, bucket_bytes=self._bucket_bytes)
 
     @property
     def lr(self) -> float:

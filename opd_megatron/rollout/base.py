@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """One bucket, cut as a tensor-parallel engine cuts it."""
+
+    paths: tuple[Path, ...]
+    """safetensors files the engine's process can read; file i holds what worker i needs, and is removed when read."""
+
+
+Shipment = Bucket | ShardFiles
+"""What a push consists of: tensors, or where the engine's workers find theirs (one kind for each transport)."""
 
 
 @runtime_checkable
@@ -29,8 +43,9 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One answer per prompt, in order. Each carries `policy_version` and per-token logprobs in nats."""
 
-    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Replaces all weights with a stream of full HF tensors, drops cached prefixes, sets `policy_version`."""
+    def update_weights(self, shipments: Iterable[Shipment], version: int) -> None:
+        """Replaces all weights with a stream of full HF tensors, or of shards that fit the engine's workers; drops
+        cached prefixes, sets `policy_version`."""
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each sequence, log p(token i | tokens before i) in nats, for i = 1 .. len - 1."""

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import EngineDiedError, OPDError, RolloutError, StalePolicyError
-from opd_megatron.rollout.base import RolloutEngine
-from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+from opd_megatron.rollout.base import RolloutEngine, Shipment
+from opd_megatron.types import Prompt, Rollout, Sampling
 
 Result = TypeVar("Result")
 _Packed = tuple[list[int], torch.Tensor, torch.Tensor, list[str], int]
@@ -31,7 +31,7 @@ class RolloutSampler:
     def __init__(
         self,
         engine: RolloutEngine | None,
-        export_weights: Callable[[], Iterator[Bucket]],
+        export_weights: Callable[[], Iterator[Shipment]],
         group: ProcessGroup | None,
         *,
         max_restarts: int,
@@ -40,7 +40,7 @@ class RolloutSampler:
         """
         Args:
             engine: the engine on rank 0 of `group`, None on the others.
-            export_weights: called on every rank; a collective generator whose buckets come out on rank 0 (what
+            export_weights: called on every rank; a collective generator whose shipments come out on rank 0 (what
                 the others get is ignored). It is always exhausted on every rank.
             group: a gloo group of all ranks that sample (objects travel over it, so NCCL will not do); None for
                 a single process.
@@ -113,16 +113,16 @@ class RolloutSampler:
         self._push()
 
     def _push(self) -> None:
-        buckets = iter(self._export())
+        shipments = iter(self._export())
 
         def update(engine: RolloutEngine) -> None:
             try:
-                engine.update_weights(buckets, self._version)
+                engine.update_weights(shipments, self._version)
             finally:
-                _exhaust(buckets)  # also when the engine stopped reading: the other ranks are in these collectives
+                _exhaust(shipments)  # also when the engine stopped reading: the other ranks are in these collectives
 
         if not self._is_host:
-            _exhaust(buckets)
+            _exhaust(shipments)
         self._on_host(update)
 
     def _sample_fresh(self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:

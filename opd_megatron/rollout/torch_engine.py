@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_megatron.errors import RolloutError
+from opd_megatron.rollout.base import ShardFiles, Shipment
 from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
 
 
@@ -51,14 +52,14 @@ class TorchEngine:
         return result
 
     @torch.no_grad()
-    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+    def update_weights(self, shipments: Iterable[Shipment], version: int) -> None:
         """Copies full HF tensors in. Raises RolloutError when one is missing, unknown or of the wrong shape."""
         if self._model is None:
             raise RolloutError("the rollout engine is not running: call start first")
         self.policy_version = -1
         state = self._model.state_dict()
         filled: set[int] = set()
-        for name, tensor in (pair for bucket in buckets for pair in bucket):
+        for name, tensor in (pair for bucket in shipments for pair in _whole(bucket)):
             target = state.get(name)
             if target is None or target.shape != tensor.shape:
                 expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
@@ -110,6 +111,11 @@ class TorchEngine:
             inputs = torch.tensor([[token]])
         reason = "stop" if ids and ids[-1] in sampling.stop_token_ids else "length"
         return Rollout(prompt, tuple(ids), tuple(logprobs), self.policy_version, reason)
+
+
+def _whole(shipment: Shipment) -> Bucket:
+    assert not isinstance(shipment, ShardFiles), "this engine is one process: it takes full tensors"
+    return shipment
 
 
 def _policy(logits: Tensor, sampling: Sampling) -> Tensor:

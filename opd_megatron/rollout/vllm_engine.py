@@ -6,21 +6,19 @@ the only ones it ever samples from, so the two cannot disagree.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from opd_megatron.errors import EngineDiedError, RolloutError
+from opd_megatron.rollout.base import ShardFiles, Shipment
 from opd_megatron.rollout.child import Child
-from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+from opd_megatron.rollout.spool import Spool
+from opd_megatron.types import Prompt, Rollout, Sampling
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TORCHRUN_VARIABLES = {
@@ -108,6 +106,11 @@ class VLLMOptions:
         return env
 
 
+def vocab_rows(vocab_size: int, tensor: int) -> int:
+    """Rows of embedding and head in each vLLM worker, the last one's padding included: it pads to 64, then divides."""
+    return -(-vocab_size // 64) * 64 // tensor
+
+
 class VLLMEngine:
     """One vLLM process: started, fed with weights, asked for samples, ended. See `rollout.base.RolloutEngine`."""
 
@@ -192,8 +195,11 @@ class VLLMEngine:
             self._check_length(len(sequence) + 1, f"sequence {i}: {len(sequence)} tokens + 1")
         return self._running().call("token_logprobs", {"sequences": [list(ids) for ids in sequences]})
 
-    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Streams full HF tensors through files, two buckets at a time, and drops cached prefixes.
+    def update_weights(self, shipments: Iterable[Shipment], version: int) -> None:
+        """Streams weights through files, two buckets at a time, and drops cached prefixes.
+
+        Full HF tensors go through files of this process, which every worker reads and takes its part of. ShardFiles
+        are there already: worker i loads file i as it is.
 
         Raises RolloutError when the stream does not fit the model. After a missing tensor the engine has no
         version until the next full update; after an unknown or misshapen one its layers are in no known state and
@@ -203,7 +209,7 @@ class VLLMEngine:
         self.policy_version = -1
         child.call("begin_update", {})
         try:
-            self._stream(child, buckets)
+            self._stream(child, shipments)
             missing = child.call("end_update", {})
         except _BadTensorError as error:
             self.close()
@@ -215,7 +221,7 @@ class VLLMEngine:
             )
         self.policy_version = version
 
-    def _stream(self, child: Child, buckets: Iterable[Bucket]) -> None:
+    def _stream(self, child: Child, shipments: Iterable[Shipment]) -> None:
         """Sends every bucket; the engine loads one while the trainer gathers and writes the next."""
         loading = False
 
@@ -227,12 +233,12 @@ class VLLMEngine:
                 if problem:
                     raise _BadTensorError(problem)
 
-        with _Spool(_DTYPES[self.options.dtype]) as spool:
+        with Spool(_DTYPES[self.options.dtype]) as spool:
             try:
-                for bucket in buckets:
-                    path = spool.write(bucket)
+                for shipment in shipments:
+                    paths = shipment.paths if isinstance(shipment, ShardFiles) else (spool.write(shipment),)
                     loaded()
-                    child.send("load", {"path": str(path)})
+                    child.send("load", {"paths": [str(path) for path in paths]})
                     loading = True
             finally:
                 # Also when the trainer's side fails: an unread reply would be taken for that of the next call.
@@ -260,51 +266,3 @@ class VLLMEngine:
 
 class _BadTensorError(Exception):
     """vLLM's own words about a tensor it cannot load."""
-
-
-class _Spool:
-    """A private folder for buckets on their way: in memory (/dev/shm) while that has room, else on disk."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._folders: dict[str, Path] = {}
-        self._count = 0
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for folder in self._folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def write(self, bucket: Bucket) -> Path:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in bucket:
-            # Rounding here is what the engine would do with it, at half the bytes.
-            tensors[name] = tensor.detach().to("cpu", self._dtype).contiguous()
-        tensors = _unshared(tensors)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        path = self._folder(size) / f"{self._count}.safetensors"
-        self._count += 1
-        save_file(tensors, path)
-        return path
-
-    def _folder(self, size: int) -> Path:
-        root = tempfile.gettempdir()
-        with contextlib.suppress(OSError):
-            # Two buckets are on their way at once, and the engine may hold a third until a layer is complete.
-            if shutil.disk_usage("/dev/shm").free > 4 * size:
-                root = "/dev/shm"
-        if root not in self._folders:
-            self._folders[root] = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
-        return self._folders[root]
-
-
-def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors refuses tensors that share memory, as tied heads do."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return result

@@ -65,9 +65,11 @@ class Server:
     def begin_update(self) -> None:
         self.llm.collective_rpc("opd_begin_update")
 
-    def load(self, path: str) -> str | None:
-        problem = _first(self.llm.collective_rpc("opd_load", args=(path,)))
-        os.unlink(path)
+    def load(self, paths: list[str]) -> str | None:
+        """One file of full tensors for all workers, or a file of shards for each."""
+        problem = _first(self.llm.collective_rpc("opd_load", args=(paths,)))
+        for path in paths:
+            os.unlink(path)
         return problem
 
     def end_update(self) -> str | None:

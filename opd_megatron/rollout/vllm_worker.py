@@ -7,6 +7,7 @@ one of several workers would leave the replies of the others unread and put ever
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -27,6 +30,7 @@ class WeightReceiver:
     """Mixed into vLLM's worker class; `self` is the worker."""
 
     opd_update_open: bool = False
+    opd_shards: _ShardsTakenWhole | None = None
     model_config: Any
     model_runner: Any
     vllm_config: Any
@@ -41,9 +45,16 @@ class WeightReceiver:
             initialize_layerwise_reload(self.model_runner.get_model())
         self.opd_update_open = True
 
-    def opd_load(self, path: str) -> str | None:
-        """Loads one safetensors file of full HF tensors; returns what is wrong with it, if anything is."""
+    def opd_load(self, paths: list[str]) -> str | None:
+        """Loads a safetensors file: the only one, of full HF tensors, or its own of several, of just its shards.
+
+        Returns what is wrong with it, if anything is. All files of an update are of one kind.
+        """
         model = self.model_runner.get_model()
+        path = paths[0]
+        if len(paths) > 1:
+            path = paths[get_tensor_model_parallel_rank()]
+            self.opd_shards = self.opd_shards or _ShardsTakenWhole(model)
         try:
             with set_current_vllm_config(self.vllm_config):
                 model.load_weights(list(load_file(path).items()))
@@ -58,6 +69,9 @@ class WeightReceiver:
         missing = [name for name, layer in model.named_modules() if layer not in tied and _is_incomplete(layer)]
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.model_config)
+            if self.opd_shards is not None:
+                self.opd_shards.undo()
+                self.opd_shards = None
             for head in tied:
                 # The reload does not see that a tied head shares the embedding; on CPU it keeps its own packed copy.
                 head.quant_method.process_weights_after_loading(head)
@@ -65,6 +79,35 @@ class WeightReceiver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return f"no or not enough values for {', '.join(missing[:5])} ({len(missing)} modules)" if missing else None
+
+
+class _ShardsTakenWhole:
+    """Until `undo`, every layer loads what it is given as it is: as the first rank of a checkpoint that ends there.
+
+    vLLM's loaders take `tp_rank`'s part of a full tensor. For rank 0 that part begins at the tensor's first row or
+    column and has the shard's size, so of a tensor that is just the shard it is all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+        for layer in model.modules():
+            if isinstance(layer, LinearBase):
+                for owner in (layer, *layer.parameters(recurse=False)):
+                    if hasattr(owner, "tp_rank"):
+                        self._set(owner, "tp_rank", 0)
+            elif isinstance(layer, VocabParallelEmbedding):
+                rows = layer.shard_indices.num_org_elements
+                first = dataclasses.replace(layer.shard_indices, org_vocab_start_index=0, org_vocab_end_index=rows)
+                self._set(layer, "shard_indices", first)
+                self._set(layer, "org_vocab_size", rows)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        for owner, name, value in self._before:
+            setattr(owner, name, value)
 
 
 def _tied_heads(model: nn.Module) -> list[ParallelLMHead]:

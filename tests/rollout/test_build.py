@@ -57,10 +57,10 @@ def test_cpu_settings_are_for_cpus_only(tmp_path):
 def test_weights_that_share_memory_survive_the_spool():
     from safetensors.torch import load_file
 
-    from opd_megatron.rollout.vllm_engine import _Spool
+    from opd_megatron.rollout.spool import Spool
 
     tensor = torch.arange(6.0).view(2, 3)
-    with _Spool(torch.bfloat16) as spool:
+    with Spool(torch.bfloat16) as spool:
         path = spool.write([("a", tensor), ("b", tensor), ("c", tensor.t())])
         loaded = load_file(path)
     assert all(torch.equal(loaded[name].float(), tensor) for name in ("a", "b"))
