@@ -15,7 +15,7 @@ LEVELS = [
     {"types", "config", "errors", "identity", "stopping"},
     {"data", "losses"},
     {"rollout", "teacher", "mcore", "weights"},
-    {"metrics", "report", "run_dir", "evaluation", "build", "trainer"},
+    {"metrics", "report", "run_dir", "evaluation", "push", "build", "trainer"},
     {"flags", "launcher", "doctor", "convert", "train", "cli", "planning"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -155,7 +155,13 @@ def _patch_lone_collectives() -> None:
 
 
 class _InertStream:
-    """A stream, or an event in one, where everything has happened by the time it is asked for."""
+    """A stream, or an event in one, where everything has happened by the time it is asked for. There is only one."""
+
+    _only: _InertStream | None = None
+
+    def __new__(cls, *_: Any, **__: Any) -> _InertStream:
+        cls._only = cls._only or super().__new__(cls)
+        return cls._only
 
     def wait_stream(self, stream: _InertStream) -> None: ...
 
@@ -168,9 +174,9 @@ class _InertStream:
 def _patch_token_dispatch() -> None:
     """The all-to-all dispatcher of expert layers copies its counts to the host on a stream of its own."""
     cuda: Any = torch.cuda
-    stream = _InertStream()
-    cuda.Stream = cuda.Event = lambda *_, **__: stream  # made by the dispatcher's constructor
-    cuda.current_stream = lambda *_: stream  # compared with and waited for by the dispatcher's stream
+    # Made by the dispatcher's constructor. A class, as the original is: libraries imported later annotate with it.
+    cuda.Stream = cuda.Event = _InertStream
+    cuda.current_stream = lambda *_: _InertStream()  # compared with and waited for by the dispatcher's stream
     cuda.stream = lambda *_: contextlib.nullcontext()  # entered around the copies
     from megatron.core.transformer.moe import token_dispatcher
 

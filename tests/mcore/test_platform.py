@@ -30,6 +30,7 @@ def _behaviour(rank: int, world: int, folder: Path) -> Any:
         "redirected": [torch.zeros(1, device="cuda").device.type, torch.zeros(1).cuda().device.type],
         "type": torch.zeros(1).type(),
         "cast": torch.zeros(1).type(torch.float64).dtype,
+        "annotates": isinstance(torch.cuda.Stream, type) and isinstance(torch.cuda.Event, type),
         "same": torch.equal(loaded(tokens).logits, built.eval()(tokens).logits),
     }
 
@@ -40,4 +41,5 @@ def test_device_contexts_casts_and_transformers_work_as_before(tmp_path: Path) -
     assert seen["redirected"] == ["cpu", "cpu"]
     assert seen["type"] == "torch.cuda.FloatTensor", "what the distributed optimizer asks for"
     assert seen["cast"] == torch.float64
+    assert seen["annotates"], "libraries imported afterwards write `torch.cuda.Stream | None`"
     assert seen["same"], "transformers loads under a meta device and fills buffers later"

@@ -51,6 +51,7 @@ def test_7b_from_72b_on_64_gpus_of_80_gb(tmp_path: Path, capsys: pytest.CaptureF
     # bf16 weights of the 72B model over tensor 4 x pipeline 2.
     held = sum(stage["bytes"]["teachers"] + stage["bytes"]["teacher heads"] for stage in tree["stages"])
     assert held == pytest.approx(2 * 72_706_203_648 / 4, rel=0.001)
+    assert tree["seconds"].pop("expert transfers") == 0, "dense models send no tokens to experts"
     assert all(seconds > 0 for seconds in tree["seconds"].values())
     for word in ("weight push", "assumed", "rollout engine", "teacher states"):
         assert word in printed
