@@ -20,7 +20,7 @@ import yaml
 
 from opd_megatron.convert.display import Display
 from opd_megatron.errors import ConfigError, MissingPathError, WeightsError
-from opd_megatron.weights.families import family_of
+from opd_megatron.weights.families import family_of, sizes_split_by_tensor
 from opd_megatron.weights.folder import PROVENANCE, SafetensorsWriter, new_folder
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
@@ -53,13 +53,7 @@ class ParallelSizes:
 
     def check(self, hf: PretrainedConfig) -> None:
         """Raises ConfigError when the model does not split this way."""
-        heads = hf.num_attention_heads
-        sizes = {
-            "attention heads": heads,
-            "key-value heads": getattr(hf, "num_key_value_heads", None) or heads,
-            "feed-forward columns": hf.intermediate_size,
-        }
-        for what, size in sizes.items():
+        for what, size in sizes_split_by_tensor(hf).items():
             if size % self.tensor:
                 raise ConfigError(f"--tensor {self.tensor} must divide the model's {size} {what}: use another size")
         if hf.num_hidden_layers % self.pipeline:

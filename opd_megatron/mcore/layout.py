@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.weights.families import Dims, family_of
+from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
 from opd_megatron.weights.source import load_hf_config, resolve_model
 
 
@@ -92,14 +92,7 @@ def _data_parallel(config: RunConfig) -> int:
 def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
     """Raises ConfigError unless the parallel sizes divide the model's heads, columns and layers."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    dims, family = Dims.of(hf), family_of(hf)
-    sizes = {"attention heads": hf.num_attention_heads, "key-value heads": dims.groups}
-    if family.experts:
-        sizes["feed-forward columns of an expert"] = dims.expert_ffn
-    else:
-        sizes["feed-forward columns"] = dims.ffn
-    if family.shared_expert:
-        sizes["feed-forward columns of the shared expert"] = dims.shared_ffn
+    dims, family, sizes = Dims.of(hf), family_of(hf), sizes_split_by_tensor(hf)
     for what, size in sizes.items():
         if size % tensor:
             choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]

@@ -275,6 +275,19 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     return family
 
 
+def sizes_split_by_tensor(hf_config: PretrainedConfig) -> dict[str, int]:
+    """What a tensor-parallel size must divide, by name."""
+    dims, family = Dims.of(hf_config), family_of(hf_config)
+    sizes = {"attention heads": hf_config.num_attention_heads, "key-value heads": dims.groups}
+    if family.experts:
+        sizes["feed-forward columns of an expert"] = dims.expert_ffn
+    else:
+        sizes["feed-forward columns"] = dims.ffn
+    if family.shared_expert:
+        sizes["feed-forward columns of the shared expert"] = dims.shared_ffn
+    return sizes
+
+
 def architecture_of(hf_config: PretrainedConfig) -> str:
     """Name of the model class the weights are for, e.g. `LlamaForCausalLM`."""
     if hf_config.architectures:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig
 
 from opd_megatron.convert.weights import ParallelSizes, hf_to_megatron, megatron_to_hf
 from opd_megatron.errors import ConfigError, MissingPathError, OPDError, WeightsError
@@ -250,3 +251,12 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_run_agai
     assert again.returncode == 0, again.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert f"wrote {tmp_path / 'out'}" in again.stdout
+
+
+def test_what_splits_a_model_of_experts_is_the_width_of_an_expert() -> None:
+    hf = Qwen3MoeConfig(
+        num_attention_heads=6, num_key_value_heads=6, intermediate_size=96, moe_intermediate_size=32, num_experts=4,
+        architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--tensor 3 must divide the model's 32 feed-forward columns of an expert"):
+        ParallelSizes(3).check(hf)
