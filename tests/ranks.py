@@ -10,6 +10,7 @@ default process group and destroys it again. A rank that fails or hangs fails th
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -104,6 +105,7 @@ def _serve(connection: Connection) -> None:
             rank, world_size, store, body, args, timeout = connection.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(0.9 * timeout)  # where it hangs goes to the test's stderr
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun would
         try:
             dist.init_process_group(
@@ -116,6 +118,7 @@ def _serve(connection: Connection) -> None:
                 dist.destroy_process_group()
         except Exception as error:
             reply = (False, error, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
         _reply(connection, reply)
 
 

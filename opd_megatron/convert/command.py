@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 _RANKS = """
-One process does it unless --tensor or --pipeline is above 1: then that many ranks are started on this machine, or run
-it under torchrun with as many (`torchrun --nproc-per-node 4 SCRIPT --tensor 2 --pipeline 2 ...`). Each rank needs the
-memory of its shard and up to 1 GiB more."""
+One process does it unless --tensor, --pipeline or --expert is above 1: then that many ranks are started on this
+machine, or run it under torchrun with as many (`torchrun --nproc-per-node 4 SCRIPT --tensor 2 --pipeline 2 ...`). Each
+rank needs the memory of its shard and up to 1 GiB more."""
 _OUT = "new folder; refused when it holds anything, and there only when it is whole"
 
 
@@ -54,13 +54,10 @@ def hf_to_megatron(argv: list[str], prog: str) -> int:
     args = parser.parse_args(argv)
     if _needs_ranks(args):
         return _on_ranks("hf-to-megatron", argv, args)
-    from opd_megatron.convert.weights import ParallelSizes
     from opd_megatron.convert.weights import hf_to_megatron as convert
 
     launcher.leave_cleanly_on_sigterm()
-    convert(
-        args.hf, args.out, ParallelSizes(args.tensor, args.pipeline), dtype=args.dtype, progress=_shows_progress(args)
-    )
+    convert(args.hf, args.out, _layout(args), dtype=args.dtype, progress=_shows_progress(args))
     return _wrote(args)
 
 
@@ -82,12 +79,11 @@ layout, or a run's checkpoint (RUN/checkpoints/step_...)."""
         raise ConfigError(f"--max-shard-gib {args.max_shard_gib} must be positive: the default is 4")
     if _needs_ranks(args):
         return _on_ranks("megatron-to-hf", argv, args)
-    from opd_megatron.convert.weights import ParallelSizes
     from opd_megatron.convert.weights import megatron_to_hf as convert
 
     launcher.leave_cleanly_on_sigterm()
     convert(
-        args.megatron, args.out, ParallelSizes(args.tensor, args.pipeline), hf_config=args.hf_config,
+        args.megatron, args.out, _layout(args), hf_config=args.hf_config,
         dtype=args.dtype, max_shard_bytes=int(args.max_shard_gib * 2**30), progress=_shows_progress(args),
     )  # fmt: skip
     return _wrote(args)
@@ -113,13 +109,14 @@ layout with itself and with the next one. Exit code 1 when a tensor differs."""
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder with safetensors, or a hub id")
     parser.add_argument("--tensor", type=_sizes, default=[1], metavar="N[,N]", help="tensor parallel sizes (1)")
     parser.add_argument("--pipeline", type=_sizes, default=[1], metavar="N[,N]", help="pipeline sizes (1)")
+    parser.add_argument("--expert", type=_sizes, default=[1], metavar="N[,N]", help="expert parallel sizes (1)")
     parser.add_argument("--work", metavar="DIR", help="where the copies go, twice the model's size (system's temp)")
     args = parser.parse_args(argv)
     from opd_megatron.convert.verify import round_trips
     from opd_megatron.convert.weights import ParallelSizes
     from opd_megatron.weights.source import resolve_model
 
-    layouts = [ParallelSizes(t, p) for t, p in itertools.product(args.tensor, args.pipeline)]
+    layouts = [ParallelSizes(*sizes) for sizes in itertools.product(args.tensor, args.pipeline, args.expert)]
     if launcher.is_rank() and len(layouts) > 1:
         raise ConfigError(f"{len(layouts)} layouts under torchrun: give one, or start it plainly to verify them all")
     with _work_folder(args.work) as work:
@@ -151,6 +148,7 @@ def _parser(prog: str, description: str) -> Parser:
 def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor", type=_size, default=1, metavar="N", help="tensor parallel size to work in (1)")
     parser.add_argument("--pipeline", type=_size, default=1, metavar="N", help="pipeline size to work in (1)")
+    parser.add_argument("--expert", type=_size, default=1, metavar="N", help="expert parallel size to work in (1)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the written weights (that of the read ones)")
     _add_quiet(parser)
 
@@ -170,13 +168,19 @@ def _sizes(text: str) -> list[int]:
     return [_size(part) for part in text.split(",")]
 
 
+def _layout(args: argparse.Namespace) -> ParallelSizes:
+    from opd_megatron.convert.weights import ParallelSizes
+
+    return ParallelSizes(args.tensor, args.pipeline, args.expert)
+
+
 def _needs_ranks(args: argparse.Namespace) -> bool:
-    return args.tensor * args.pipeline > 1 and not launcher.is_rank()
+    return args.tensor * args.pipeline * args.expert > 1 and not launcher.is_rank()
 
 
 def _on_ranks(what: str, argv: list[str], args: argparse.Namespace) -> int:
     _refuse_early(args)
-    return launcher.launch("opd_megatron.cli", ["convert", what, *argv], args.tensor * args.pipeline)
+    return launcher.launch("opd_megatron.cli", ["convert", what, *argv], _layout(args).ranks)
 
 
 def _refuse_early(args: argparse.Namespace) -> None:
@@ -228,7 +232,7 @@ def _remove(folder: Path) -> None:
 
 def _convert(what: str, argv: list[str], at: ParallelSizes) -> None:
     """Runs a conversion in this process where it is one of torchrun's ranks or one is enough, else on new ranks."""
-    words = [*argv, "--tensor", str(at.tensor), "--pipeline", str(at.pipeline), "--quiet"]
+    words = [*argv, "--tensor", str(at.tensor), "--pipeline", str(at.pipeline), "--expert", str(at.expert), "--quiet"]
     if launcher.is_rank() or at.ranks == 1:
         COMMANDS[what][0](words, what)
         return

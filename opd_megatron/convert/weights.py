@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ import yaml
 
 from opd_megatron.convert.display import Display
 from opd_megatron.errors import ConfigError, MissingPathError, WeightsError
-from opd_megatron.weights.families import family_of, sizes_split_by_tensor
+from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
 from opd_megatron.weights.folder import PROVENANCE, SafetensorsWriter, new_folder
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
+from opd_megatron.weights.parts import RankParts
 from opd_megatron.weights.plan import hf_shapes
-from opd_megatron.weights.save import SHARD_BYTES, copy_companions, write_shard
+from opd_megatron.weights.save import SHARD_BYTES, copy_companions, write_parts
 from opd_megatron.weights.source import SafetensorsSource, load_hf_config, resolve_model
 
 if TYPE_CHECKING:
@@ -43,16 +44,23 @@ class ParallelSizes:
 
     tensor: int = 1
     pipeline: int = 1
+    expert: int = 1
+    """Ranks of a stage that share every layer's experts out; the rest of the layer is the same on all of them."""
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.expert
 
     def __str__(self) -> str:
-        return f"TP{self.tensor} PP{self.pipeline}"
+        return f"TP{self.tensor} PP{self.pipeline}" + (f" EP{self.expert}" if self.expert > 1 else "")
 
     def check(self, hf: PretrainedConfig) -> None:
         """Raises ConfigError when the model does not split this way."""
+        experts = Dims.of(hf).experts if family_of(hf).experts else 0
+        if self.expert > 1 and not experts:
+            raise ConfigError(f"--expert {self.expert} needs a model of experts, this one has none: leave it out")
+        if experts % self.expert:
+            raise ConfigError(f"--expert {self.expert} must divide the model's {experts} experts: use another size")
         for what, size in sizes_split_by_tensor(hf).items():
             if size % self.tensor:
                 raise ConfigError(f"--tensor {self.tensor} must divide the model's {size} {what}: use another size")
@@ -83,7 +91,7 @@ def hf_to_megatron(
         from opd_megatron.mcore.model_checkpoint import save_model
 
         save_model(model, grid, folder, display.bar("writing", total))
-        facts = {"tensor": sizes.tensor, "pipeline": sizes.pipeline, "padded_vocab": layout.padded_vocab}
+        facts = {**asdict(sizes), "padded_vocab": layout.padded_vocab}
         with _together("the checkpoint was not written: check space and rights"):
             if dist.get_rank() == 0:
                 shutil.copyfile(source / "config.json", folder / "config.json")
@@ -120,7 +128,8 @@ def megatron_to_hf(
         model, layout = _build(config, grid, kind)
         total = sum(parameter.nbytes for parameter in model.parameters())
         load_model(model, grid, source, vocab_size=config.vocab_size, progress=display.bar("reading", total))
-        shown = display.bar("writing", total)
+        parts = RankParts(model, config, layout)
+        shown = display.bar("writing", parts.contributed_numel() * kind.itemsize)
         shapes, first = hf_shapes(config), dist.get_rank() == 0
         refused = "the model was not written: check space and rights"
         with _together(refused):
@@ -130,7 +139,7 @@ def megatron_to_hf(
             if not first:
                 writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes, creates=False)
             with writer:
-                write_shard(model, config, layout, writer, shown)
+                write_parts(parts, writer, shown)
         with _together(refused):
             if first:
                 _copy_config(companions / "config.json", folder / "config.json", kind)
@@ -189,10 +198,10 @@ def _on_ranks(sizes: ParallelSizes) -> Iterator[ParallelGrid]:
         world = dist.get_world_size()
         if world != sizes.ranks:
             raise ConfigError(
-                f"world size {world} must equal --tensor {sizes.tensor} * --pipeline {sizes.pipeline}: "
-                "start another number of ranks or change them"
+                f"world size {world} must equal --tensor {sizes.tensor} * --pipeline {sizes.pipeline} * --expert "
+                f"{sizes.expert}: start another number of ranks or change them"
             )
-        yield ParallelGrid.build(sizes.tensor, sizes.pipeline, 1)
+        yield ParallelGrid.build(sizes.tensor, sizes.pipeline, data=sizes.expert, expert=sizes.expert)
     finally:
         if started:
             dist.destroy_process_group()

@@ -1,9 +1,9 @@
 """Megatron parameters back to Hugging Face tensors, as a stream of bounded buckets.
 
-Per bucket: the owning stage's tensor-parallel ranks send their shards to their rank 0 (one gather), which puts the
-full tensors together and sends them on where they are not yet at home: from another expert-parallel rank to the first
-of its stage, from another stage to the first (one message each). All of that is under way for the next bucket while the
-last one is used (`streaming`).
+Per bucket: the owning stage's tensor-parallel ranks send their parts to their rank 0 (one message each), which puts
+the full tensors together and sends them on where they are not yet at home: from another expert-parallel rank to the
+first of its stage, from another stage to the first (one message each). All of that is under way for the next bucket
+while the last one is used (`streaming`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from opd_megatron.types import Bucket, NamedTensor
-from opd_megatron.weights.families import Shard
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import Entry, Plan, build_plan, stage_parameters
-from opd_megatron.weights.streaming import BUCKET_BYTES, UNITS, Finish, Outbox, exchange, overlapped, receive
+from opd_megatron.weights.parts import RankParts, StreamedTensor, buckets_of
+from opd_megatron.weights.streaming import BUCKET_BYTES, UNITS, Finish, Outbox, exchange, overlapped, receive, when_room
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,168 +37,152 @@ def export_weights(
     """Full Hugging Face tensors in buckets; a rank holds at most `bucket_bytes` beyond its shards.
 
     That is the bucket in use, the next one on its way and what it is made of: so a bucket has at most a third of it.
-    A Megatron parameter with more (an embedding, often) is a bucket by itself, and three times its size is held.
+    A tensor with more (an embedding, often) travels alone, when the bucket before it is no longer needed: beyond it a
+    rank holds what arrives of a row-parallel one, and a third of `bucket_bytes`.
 
     Every rank of one model replica (all TP x PP x EP) must exhaust the iterator: it communicates. Only rank
     (pp 0, tp 0, ep 0) is given buckets. Order: embedding, layers, final norm, output layer unless tied. The tensors
     stay on the model's device in `dtype` (the first parameter's by default), without the vocabulary's padding rows.
     Where nothing has to be gathered they are views of the parameters: use them before the next optimizer step.
     """
-    dtype = dtype or next(model.parameters()).dtype
-    device = next(model.parameters()).device
-    plan = build_plan(hf_config, layout)
-    parameters = {entry.megatron: parameter for entry, parameter in stage_parameters(model, plan, layout)}
-    writes = layout.is_first_stage and layout.tp_rank == 0 and layout.ep_rank == 0
-    outbox = Outbox()
-
-    def begin() -> Iterator[Finish]:
-        for entries in buckets_of(plan, bucket_bytes // UNITS // dtype.itemsize):
-            if _owner(entries[0]) == (layout.pp_rank, layout.ep_rank):
-                shards = [parameters[entry.megatron] for entry in entries]
-                if layout.tp_size == 1 and writes:
-                    yield functools.partial(_views_of_shards, entries, shards, plan, layout, dtype)
-                else:
-                    yield _begin_collect(entries, shards, plan, layout, dtype, outbox)
-            elif _passes(entries[0], layout):
-                yield _begin_receive(entries, layout, dtype, device, outbox)
-
-    yield from overlapped(begin())
-    outbox.wait()
+    kind = dtype or next(model.parameters()).dtype
+    gathering = _Gathering(RankParts(model, hf_config, layout), kind, next(model.parameters()).device)
+    yield from overlapped(gathering.begin(bucket_bytes // UNITS // kind.itemsize))
+    gathering.outbox.wait()
 
 
-def buckets_of(
-    plan: Plan, limit: int, numel: Callable[[Entry], int] = lambda entry: entry.numel
-) -> Iterator[list[Entry]]:
-    """Entries of one owner at a time, at most `limit` elements together unless one entry alone has more."""
-    bucket: list[Entry] = []
-    size = 0
-    for entry in plan.exported():
-        if bucket and (_owner(entry) != _owner(bucket[0]) or size + numel(entry) > limit):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(entry)
-        size += numel(entry)
-    yield bucket
+class _Gathering:
+    """One rank's share of the work."""
 
+    def __init__(self, parts: RankParts, dtype: torch.dtype, device: torch.device) -> None:
+        self.outbox = Outbox()
+        self._parts, self._layout = parts, parts.layout
+        self._dtype, self._device = dtype, device
 
-def _owner(entry: Entry) -> tuple[int, int]:
-    """(pipeline stage, expert-parallel rank) that exports it: of what all expert-parallel ranks hold, the first."""
-    return entry.stage, entry.expert_rank or 0
+    def begin(self, room: int) -> Iterator[Finish]:
+        """Begins with the next bucket, of at most `room` elements, each time it is advanced."""
+        for bucket in buckets_of(self._parts.tensors, room, lambda tensor: tensor.numel):
+            fits = bucket[0].numel <= room
+            start = self._start(bucket, fits)
+            if start is not None:
+                yield when_room(start, fits)
 
+    def _start(self, bucket: list[StreamedTensor], fits: bool) -> Callable[[], Finish] | None:
+        """What this rank does for a bucket; None when it is not concerned."""
+        layout = self._layout
+        if self._parts.exports(bucket[0]):
+            if layout.tp_size == 1 and layout.is_first_stage and layout.ep_rank == 0:
+                return lambda: functools.partial(self._own_tensors, bucket)
+            return functools.partial(self._gather if fits else self._gather_alone, bucket)
+        # Another rank's tensors come by here on their way to the first stage's first rank.
+        if layout.tp_rank == layout.ep_rank == 0 and (layout.is_first_stage or bucket[0].owner[0] == layout.pp_rank):
+            return functools.partial(self._receive, bucket)
+        return None
 
-def _passes(entry: Entry, layout: ShardLayout) -> bool:
-    """Whether another rank's tensor comes by here on its way to the first stage's first rank."""
-    return layout.tp_rank == layout.ep_rank == 0 and (layout.is_first_stage or entry.stage == layout.pp_rank)
+    def _own_tensors(self, bucket: Sequence[StreamedTensor]) -> list[NamedTensor]:
+        """Of an unsharded stage; only what Megatron interleaves, or another dtype, is copied."""
+        return [(tensor.name, self._parts.own(tensor).to(self._dtype)) for tensor in bucket]
 
+    def _gather(self, bucket: Sequence[StreamedTensor]) -> Finish:
+        """Begins to gather a bucket within its stage, one message a rank; what all ranks hold stays at home."""
+        sharded = [tensor for tensor in bucket if not tensor.replicated]
+        first = self._layout.tp_rank == 0
+        ranks = range(1, self._layout.tp_size) if sharded else ()
+        sizes = {rank: [math.prod(self._parts.shape(tensor, rank)) for tensor in sharded] for rank in ranks}
+        if first:  # its own parts need no message
+            flats = [self._empty(sum(sizes[rank])) for rank in ranks]
+            works = exchange(flats, ranks, self._layout.tp_group, sends=False)
+        else:
+            flats = [torch.cat([self._own_flat(tensor) for tensor in sharded])] if sharded else []
+            works = exchange(flats, [0], self._layout.tp_group, sends=True) if sharded else []
 
-def _views_of_shards(
-    entries: Sequence[Entry], shards: Sequence[torch.Tensor], plan: Plan, layout: ShardLayout, dtype: torch.dtype
-) -> list[NamedTensor]:
-    """An unsharded stage's tensors; only what Megatron interleaves (QKV), or another dtype, is copied."""
-    bucket: list[NamedTensor] = []
-    for entry, shard in zip(entries, shards, strict=True):
-        for piece in plan.pieces(entry, layout, 0):
-            bucket.append((piece.name, piece.of_shard(shard).reshape(entry.hf[piece.name]).to(dtype)))
-    return bucket
+        def finish() -> list[NamedTensor] | None:
+            for work in works:
+                work.wait()
+            if not first:
+                return None
+            self.outbox.wait()
+            flat, tensors = self._empty_bucket(bucket)
+            for tensor in bucket:
+                self._parts.place(tensor, 0, tensors[tensor.name]).copy_(self._parts.own(tensor))
+            for rank, arrived in enumerate(flats, 1):
+                for tensor, values in zip(sharded, arrived.split(sizes[rank]), strict=True):
+                    place = self._parts.place(tensor, rank, tensors[tensor.name])
+                    place.copy_(values.view(place.shape))
+            return self._send_on(flat, tensors)
 
+        return finish
 
-def _begin_collect(
-    entries: Sequence[Entry],
-    shards: Sequence[torch.Tensor],
-    plan: Plan,
-    layout: ShardLayout,
-    dtype: torch.dtype,
-    outbox: Outbox,
-) -> Finish:
-    """Begins to gather one bucket within its stage; finishing sends it on, or returns it where it is at home."""
-    gathered = _begin_gather(entries, shards, layout, dtype)
+    def _gather_alone(self, bucket: Sequence[StreamedTensor]) -> Finish:
+        """The same for a tensor that is larger than a bucket: what can be is received where it belongs."""
+        (tensor,) = bucket
+        first = self._layout.tp_rank == 0
+        if not first:
+            own = self._own_flat(tensor)
+            works = [] if tensor.replicated else exchange([own], [0], self._layout.tp_group, sends=True)
+            return functools.partial(_wait_for, works, own)
+        self.outbox.wait()
+        flat, tensors = self._empty_bucket(bucket)
+        full = tensors[tensor.name]
+        ranks = [] if tensor.replicated else range(1, self._layout.tp_size)
+        places = [self._parts.place(tensor, rank, full) for rank in ranks]
+        arriving = [
+            place if place.is_contiguous() else self._empty(place.numel()).view(place.shape) for place in places
+        ]
+        works = exchange([values.view(-1) for values in arriving], ranks, self._layout.tp_group, sends=False)
+        self._parts.place(tensor, 0, full).copy_(self._parts.own(tensor))
 
-    def finish() -> list[NamedTensor] | None:
-        by_rank = gathered()
-        if by_rank is None:
-            return None
-        outbox.wait()
-        flat, tensors = _empty_bucket(entries, dtype, shards[0].device)
-        for tp_rank, parts in enumerate(by_rank):
-            for entry, part in zip(entries, parts, strict=True):
-                if entry.shard is Shard.REPLICATED and tp_rank > 0:
-                    continue
-                for piece in plan.pieces(entry, layout, tp_rank):
-                    piece.of_full(tensors[piece.name]).copy_(piece.of_shard(part))
-        return _send_on(flat, tensors, layout, outbox)
+        def finish() -> list[NamedTensor] | None:
+            for work in works:
+                work.wait()
+            for place, values in zip(places, arriving, strict=True):
+                if values is not place:
+                    place.copy_(values)
+            return self._send_on(flat, tensors)
 
-    return finish
+        return finish
 
+    def _receive(self, bucket: Sequence[StreamedTensor]) -> Finish:
+        """On the first expert-parallel rank of a stage: begins to take what comes by; finishing sends it on."""
+        stage, expert_rank = bucket[0].owner
+        at_home = stage == self._layout.pp_rank
+        group, source = (self._layout.ep_group, expert_rank) if at_home else (self._layout.pp_group, stage)
+        assert group is not None
+        flat, tensors = self._empty_bucket(bucket)
+        work = receive(flat, group, source)
 
-def _send_on(
-    flat: torch.Tensor, tensors: dict[str, torch.Tensor], layout: ShardLayout, outbox: Outbox
-) -> list[NamedTensor] | None:
-    """To the first expert-parallel rank of the stage, from there to the first stage; there it is returned."""
-    if layout.ep_rank == 0 and layout.is_first_stage:
-        return list(tensors.items())
-    group = layout.ep_group if layout.ep_rank > 0 else layout.pp_group
-    assert group is not None
-    outbox.send(flat, group, to=0)
-    return None
-
-
-def _begin_gather(
-    entries: Sequence[Entry], shards: Sequence[torch.Tensor], layout: ShardLayout, dtype: torch.dtype
-) -> Callable[[], list[list[torch.Tensor]] | None]:
-    """Every tensor-parallel rank's shards, on tensor-parallel rank 0; None on the others. Replicated ones stay home."""
-    if layout.tp_size == 1:
-        return lambda: [list(shards)]
-    assert layout.tp_group is not None
-    sharded = [s for e, s in zip(entries, shards, strict=True) if e.shard is not Shard.REPLICATED]
-    sizes = [shard.numel() for shard in sharded]
-    collects = layout.tp_rank == 0
-    peers = range(1, layout.tp_size) if collects else [0]
-    if collects:  # its own shards need no copy
-        flats = [shards[0].new_empty(sum(sizes), dtype=dtype) for _ in peers]
-    else:
-        flats = [torch.cat([shard.reshape(-1).to(dtype) for shard in sharded])] if sharded else []
-    works = exchange(flats, peers, layout.tp_group, sends=not collects) if sharded else []
-
-    def finish() -> list[list[torch.Tensor]] | None:
-        for work in works:
+        def finish() -> list[NamedTensor] | None:
             work.wait()
-        if not collects:
-            return None
-        by_rank = [list(shards)]
-        for flat in flats:
-            parts = iter(flat.split(sizes))
-            by_rank.append([
-                shard if entry.shard is Shard.REPLICATED else next(parts).view(shard.shape)
-                for entry, shard in zip(entries, shards, strict=True)
-            ])  # fmt: skip
-        return by_rank
+            self.outbox.wait()
+            return self._send_on(flat, tensors)
 
-    return finish
+        return finish
+
+    def _send_on(self, flat: torch.Tensor, tensors: dict[str, torch.Tensor]) -> list[NamedTensor] | None:
+        """To the first expert-parallel rank of the stage, from there to the first stage; there it is returned."""
+        layout = self._layout
+        if layout.ep_rank == 0 and layout.is_first_stage:
+            return list(tensors.items())
+        group = layout.ep_group if layout.ep_rank > 0 else layout.pp_group
+        assert group is not None
+        self.outbox.send(flat, group, to=0)
+        return None
+
+    def _own_flat(self, tensor: StreamedTensor) -> torch.Tensor:
+        return self._parts.own(tensor).reshape(-1).to(self._dtype)
+
+    def _empty(self, numel: int) -> torch.Tensor:
+        return torch.empty(numel, dtype=self._dtype, device=self._device)
+
+    def _empty_bucket(self, bucket: Sequence[StreamedTensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One flat buffer and the full tensors, by name, as views of it."""
+        sizes = [tensor.numel for tensor in bucket]
+        flat = self._empty(sum(sizes))
+        parts = zip(bucket, flat.split(sizes), strict=True)
+        return flat, {tensor.name: part.view(tensor.shape) for tensor, part in parts}
 
 
-def _begin_receive(
-    entries: Sequence[Entry], layout: ShardLayout, dtype: torch.dtype, device: torch.device, outbox: Outbox
-) -> Finish:
-    """On the first expert-parallel rank of a stage: begins to take what comes by; finishing sends it on."""
-    stage, expert_rank = _owner(entries[0])
-    group, source = (layout.ep_group, expert_rank) if stage == layout.pp_rank else (layout.pp_group, stage)
-    assert group is not None
-    flat, tensors = _empty_bucket(entries, dtype, device)
-    work = receive(flat, group, source)
-
-    def finish() -> list[NamedTensor] | None:
+def _wait_for(works: Sequence[dist.Work], sent: torch.Tensor) -> None:
+    """`sent` is kept until it has left."""
+    for work in works:
         work.wait()
-        outbox.wait()
-        return _send_on(flat, tensors, layout, outbox)
-
-    return finish
-
-
-def _empty_bucket(
-    entries: Sequence[Entry], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One flat buffer and the full tensors as views of it."""
-    shapes = {name: shape for entry in entries for name, shape in entry.hf.items()}
-    flat = torch.empty(sum(map(math.prod, shapes.values())), dtype=dtype, device=device)
-    parts = flat.split([math.prod(shape) for shape in shapes.values()])
-    return flat, {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

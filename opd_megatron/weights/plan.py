@@ -59,16 +59,8 @@ class Piece:
     offset: int
     width: int
 
-    def of_slice(self, tensor: torch.Tensor) -> torch.Tensor:
-        """View [blocks, width, ...] of the Hugging Face slice."""
-        return tensor.unflatten(0, (self.blocks, self.width))
-
-    def of_full(self, tensor: torch.Tensor) -> torch.Tensor:
-        """View [blocks, width, ...] of the slice within the full Hugging Face tensor."""
-        return self.of_slice(tensor.narrow(self.dim, self.start, self.length))
-
     def of_shard(self, shard: torch.Tensor) -> torch.Tensor:
-        """View [blocks, width, ...] of the same numbers within the shard."""
+        """View [blocks, width, ...] of the slice's numbers within the shard."""
         return shard.unflatten(0, (self.blocks, shard.shape[0] // self.blocks)).narrow(1, self.offset, self.width)
 
     def slices(self) -> tuple[slice, ...]:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from opd_megatron.errors import WeightsError
 from opd_megatron.types import Bucket
-from opd_megatron.weights.families import Shard, architecture_of
+from opd_megatron.weights.families import architecture_of
 from opd_megatron.weights.folder import SafetensorsWriter, partial_folder
-from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import build_plan, hf_shapes, stage_parameters
+from opd_megatron.weights.parts import RankParts
+from opd_megatron.weights.plan import hf_shapes
 from opd_megatron.weights.source import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -86,25 +85,16 @@ def write_hf(
         copy_companions(Path(companions), folder)
 
 
-def write_shard(
-    model: nn.Module,
-    hf_config: PretrainedConfig,
-    layout: ShardLayout,
-    writer: SafetensorsWriter,
-    progress: Callable[[int], None] = lambda _: None,
-) -> None:
+def write_parts(parts: RankParts, writer: SafetensorsWriter, progress: Callable[[int], None] = lambda _: None) -> None:
     """Writes this rank's part of every Hugging Face tensor where it belongs: nothing is gathered, no tensor is built.
 
-    The inverse of `load_weights`, by the same pieces. All ranks of a layout together write everything.
+    All ranks of a layout together write everything once. `progress` is told the bytes of each part.
     """
-    plan = build_plan(hf_config, layout)
-    for entry, parameter in stage_parameters(model, plan, layout):
-        if not entry.tied_copy and (entry.shard is not Shard.REPLICATED or layout.tp_rank == 0):
-            for piece in plan.pieces(entry, layout, layout.tp_rank):
-                for block, values in enumerate(piece.of_shard(parameter)):
-                    start = piece.start + block * piece.width if piece.dim == 0 else piece.start
-                    writer.write_part(piece.name, values, dim=piece.dim, start=start)
-        progress(parameter.nbytes)
+    for tensor in parts.contributed():
+        piece, values = parts.piece(tensor, parts.layout.tp_rank), parts.own(tensor)
+        if piece is not None:
+            writer.write_part(tensor.name, values, dim=piece.dim, start=piece.start)
+        progress(values.nbytes)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ neighbours.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -17,11 +18,10 @@ import torch.distributed as dist
 from torch import nn
 
 from opd_megatron.types import Bucket, NamedTensor
-from opd_megatron.weights.export import buckets_of
 from opd_megatron.weights.families import Shard
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import Entry, Plan, build_plan, stage_parameters
-from opd_megatron.weights.streaming import BUCKET_BYTES, UNITS, Finish, Outbox, as_bytes, overlapped, receive
+from opd_megatron.weights.parts import RankParts, StreamedTensor, buckets_of
+from opd_megatron.weights.streaming import BUCKET_BYTES, UNITS, Finish, Outbox, as_bytes, overlapped, receive, when_room
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,84 +46,98 @@ def export_shards(
 
     Every rank of one model replica (all TP x PP) must exhaust the iterator: it communicates. Each rank of the first
     stage is given its buckets, as many as the others of that stage get. A rank holds at most `bucket_bytes` beyond its
-    shards, unless a single parameter's shard has more than a third of that. Where nothing is rearranged or sent the
-    tensors are views of the parameters: use them before the next optimizer step.
+    shards; a part with more than a third of that travels alone, when the bucket before it is no longer needed. Where
+    nothing is rearranged or sent the tensors are views of the parameters: use them before the next optimizer step.
 
     Args:
         vocab_rows: rows of embedding and head that each of the engine's ranks but the last holds.
     """
-    dtype = dtype or next(model.parameters()).dtype
-    device = next(model.parameters()).device
-    plan = build_plan(hf_config, layout)
-    parameters = {entry.megatron: parameter for entry, parameter in stage_parameters(model, plan, layout)}
-    cut = _Cut(plan, layout, vocab_rows)
-    outbox = Outbox()
-
-    def begin() -> Iterator[Finish]:
-        for entries in buckets_of(plan, bucket_bytes // UNITS // dtype.itemsize, cut.numel):
-            if entries[0].stage == layout.pp_rank:
-                shards = [parameters[entry.megatron] for entry in entries]
-                yield _begin_cut(entries, shards, cut, dtype, outbox)
-            elif layout.is_first_stage:
-                yield _begin_receive(entries, cut, dtype, device)
-
-    yield from overlapped(begin())
-    outbox.wait()
+    kind = dtype or next(model.parameters()).dtype
+    cut = _Cut(RankParts(model, hf_config, layout), kind, next(model.parameters()).device, vocab_rows)
+    yield from overlapped(cut.begin(bucket_bytes // UNITS // kind.itemsize))
+    cut.outbox.wait()
 
 
 class _Cut:
-    """How the engine cuts each tensor, and how one rank's parameters turn into that."""
+    """How the engine cuts each tensor, and how one rank's parts turn into that."""
 
-    def __init__(self, plan: Plan, layout: ShardLayout, vocab_rows: int) -> None:
-        self.plan, self.layout = plan, layout
-        self._theirs = _bounds(plan.dims.vocab, vocab_rows, layout.tp_size)
-        self._ours = _bounds(plan.dims.vocab, layout.padded_vocab // layout.tp_size, layout.tp_size)
-        assert self._theirs[-1][1] == plan.dims.vocab, f"{vocab_rows} rows a rank do not hold {plan.dims.vocab} tokens"
+    def __init__(self, parts: RankParts, dtype: torch.dtype, device: torch.device, vocab_rows: int) -> None:
+        self.outbox = Outbox()
+        self._parts, self._layout, self._dtype, self._device = parts, parts.layout, dtype, device
+        vocab, ranks = parts.plan.dims.vocab, self._layout.tp_size
+        self._theirs = _bounds(vocab, vocab_rows, ranks)
+        self._ours = _bounds(vocab, self._layout.padded_vocab // ranks, ranks)
+        assert self._theirs[-1][1] == vocab, f"{vocab_rows} rows a rank do not hold {vocab} tokens"
 
-    def numel(self, entry: Entry) -> int:
-        """Elements of a parameter on the rank that has most of them, the same number on every rank."""
-        return sum(math.prod(shape) for shape in self._shapes(entry, tp_rank=0).values())
+    def begin(self, room: int) -> Iterator[Finish]:
+        """Begins with the next bucket, of at most `room` elements on any rank, each time it is advanced."""
+        for bucket in buckets_of(self._parts.tensors, room, self._most):
+            fits = self._most(bucket[0]) <= room
+            if self._parts.exports(bucket[0]):
+                yield when_room(functools.partial(self._begin_own, bucket), fits)
+            elif self._layout.is_first_stage:
+                yield when_room(functools.partial(self._begin_receive, bucket), fits)
 
-    def shapes(self, entries: Sequence[Entry]) -> dict[str, tuple[int, ...]]:
-        """This rank's part of each Hugging Face tensor."""
-        rank = self.layout.tp_rank
-        return {name: shape for entry in entries for name, shape in self._shapes(entry, rank).items()}
+    def _most(self, tensor: StreamedTensor) -> int:
+        """Elements on the rank that has most of them, the same number on every rank."""
+        return math.prod(self._shape(tensor, tp_rank=0))
 
-    def _shapes(self, entry: Entry, tp_rank: int) -> dict[str, tuple[int, ...]]:
-        if entry.shard is Shard.VOCAB:
-            start, stop = self._theirs[tp_rank]
-            return {name: (stop - start, *shape[1:]) for name, shape in entry.hf.items()}
-        return {
-            piece.name: tuple(
-                piece.length if dim == piece.dim else size for dim, size in enumerate(entry.hf[piece.name])
-            )
-            for piece in self.plan.pieces(entry, self.layout, tp_rank)
-        }
+    def _shape(self, tensor: StreamedTensor, tp_rank: int) -> tuple[int, ...]:
+        """Of the part that the engine's `tp_rank` holds."""
+        if tensor.entry.shard is not Shard.VOCAB:
+            return self._parts.shape(tensor, tp_rank)
+        start, stop = self._theirs[tp_rank]
+        return (stop - start, *tensor.shape[1:])
 
-    def begin(
-        self, entry: Entry, shard: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[list[NamedTensor], dist.Work | None]:
-        """The tensors, and what to wait for before they hold their values."""
-        if entry.shard is not Shard.VOCAB:
-            pieces = self.plan.pieces(entry, self.layout, self.layout.tp_rank)
-            return [(piece.name, piece.of_shard(shard).flatten(0, 1).to(dtype)) for piece in pieces], None
-        ((name, _),) = entry.hf.items()
-        start, stop = self._ours[self.layout.tp_rank]
-        rows = shard[: stop - start].to(dtype)
-        if self._ours == self._theirs:
-            return [(name, rows)], None
-        tensor, work = self._exchange(rows)
-        return [(name, tensor)], work
+    def _begin_own(self, bucket: Sequence[StreamedTensor]) -> Finish:
+        """Begins with a bucket of this stage; finishing sends it to the first stage, or returns it there."""
+        self.outbox.wait()
+        begun = [(tensor.name, *self._begin_part(tensor)) for tensor in bucket]
+
+        def finish() -> list[NamedTensor] | None:
+            for _, _, work in begun:
+                if work is not None:
+                    work.wait()
+            if self._layout.is_first_stage:
+                return [(name, values) for name, values, _ in begun]
+            assert self._layout.pp_group is not None
+            flats = [values.reshape(-1) for _, values, _ in begun]
+            self.outbox.send(torch.cat(flats) if len(flats) > 1 else flats[0], self._layout.pp_group, to=0)
+            return None
+
+        return finish
+
+    def _begin_part(self, tensor: StreamedTensor) -> tuple[torch.Tensor, dist.Work | None]:
+        """The engine's part of a tensor, and what to wait for before it holds its values."""
+        own = self._parts.own(tensor).to(self._dtype)
+        if tensor.entry.shard is not Shard.VOCAB or self._ours == self._theirs:
+            return own, None
+        return self._exchange(own)
+
+    def _begin_receive(self, bucket: Sequence[StreamedTensor]) -> Finish:
+        """On the first stage: begins to take the same rank's bucket of another stage."""
+        assert self._layout.pp_group is not None
+        shapes = {tensor.name: self._shape(tensor, self._layout.tp_rank) for tensor in bucket}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
+        work = receive(flat, self._layout.pp_group, bucket[0].owner[0])
+
+        def finish() -> list[NamedTensor]:
+            work.wait()
+            parts = zip(shapes.items(), flat.split(sizes), strict=True)
+            return [(name, part.view(shape)) for (name, shape), part in parts]
+
+        return finish
 
     def _exchange(self, rows: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
         """From this rank's rows under our bounds to its rows under theirs. Both lie in the order of the vocabulary, so
         what goes to (or comes from) each rank is one block, and the blocks are in the order of the ranks."""
-        rank = self.layout.tp_rank
+        rank = self._layout.tp_rank
         sends = [_overlap(self._ours[rank], theirs) for theirs in self._theirs]
         takes = [_overlap(ours, self._theirs[rank]) for ours in self._ours]
         tensor = rows.new_empty(sum(takes), *rows.shape[1:])
         work = dist.all_to_all_single(
-            as_bytes(tensor), as_bytes(rows.contiguous()), takes, sends, group=self.layout.tp_group, async_op=True
+            as_bytes(tensor), as_bytes(rows.contiguous()), takes, sends, group=self._layout.tp_group, async_op=True
         )
         assert work is not None
         return tensor, work
@@ -136,41 +150,3 @@ def _bounds(vocab: int, rows: int, ranks: int) -> list[tuple[int, int]]:
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
     return max(0, min(a[1], b[1]) - max(a[0], b[0]))
-
-
-def _begin_cut(
-    entries: Sequence[Entry], shards: Sequence[torch.Tensor], cut: _Cut, dtype: torch.dtype, outbox: Outbox
-) -> Finish:
-    """Begins with one bucket of this stage; finishing sends it to the first stage, or returns it there."""
-    outbox.wait()
-    begun = [cut.begin(entry, shard, dtype) for entry, shard in zip(entries, shards, strict=True)]
-
-    def finish() -> list[NamedTensor] | None:
-        bucket: list[NamedTensor] = []
-        for tensors, work in begun:
-            if work is not None:
-                work.wait()
-            bucket += tensors
-        if cut.layout.is_first_stage:
-            return bucket
-        assert cut.layout.pp_group is not None
-        outbox.send(torch.cat([tensor.reshape(-1) for _, tensor in bucket]), cut.layout.pp_group, to=0)
-        return None
-
-    return finish
-
-
-def _begin_receive(entries: Sequence[Entry], cut: _Cut, dtype: torch.dtype, device: torch.device) -> Finish:
-    """On the first stage: begins to take the same rank's bucket of another stage."""
-    assert cut.layout.pp_group is not None
-    shapes = cut.shapes(entries)
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-    work = receive(flat, cut.layout.pp_group, entries[0].stage)
-
-    def finish() -> list[NamedTensor]:
-        work.wait()
-        parts = zip(shapes.items(), flat.split(sizes), strict=True)
-        return [(name, part.view(shape)) for (name, shape), part in parts]
-
-    return finish

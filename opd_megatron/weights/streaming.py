@@ -36,6 +36,11 @@ def overlapped(begun: Iterator[Finish]) -> Iterator[Bucket]:
         bucket = None
 
 
+def when_room(start: Callable[[], Finish], fits: bool) -> Finish:
+    """A transfer that begins now or, when it is larger than a bucket, once the bucket before it has been used."""
+    return start() if fits else lambda: start()()
+
+
 class Outbox:
     """Messages to another rank, one at a time on its way."""
 
@@ -64,19 +69,20 @@ def receive(flat: torch.Tensor, group: ProcessGroup, source: int) -> dist.Work:
 
 
 def exchange(
-    flats: Sequence[torch.Tensor], peers: Sequence[int], group: ProcessGroup, *, sends: bool
+    flats: Sequence[torch.Tensor], peers: Sequence[int], group: ProcessGroup | None, *, sends: bool
 ) -> list[dist.Work]:
     """Begins to send each of `flats` to, or to fill it from, the peer (rank within the group) beside it.
 
-    Every rank of the group must call it. Plain messages, as some backends' gather makes a copy of everything.
+    Every rank of the group must call it; empty ones stay at home. Plain messages, as some backends' gather makes a
+    copy of everything.
     """
     operation = dist.isend if sends else dist.irecv
-    return dist.batch_isend_irecv(
-        [
-            dist.P2POp(operation, as_bytes(flat), group=group, group_peer=peer)
-            for flat, peer in zip(flats, peers, strict=True)
-        ]
-    )
+    messages = [
+        dist.P2POp(operation, as_bytes(flat), group=group, group_peer=peer)
+        for flat, peer in zip(flats, peers, strict=True)
+        if flat.numel() > 0
+    ]
+    return dist.batch_isend_irecv(messages) if messages else []
 
 
 def as_bytes(flat: torch.Tensor) -> torch.Tensor:

@@ -260,3 +260,10 @@ def test_what_splits_a_model_of_experts_is_the_width_of_an_expert() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="--tensor 3 must divide the model's 32 feed-forward columns of an expert"):
         ParallelSizes(3).check(hf)
+
+
+def test_expert_parallelism_needs_experts_that_it_divides() -> None:
+    with pytest.raises(ConfigError, match="--expert 3 must divide the model's 4 experts: use another size"):
+        ParallelSizes(expert=3).check(CONFIGS["qwen3_moe"])
+    with pytest.raises(ConfigError, match="--expert 2 needs a model of experts, this one has none: leave it out"):
+        ParallelSizes(expert=2).check(CONFIGS["llama"])
