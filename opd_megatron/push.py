@@ -28,7 +28,7 @@ def weight_stream(
     """
     rollout = config.rollout
     if not (
-        rollout.engine == "vllm" and rollout.shard_to_shard and shards_alike(student.hf, student.layout, rollout.tensor)
+        rollout.engine == "vllm" and rollout.shard_to_shard and shards_alike(student.layout, rollout.tensor)
     ):
         return student.export
     # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.

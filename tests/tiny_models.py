@@ -24,8 +24,9 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: 
         "qwen3_moe": Qwen3MoeConfig,
     }  # fmt: skip
     experts = {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "norm_topk_prob": family == "qwen3_moe",
+        **({"shared_expert_intermediate_size": 48} if family == "qwen2_moe" else {}),
     }  # fmt: skip
     settings: dict[str, Any] = {
         "hidden_size": 64,

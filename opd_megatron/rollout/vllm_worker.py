@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 # It warns at every update about rotary tables and tied heads; `opd_end_update` tells what is really missing.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -39,10 +43,12 @@ class WeightReceiver:
         """Puts every layer into loading mode; closes an update that was left open."""
         if self.opd_update_open:
             self.opd_end_update()
+        model = self.model_runner.get_model()
+        _forget_packed_experts(model)
         with set_current_vllm_config(self.vllm_config):
             # Bare load_weights fails on CPU, where linear weights are prepacked; the layerwise reload unpacks,
             # loads, packs again and keeps the storage that CUDA graphs point to.
-            initialize_layerwise_reload(self.model_runner.get_model())
+            initialize_layerwise_reload(model)
         self.opd_update_open = True
 
     def opd_load(self, paths: list[str]) -> str | None:
@@ -85,7 +91,8 @@ class _ShardsTakenWhole:
     """Until `undo`, every layer loads what it is given as it is: as the first rank of a checkpoint that ends there.
 
     vLLM's loaders take `tp_rank`'s part of a full tensor. For rank 0 that part begins at the tensor's first row or
-    column and has the shard's size, so of a tensor that is just the shard it is all.
+    column and has the shard's size, so of a tensor that is just the shard it is all. Experts' loaders divide what they
+    are given by the number of ranks, unless they are told that it is a shard.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,6 +107,9 @@ class _ShardsTakenWhole:
                 first = dataclasses.replace(layer.shard_indices, org_vocab_start_index=0, org_vocab_end_index=rows)
                 self._set(layer, "shard_indices", first)
                 self._set(layer, "org_vocab_size", rows)
+            elif isinstance(layer, RoutedExperts):
+                for name in ("_load_w13", "_load_w2"):
+                    self._set(layer, name, _told_of_shards(getattr(layer, name)))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._before.append((owner, name, getattr(owner, name)))
@@ -108,6 +118,23 @@ class _ShardsTakenWhole:
     def undo(self) -> None:
         for owner, name, value in self._before:
             setattr(owner, name, value)
+
+
+def _told_of_shards(load: Callable[..., None]) -> Callable[..., None]:
+    return lambda *args, **kwargs: load(*args, **{**kwargs, "load_full": True})
+
+
+def _forget_packed_experts(model: nn.Module) -> None:
+    """On a CPU experts are packed for the kernel when it is made, and only then: an update needs a new one.
+
+    (`UnquantizedFusedMoEMethod._setup_kernel` takes raw weights for packed ones at every update; on a GPU nothing is
+    done to them at that place.)
+    """
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, FusedMoEMethodBase):
+                method.moe_kernel = None
 
 
 def _tied_heads(model: nn.Module) -> list[ParallelLMHead]:

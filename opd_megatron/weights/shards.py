@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def shards_alike(hf_config: PretrainedConfig, layout: ShardLayout, tensor: int) -> bool:
-    """Whether an engine of tensor-parallel size `tensor` cuts this model's tensors as the trainer does."""
-    # Experts: the engine cuts each one, the trainer may hold whole ones.
-    return layout.tp_size == tensor > 1 and not getattr(hf_config, "num_experts", None)
+def shards_alike(layout: ShardLayout, tensor: int) -> bool:
+    """Whether an engine of tensor-parallel size `tensor` cuts a model's tensors as the trainer does."""
+    # The engine cuts every expert: no rank of a trainer that shares experts out has all of what one worker holds.
+    return layout.tp_size == tensor > 1 and layout.ep_size == 1
 
 
 def export_shards(

@@ -14,7 +14,7 @@ from opd_megatron.weights.load import load_weights
 from opd_megatron.weights.shards import export_shards, shards_alike
 from opd_megatron.weights.source import load_hf_config
 from tests.ranks import run_ranks
-from tests.weights.checkpoints import CONFIGS, PADDED_VOCAB, SIZES, write_checkpoint
+from tests.weights.checkpoints import PADDED_VOCAB, SIZES, write_checkpoint
 from tests.weights.live_bytes import LiveBytes
 
 BUCKET_BYTES = 40_000
@@ -40,7 +40,7 @@ def _expected(name: str, tensor: torch.Tensor, rank: int, tp: int, rows: int) ->
     """What rank `rank` of `tp` of an engine holds of a full tensor, by the rules of tensor-parallel linears."""
     if "embed_tokens" in name or "lm_head" in name:
         return tensor[rank * rows : (rank + 1) * rows]
-    if "norm" in name:
+    if "norm" in name or "gate.weight" in name:  # a router, or the gate of a shared expert
         return tensor
     return tensor.chunk(tp, dim=1 if "o_proj" in name or "down_proj" in name else 0)[rank]
 
@@ -63,7 +63,7 @@ def _check_all(rank: int, world_size: int, tp: int, pp: int, folders: dict[str, 
 
 @pytest.mark.parametrize("pp", [1, 2])
 def test_every_rank_hands_over_its_part_of_every_tensor_bit_for_bit(checkpoints: dict[str, Path], pp: int) -> None:
-    names = ("llama_tied", "llama_untied", "llama_wide_heads", "qwen2_untied")
+    names = ("llama_tied", "llama_untied", "llama_wide_heads", "qwen2_untied", "qwen2_moe", "qwen3_moe")
     run_ranks(2 * pp, _check_all, 2, pp, {name: checkpoints[name] for name in names})
 
 
@@ -89,13 +89,11 @@ def test_no_rank_makes_a_full_tensor_or_holds_more_than_one_bucket(tmp_path: Pat
         assert peak <= limit
 
 
-def test_only_equal_tensor_parallel_sizes_of_a_dense_model_are_cut_alike() -> None:
-    def layout(tp: int) -> ShardLayout:
-        return ShardLayout(PADDED_VOCAB, first_layer=0, num_layers=2, tp_size=tp)
+def test_only_equal_tensor_parallel_sizes_are_cut_alike() -> None:
+    def layout(tp: int, ep: int = 1) -> ShardLayout:
+        return ShardLayout(PADDED_VOCAB, first_layer=0, num_layers=2, tp_size=tp, ep_size=ep)
 
-    dense = CONFIGS["llama_tied"]
-    assert shards_alike(dense, layout(2), 2)
-    assert not shards_alike(dense, layout(2), 1)
-    assert not shards_alike(dense, layout(1), 1), "there is nothing to gather"
-    sparse = LlamaConfig(**SIZES, num_experts=4)
-    assert not shards_alike(sparse, layout(2), 2), "an engine cuts every expert, a trainer need not"
+    assert shards_alike(layout(2), 2)
+    assert not shards_alike(layout(2), 1)
+    assert not shards_alike(layout(1), 1), "there is nothing to gather"
+    assert not shards_alike(layout(2, ep=2), 2), "an engine cuts every expert, an expert-parallel trainer does not"
