@@ -27,9 +27,7 @@ def weight_stream(
         on_event: gets a line when the ranks share no files with the engine, so that tensors must be gathered.
     """
     rollout = config.rollout
-    if not (
-        rollout.engine == "vllm" and rollout.shard_to_shard and shards_alike(student.layout, rollout.tensor)
-    ):
+    if not (rollout.engine == "vllm" and rollout.shard_to_shard and shards_alike(student.layout, rollout.tensor)):
         return student.export
     # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.
     senders = dist.new_group(list(range(student.grid.tensor)), backend="gloo")
