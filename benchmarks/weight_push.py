@@ -3,9 +3,9 @@
 `time/sync` covers the whole way: export from Megatron's shards as Hugging Face tensors, transport to the engine's
 process, loading there, and the reset of the prefix cache. The first push of a run, which warms up, is shown apart.
 
-Then trainer and engine at tensor-parallel size `--tensor` (2; 1 leaves that out, as the quick form does), shard to shard
-beside tensors that are gathered first. The demo's student has 9 heads and 3 key-value heads, so for any size but 3 a
-random model as large stands in.
+Then trainer and engine at tensor-parallel size `--tensor` (2; 1 leaves that out, as the quick form does), shard to
+shard beside tensors that are gathered first. The demo's student has 9 heads and 3 key-value heads, so for any size
+but 3 a random model as large stands in.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@
 # MASTER_PORT      a free port on it (29500)
 # OMP_NUM_THREADS  threads of each rank; by default the machine's cores shared among its ranks
 #
-# output_dir must lie on storage that all machines see.
+# output_dir must lie on storage that all machines see. SIGTERM or SIGUSR1 to this process, on any machine, lets the run
+# save its current step and end with exit code 0; the same command goes on from there.
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
@@ -36,4 +37,4 @@ else
     rendezvous=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the name of machine 0}" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" -m opd_megatron.train "$@"
+exec "$python" -m opd_megatron.agent "${rendezvous[@]}" --nproc-per-node "$nproc" -m opd_megatron.train "$@"

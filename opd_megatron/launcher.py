@@ -34,6 +34,8 @@ USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _STOPPED = (TERMINATED, *(-number for number in STOP_SIGNALS))
 """Exit codes of a rank that a stop signal ended before it could take note of it."""
 PARENT_REPORTS = "OPD_MEGATRON_PARENT_REPORTS"
+AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+"""What torchrun ends its ranks on. Not SIGTERM: half a minute later it kills them, however much they have to save."""
 
 
 def run_command(body: Callable[[], int | None]) -> int:
@@ -71,23 +73,29 @@ def needs_launch(config: RunConfig) -> bool:
 
 def launch(module: str, argv: Sequence[str], ranks: int) -> int:
     """Runs `python -m module argv...` on `ranks` ranks of this machine under torchrun; returns the exit code."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _silence_torchrun()
-    stop = _PassStopSignalsOn()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
-    os.environ[PARENT_REPORTS] = "1"
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", logs_specs=DefaultLogsSpecs(),
-        # torchrun would kill ranks half a minute after SIGTERM, however much they still have to save.
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle=AGENT_SIGNALS,
     )  # fmt: skip
+    return run_agent(lambda: elastic_launch(config, sys.executable)("-m", module, *argv))
+
+
+def run_agent(agent: Callable[[], object]) -> int:
+    """Runs one of torchrun's agents until its ranks have ended; returns the exit code and prints why it is not 0."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _silence_torchrun()
+    stop = _PassStopSignalsOn()
+    os.environ[PARENT_REPORTS] = "1"
     try:
         stop.install()
-        elastic_launch(config, sys.executable)("-m", module, *argv)
+        agent()
     except ChildFailedError as error:
         if stop.first is not None and all(failure.exitcode in _STOPPED for failure in error.failures.values()):
             return 0  # ranks that were still importing: there was nothing to save

@@ -16,20 +16,24 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.stopping import raise_if_stop_requested, stop_requested
+from opd_megatron.stopping import STOP_SIGNALS, raise_if_stop_requested, stop_requested
 
 _POLL_SECONDS = 0.5
 _alive: weakref.WeakSet[Child] = weakref.WeakSet()
 
 
 class Child:
-    """`python -m module FD` in a session of its own, with its output in a log file."""
+    """`python -m module FD` in a session of its own, with its output in a log file.
+
+    It and what it starts are deaf to stop signals, which clusters send to all processes of a job: the current step
+    still needs it, and `close` ends it.
+    """
 
     def __init__(self, module: str, environment: Mapping[str, str], log_path: Path | None, timeout: float) -> None:
         """Starts the process. `timeout`: seconds any one request may take."""
@@ -43,7 +47,7 @@ class Child:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._connection, theirs = Pipe()
-        with self.log_path.open("ab") as log:
+        with self.log_path.open("ab") as log, _blocked(STOP_SIGNALS):
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
                 env=dict(environment), pass_fds=(theirs.fileno(),), start_new_session=True,
@@ -117,6 +121,16 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         _alive.discard(self)
+
+
+@contextlib.contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """A process that is started in the block keeps these signals blocked; this thread hears them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @atexit.register

@@ -28,20 +28,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _config_file(inputs: dict[str, str], run: Path, **overrides: Any) -> Path:
+def config_file(inputs: dict[str, str], run: Path, **overrides: Any) -> Path:
     path = run.with_suffix(".yaml")
     path.write_text(dump_config(small_config(inputs, run, **overrides)))
     return path
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def _live(config: Path, kills: int) -> dict[str, int]:
     command = [sys.executable, "-m", "tests.e2e.lives", str(config), str(kills), "7"]
-    result = subprocess.run(command, env=_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -54,8 +54,8 @@ def test_killed_at_20_moments_the_run_ends_with_the_weights_of_an_uninterrupted_
         "steps": 100, "checkpoint.every": 2, "rollout.max_new_tokens": 2, "rollout.prompts_per_step": 2,
         "evaluation.every": 20, "evaluation.prompts": 2, "logging.sample_every": 0,
     }  # fmt: skip
-    _live(_config_file(inputs, tmp_path / "whole", **settings), kills=0)
-    survived = _live(_config_file(inputs, tmp_path / "killed", **settings), kills=20)
+    _live(config_file(inputs, tmp_path / "whole", **settings), kills=0)
+    survived = _live(config_file(inputs, tmp_path / "killed", **settings), kills=20)
     assert survived["killed"] == 20
     assert survived["during_saves"] >= 5
 
@@ -71,10 +71,10 @@ def test_killed_at_20_moments_the_run_ends_with_the_weights_of_an_uninterrupted_
 
 def _start(config: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "opd_megatron.train", str(config)]
-    return subprocess.Popen(command, env=_environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_metrics(run)):
@@ -97,13 +97,13 @@ def test_a_stop_signal_to_the_launcher_or_to_one_rank_saves_the_current_step_and
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    config = _config_file(
+    config = config_file(
         inputs, run, **{"steps": 100_000, "checkpoint.every": 0, "evaluation.every": 0, "parallel.data": 2}
     )
     reached = 0
     for number, to_launcher in ((signal.SIGUSR1, True), (signal.SIGTERM, False)):
         process = _start(config)
-        _wait_for_step(process, run, reached + 2)
+        wait_for_step(process, run, reached + 2)
         ranks = _ranks_of(process.pid)
         assert len(ranks) >= 2
         os.kill(process.pid if to_launcher else ranks[-1], number)
@@ -117,6 +117,33 @@ def test_a_stop_signal_to_the_launcher_or_to_one_rank_saves_the_current_step_and
         assert list_checkpoints(run / "checkpoints")[-1][0] == reached
         assert (run / "checkpoints" / "latest").read_text() == f"step_{reached:08d}\n"
         assert not (run / "hf").exists(), "the run is not finished"
+
+
+def _family_of(pid: int) -> list[int]:
+    """The process and everything that it has started."""
+    return [pid, *(member for child in _ranks_of(pid) for member in _family_of(child))]
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_a_signal_to_every_process_while_vllm_samples_costs_neither_the_step_nor_the_engine(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    """A preempting scheduler does not choose: the engine's processes get it too."""
+    run = tmp_path / "run"
+    settings = {"steps": 100_000, "checkpoint.every": 0, "evaluation.every": 0, "rollout.engine": "vllm"}
+    process = _start(config_file(inputs, run, **settings, **{"rollout.max_new_tokens": 300}))
+    wait_for_step(process, run, 2)
+    time.sleep(0.5)  # sampling is nearly all of a step
+    family = _family_of(process.pid)
+    assert any("vllm_server" in Path(f"/proc/{pid}/cmdline").read_text() for pid in family)
+    for pid in family:
+        os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    assert "restarting" not in errors
+    assert list_checkpoints(run / "checkpoints")[-1][0] == read_metrics(run)[-1]["step"] >= 3
+    assert not any(_is_running(pid) for pid in family)
 
 
 SECOND_SIGNAL = """
@@ -138,6 +165,6 @@ print("not reached")
 
 
 def test_a_second_request_ends_the_process_at_once() -> None:
-    result = subprocess.run([sys.executable, "-c", SECOND_SIGNAL], env=_environment(), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", SECOND_SIGNAL], env=environment(), capture_output=True, text=True)
     assert result.returncode == 128 + signal.SIGUSR1
     assert result.stdout.splitlines() == ["the same request twice is one", "unwound"]
