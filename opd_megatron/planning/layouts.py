@@ -13,6 +13,7 @@ from opd_megatron.planning.memory import RankMemory, rank_memory
 from opd_megatron.planning.sizes import RunSizes
 from opd_megatron.planning.timing import step_seconds
 from opd_megatron.planning.traffic import traffic
+from opd_megatron.weights.families import family_of
 
 _MICRO_SIZES = (8, 4, 2, 1)
 # Kept free: blocks that do not fit together, and what is not counted.
@@ -67,17 +68,19 @@ def _layouts(sizes: RunSizes, recompute: bool) -> Iterator[list[RunSizes]]:
     for tensor in _divisors(min(sizes.ranks, GPUS_PER_NODE)):
         for pipeline in _divisors(sizes.ranks // tensor) if sizes.ranks % tensor == 0 else ():
             data = sizes.ranks // tensor // pipeline
-            ways = [_with(sizes, tensor, pipeline, data, micro, recompute) for micro in _MICRO_SIZES]
-            yield [way for way in ways if way is not None]
+            for expert in _divisors(data) if any(family_of(hf).experts for hf in sizes.models.configs) else (1,):
+                layout = {
+                    "tensor": tensor, "pipeline": pipeline, "data": data, "expert": expert,
+                    "sequence_parallel": tensor > 1,
+                }  # fmt: skip
+                ways = [_with(sizes, layout | {"micro_batch_size": micro}, recompute) for micro in _MICRO_SIZES]
+                yield [way for way in ways if way is not None]
 
 
-def _with(sizes: RunSizes, tensor: int, pipeline: int, data: int, micro: int, recompute: bool) -> RunSizes | None:
+def _with(sizes: RunSizes, layout: dict[str, int | bool], recompute: bool) -> RunSizes | None:
     """The run in another layout; None where a rule forbids it."""
     tree = sizes.config.model_dump()
-    tree["parallel"] |= {
-        "tensor": tensor, "pipeline": pipeline, "data": data, "micro_batch_size": micro,
-        "sequence_parallel": tensor > 1,
-    }  # fmt: skip
+    tree["parallel"] |= layout
     tree["student"]["recompute"] = recompute
     try:
         config = build_config(tree)
@@ -85,13 +88,13 @@ def _with(sizes: RunSizes, tensor: int, pipeline: int, data: int, micro: int, re
             check_divisible("model", hf, config)
     except ConfigError:
         return None
-    return RunSizes(config, replace(sizes.models, data_parallel=data))
+    return RunSizes(config, replace(sizes.models, data_parallel=int(layout["data"])), sizes.shards)
 
 
 def _differences(before: RunConfig, after: RunConfig) -> dict[str, object]:
     """The layout, and what else has changed."""
     always = ("parallel.tensor", "parallel.pipeline", "parallel.data")
-    others = ("parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute")
+    others = ("parallel.expert", "parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute")
     old, new = before.model_dump(), after.model_dump()
 
     def value(tree: dict, key: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
@@ -68,6 +68,8 @@ class RunSizes:
 
     config: RunConfig
     models: ResolvedModels
+    shards: dict[tuple[int, ShardLayout], list[StageShard]] = field(default_factory=dict, compare=False)
+    """What `stage` has worked out, by model and first rank: other layouts of the same models may share it."""
 
     @property
     def tensor(self) -> int:
@@ -140,22 +142,31 @@ class RunSizes:
 
     def stage(self, hf: PretrainedConfig, stage: int) -> StageShard:
         """By the weight tables, so that it is what the modules hold (`coverage` builds and compares them)."""
-        layout = self._layout(hf, stage)
-        plan = build_plan(hf, layout)
-        family, entries = family_of(hf), plan.stage(stage)
-        sizes = {entry.megatron: math.prod(plan.shard_shape(entry, layout)) for entry in entries}
+        layers = hf.num_hidden_layers // self.pipeline
+        first = ShardLayout(
+            self.models.padded_vocab(self.tensor), 0, layers,
+            tp_size=self.tensor, pp_size=self.pipeline, ep_size=self.expert,
+        )  # fmt: skip
+        if (id(hf), first) not in self.shards:
+            self.shards[id(hf), first] = _stage_shards(hf, first)
+        return self.shards[id(hf), first][stage]
+
+
+def _stage_shards(hf: PretrainedConfig, first: ShardLayout) -> list[StageShard]:
+    """Of every stage. `first` is the place of the grid's first rank."""
+    plan, family = build_plan(hf, first), family_of(hf)
+    shards = []
+    for stage in range(first.pp_size):
+        entries = plan.stage(stage)
+        sizes = {entry.megatron: math.prod(plan.shard_shape(entry, first)) for entry in entries}
         embedding = sizes.get(family.first[0].megatron, 0)
-        tied = stage == 0 == self.pipeline - 1 and plan.tied
+        tied = first.pp_size == 1 and plan.tied
         head = embedding if tied else sizes.get(family.head.megatron, 0)
         experts = sum(sizes[entry.megatron] for entry in entries if entry.expert_rank is not None)
-        return StageShard(sum(sizes.values()), experts, max(sizes.values()), embedding, head, tied, layout.num_layers)
-
-    def _layout(self, hf: PretrainedConfig, stage: int) -> ShardLayout:
-        layers = hf.num_hidden_layers // self.pipeline
-        return ShardLayout(
-            self.models.padded_vocab(self.tensor), stage * layers, layers,
-            tp_size=self.tensor, pp_rank=stage, pp_size=self.pipeline, ep_size=self.expert,
-        )  # fmt: skip
+        shards.append(
+            StageShard(sum(sizes.values()), experts, max(sizes.values()), embedding, head, tied, first.num_layers)
+        )
+    return shards
 
 
 def parameters(hf: PretrainedConfig) -> int:

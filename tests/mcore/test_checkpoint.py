@@ -112,7 +112,17 @@ def test_resumed_training_of_experts_is_bit_identical(
     )
 
 
-def _save_and_go_on(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, int, int], folder: Path) -> Any:
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [((1, 1, 2, 2), (1, 1, 1)), ((1, 2, 1), (1, 1, 2, 2))], ids=["ep2 to one", "pp2 to ep2"]
+)
+def test_experts_are_resumed_in_another_layout(
+    pair: tuple[Path, Path], saved: tuple[int, ...], resumed: tuple[int, ...], tmp_path: Path
+) -> None:
+    student = save_tiny(tmp_path / "student", "qwen2_moe", num_hidden_layers=2)
+    _check_losses((student, pair[1]), saved, resumed, tmp_path / "fp32")
+
+
+def _save_and_go_on(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, ...], folder: Path) -> Any:
     batches = _batches(5)
     run = _Run(pair, layout, folder.name)
     for batch in batches[:2]:
@@ -121,7 +131,7 @@ def _save_and_go_on(rank: int, world: int, pair: tuple[Path, Path], layout: tupl
     return [run.step(batch).metrics["loss"] for batch in batches[2:]]
 
 
-def _resume(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, int, int], folder: Path) -> Any:
+def _resume(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, ...], folder: Path) -> Any:
     run = _Run(pair, layout, folder.name)
     state = load_checkpoint(checkpoint_path(folder, 2), run.student)
     assert not state["same_layout"]
@@ -130,8 +140,8 @@ def _resume(rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, i
 
 def _check_losses(
     pair: tuple[Path, Path],
-    saved: tuple[int, int, int],
-    resumed: tuple[int, int, int],
+    saved: tuple[int, ...],
+    resumed: tuple[int, ...],
     folder: Path,
     tolerances: tuple[float, float, float] = (1e-4, 1e-4, 1e-4),
 ) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from opd_megatron import cli
 from opd_megatron.config import load_config
+from opd_megatron.mcore.layout import check
 from opd_megatron.planning.gpus import GPUS, gpu_named
-from opd_megatron.planning.layouts import usable
+from opd_megatron.planning.layouts import suggestions, usable
 from opd_megatron.planning.models import find_model, published_models
 from opd_megatron.planning.report import make_plan
+from opd_megatron.planning.sizes import RunSizes
 from opd_megatron.weights.source import load_hf_config
 from tests.tiny_models import save_tiny
 
@@ -73,6 +75,18 @@ def test_a_layout_that_does_not_fit_is_refused_with_layouts_that_do(capsys: pyte
         assert again.sizes.ranks == 64
         assert again.peak.peak == pytest.approx(suggestion.peak)
     assert [s.seconds for s in plan.suggestions] == sorted(s.seconds for s in plan.suggestions)
+
+
+def test_experts_may_be_shared_out_where_they_do_not_fit() -> None:
+    model = "Qwen/Qwen3-30B-A3B"
+    config = load_config(
+        None,
+        [f"student.path={model}", f"teachers.0.path={model}", "parallel.data=8", "rollout.prompts_per_step=64",
+         "data.source=prompts.jsonl"],
+    )  # fmt: skip
+    found = suggestions(RunSizes(config, check(config, find_model)), gpu_named("H200"), limit=100)
+    assert any(suggestion.overrides.get("parallel.expert", 1) > 1 for suggestion in found)
+    assert len({str(suggestion) for suggestion in found}) == len(found)
 
 
 def test_where_nothing_fits_more_ranks_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
