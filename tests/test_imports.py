@@ -16,7 +16,7 @@ LEVELS = [
     {"data", "losses"},
     {"rollout", "teacher", "mcore", "weights"},
     {"metrics", "report", "run_dir", "evaluation", "push", "build", "trainer"},
-    {"flags", "launcher", "doctor", "convert", "train", "cli", "planning"},
+    {"flags", "launcher", "agent", "doctor", "convert", "train", "cli", "planning"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

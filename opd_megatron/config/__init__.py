@@ -1,0 +1,43 @@
+"""The typed run configuration: YAML + `a.b=value` overrides, every rule checked before a process group exists.
+
+Adding an option means adding a field with its `description`; `--help`, the resolved `config.yaml` and the error
+messages follow from it. Rules that need the model's own `config.json` (heads, layers, vocabulary) live in
+`mcore.layout`, which is checked before any process group exists too.
+"""
+
+from opd_megatron.config.loading import build_config, dump_config, load_config, set_by_path
+from opd_megatron.config.run import RunConfig
+from opd_megatron.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    Dtype,
+    EvaluationConfig,
+    LoggingConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "Dtype",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "StudentConfig",
+    "TeacherConfig",
+    "build_config",
+    "dump_config",
+    "load_config",
+    "set_by_path",
+]

@@ -1,0 +1,128 @@
+"""YAML and `a.b=value` overrides to a checked configuration and back; pydantic's errors as one line."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from opd_megatron.config.run import RunConfig
+from opd_megatron.errors import ConfigError, MissingPathError
+
+
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a YAML file, applies `a.b=value` overrides (values are YAML) and checks every rule.
+
+    List elements are addressed by index (`teachers.0.path=...`). `path=None` starts from the defaults.
+
+    Raises:
+        MissingPathError: the file does not exist.
+        ConfigError: the YAML is malformed, a key is unknown, or a value breaks a rule.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree)
+
+
+def build_config(tree: dict[str, Any]) -> RunConfig:
+    """Validates a nested dictionary; the first problem is raised as a one-line ConfigError."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, in the order of the schema."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingPathError(f"config file {str(path)!r} does not exist: give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {override!r} must have the form key.path=value, e.g. optimizer.lr=1e-4")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML, quote it") from None
+    set_by_path(tree, key, value)
+
+
+def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `a.b.0.c` in nested dictionaries and lists, making what is missing."""
+    node: Any = tree
+    parts = key.split(".")
+    for part, following in itertools.pairwise(parts):
+        node = _descend(node, part, key, [] if following.isdigit() else {})
+    last = parts[-1]
+    if isinstance(node, list):
+        _grow(node, last, key, value)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"override key {key!r} goes through a plain value: {last!r} has no parent section")
+
+
+def _descend(node: Any, part: str, key: str, default: Any) -> Any:
+    if isinstance(node, list):
+        _grow(node, part, key, default)
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override key {key!r} goes through a plain value at {part!r}")
+    if node.get(part) is None:
+        node[part] = default
+    return node[part]
+
+
+def _grow(node: list[Any], part: str, key: str, default: Any) -> None:
+    if not part.isdigit() or int(part) > len(node):
+        raise ConfigError(f"override key {key!r}: {part!r} must be an index from 0 to {len(node)}")
+    if int(part) == len(node):
+        node.append(default)
+
+
+def _one_line(error: ValidationError) -> str:
+    # An unknown key is the likelier typo behind a "field required" next to it.
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    location = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown config key {location!r}: {hint}"
+    cause = first.get("ctx", {}).get("error")
+    if cause is not None:  # a rule of ours, which names what it concerns
+        return str(cause)
+    return f"{location}={first['input']!r}: {first['msg']}" if location else first["msg"]
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,124 @@
+"""A whole run's configuration, and the rules between sections."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt, model_validator
+
+from opd_megatron.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    NonNegativeInt,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+)
+from opd_megatron.errors import ConfigError, NotAvailableError
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    output_dir: str = "runs/default"
+    """Run directory: config.yaml, metrics.jsonl, checkpoints/, hf/, report/."""
+    steps: PositiveInt = 100
+    """Optimizer steps."""
+    seed: NonNegativeInt = 0
+    """Seeds prompts, sampling and every random number of the run."""
+    trust_remote_code: bool = False
+    """Let a tokenizer run code that came with it. Only for sources you have read."""
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    """The model that is trained."""
+    teachers: list[TeacherConfig] = Field(default_factory=lambda: [TeacherConfig(path="teacher")], min_length=1)
+    """The models it learns from."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Prompts."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """How the student samples answers."""
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    """What is minimised."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the models are laid over ranks."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """What is saved, and when."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Held-out measurements."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    """What a person sees."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def world_size(self) -> int:
+        """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
+        return self.parallel.model * (self.parallel.data or self.parallel.expert)
+
+    @model_validator(mode="after")
+    def _cross_field_rules(self) -> RunConfig:
+        parallel, optimizer = self.parallel, self.optimizer
+        if parallel.sequence_parallel and parallel.tensor == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true needs parallel.tensor > 1, got 1: raise it or switch it off"
+            )
+        if parallel.data is not None and parallel.data % parallel.expert:
+            raise ValueError(
+                f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}, whose ranks share the "
+                "experts out: change one of them"
+            )
+        if optimizer.warmup_steps >= self.steps and optimizer.warmup_steps > 0:
+            raise ValueError(
+                f"optimizer.warmup_steps={optimizer.warmup_steps} must be below steps={self.steps}: "
+                "shorten the warm-up or train longer"
+            )
+        if optimizer.min_lr > optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr={optimizer.min_lr} must not exceed optimizer.lr={optimizer.lr}: lower min_lr"
+            )
+        best = self.checkpoint.best_metric
+        if best is not None and best.startswith("eval/") and self.evaluation.every == 0:
+            raise ValueError(
+                f"checkpoint.best_metric={best} needs evaluation.every > 0, got 0: switch evaluation on, or choose a "
+                "training figure such as reverse_kl"
+            )
+        objective = self.objective
+        if objective.is_sampled and objective.temperature != self.rollout.temperature:
+            # The engine's log-probabilities are at the one, the trainer's at the other: their ratio would mean nothing.
+            raise ValueError(
+                f"objective.temperature={objective.temperature} must equal rollout.temperature="
+                f"{self.rollout.temperature} with objective.type={objective.type}, which scores sampled tokens: "
+                "set one to the other"
+            )
+        self.micro_batch_size(parallel.data or 1)
+        return self
+
+    def micro_batch_size(self, data_parallel: int) -> int:
+        """Sequences in one forward pass. Raises ConfigError unless a step's sequences split evenly over ranks."""
+        total, size = self.sequences_per_step, self.parallel.micro_batch_size
+        if total % (data_parallel * (size or 1)):
+            raise ConfigError(
+                f"rollout.prompts_per_step * rollout.samples_per_prompt = {total} must be a multiple of data-parallel "
+                f"size {data_parallel} * parallel.micro_batch_size {size or 1}: change one of them"
+            )
+        per_rank = total // data_parallel
+        return size or max(n for n in range(1, min(per_rank, 8) + 1) if per_rank % n == 0)
+
+    def require_available(self) -> None:
+        """Raises NotAvailableError for what the configuration can name but this release does not do."""
+        if self.objective.lambda_rl > 0:
+            raise NotAvailableError(
+                f"objective.lambda_rl={self.objective.lambda_rl} is not available yet: there are no rewards for its "
+                "policy gradient; set objective.lambda_rl=0 to distil alone"
+            )
+        if len(self.teachers) > 1:
+            raise NotAvailableError(
+                f"teachers (a list of {len(self.teachers)}) is not available yet: this release trains with one teacher"
+            )
