@@ -137,6 +137,39 @@ def test_megatron_itself_reads_the_checkpoint_in_another_layout(
         run_ranks(2, _megatron_reads, megatron[LAYOUTS[1]] / name, sources[name])
 
 
+def _trained_padding(rank: int, world_size: int, source: Path, folder: Path) -> None:
+    """Saves a model whose padding rows are not zero, reads it into another padding and exports it."""
+    from opd_megatron.mcore.grid import ParallelGrid
+    from opd_megatron.mcore.model import build_gpt_model
+    from opd_megatron.mcore.model_checkpoint import load_model, save_model
+    from opd_megatron.mcore.platform import init_platform
+    from opd_megatron.weights.load import load_weights
+    from opd_megatron.weights.source import load_hf_config
+
+    init_platform()
+    grid, config = ParallelGrid.build(1, 1, 1), load_hf_config(source)
+    trained, read = (build_gpt_model(config, grid, padded_vocab=rows, dtype="fp32") for rows in (144, 160))
+    load_weights(trained, source, config, grid.layout(config.num_hidden_layers, 144))
+    heads = ("embedding.word_embeddings.weight", "output_layer.weight")
+    for name in heads:
+        trained.get_parameter(name).data[config.vocab_size :] = 7.0
+    (folder / "megatron").mkdir()
+    save_model(trained, grid, folder / "megatron")
+    load_model(read, grid, folder / "megatron", vocab_size=config.vocab_size)
+    for name in heads:
+        expected = trained.get_parameter(name).data[: config.vocab_size]
+        assert torch.equal(read.get_parameter(name)[: config.vocab_size], expected)
+        assert not read.get_parameter(name)[config.vocab_size :].any(), "padding of the checkpoint was kept"
+    megatron_to_hf(folder / "megatron", folder / "hf", ParallelSizes(), hf_config=source)
+
+
+def test_padding_that_training_has_moved_is_neither_kept_nor_exported(sources: dict[str, Path], tmp_path: Path) -> None:
+    run_ranks(1, _trained_padding, sources["llama_untied"], tmp_path)
+    before, after = _tensors(sources["llama_untied"]), _tensors(tmp_path / "hf")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_another_type_is_written_when_asked(sources: dict[str, Path], tmp_path: Path) -> None:
     run_ranks(1, _to_bf16_and_back, sources["llama_tied"], tmp_path)
     before, after = _tensors(sources["llama_tied"]), _tensors(tmp_path / "hf")
