@@ -17,7 +17,9 @@ from opd_megatron.mcore.forward import response_hidden
 from opd_megatron.metrics import read_metrics
 from opd_megatron.trainer import OPDTrainer
 from opd_megatron.types import Batch, StepMetrics
+from tests.byte_tokenizer import save_byte_tokenizer
 from tests.e2e.runs import make_inputs, small_config
+from tests.tiny_models import save_tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -110,14 +112,19 @@ def _package_that_fails(folder: Path) -> str:
     return f"{package.parent}{os.pathsep}{repository}"
 
 
-def test_two_tensor_parallel_ranks_train_with_one_engine_from_the_command_line(
+def test_two_tensor_parallel_ranks_train_experts_with_one_engine_from_the_command_line(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
+    student = save_tiny(tmp_path / "student", "qwen3_moe", seed=5, head_dim=32, moe_intermediate_size=64)
+    save_byte_tokenizer(student)
     config = small_config(
-        inputs,
+        inputs | {"student.path": str(student)},
         tmp_path / "run",
-        **{"steps": 2, "rollout.engine": "vllm", "parallel.tensor": 2, "parallel.sequence_parallel": True},
-    )
+        **{
+            "steps": 2, "rollout.engine": "vllm", "parallel.tensor": 2, "parallel.sequence_parallel": True,
+            "objective.type": "on_policy_distill",
+        },
+    )  # fmt: skip
     from opd_megatron.config import dump_config
 
     (tmp_path / "config.yaml").write_text(dump_config(config))
@@ -126,6 +133,8 @@ def test_two_tensor_parallel_ranks_train_with_one_engine_from_the_command_line(
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-3) for row in rows[1:]), "the engine samples from the trainer's"
     assert "Result after 2 steps" in done.stdout
     assert "Warning" not in done.stderr

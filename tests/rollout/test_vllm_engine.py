@@ -167,23 +167,3 @@ def test_a_tensor_of_the_wrong_shape_is_refused_and_ends_the_engine(engine):
     assert engine.pid is None
     with pytest.raises(RolloutError, match="not running: call start first"):
         engine.update_weights(buckets_of(tiny_model(seed=7)), 7)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_an_engine_over_two_workers_with_its_own_head_samples_from_what_was_pushed(tmp_path):
-    engine = make_engine(tmp_path, tied=False, tensor=2)
-    engine.start()
-    try:
-        for version in (0, 1):
-            model = tiny_model(seed=version, tied=False)
-            stream = list(buckets_of(model))
-            engine.update_weights(stream, version)
-            assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
-        without_head = [[pair for pair in bucket if pair[0] != "lm_head.weight"] for bucket in stream]
-        with pytest.raises(RolloutError, match="lm_head"):
-            engine.update_weights(without_head, 2)
-        engine.update_weights(stream, 3)
-        assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
-    finally:
-        engine.close()
