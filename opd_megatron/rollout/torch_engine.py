@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from torch import Tensor
 from opd_megatron.errors import RolloutError
 from opd_megatron.rollout.base import ShardFiles, Shipment
 from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class TorchEngine:
@@ -58,9 +62,9 @@ class TorchEngine:
             raise RolloutError("the rollout engine is not running: call start first")
         self.policy_version = -1
         state = self._model.state_dict()
-        filled: set[int] = set()
+        filled: Counter[int] = Counter()
         for name, tensor in (pair for bucket in shipments for pair in _whole(bucket)):
-            target = state.get(name)
+            target = _parameter(state, name)
             if target is None or target.shape != tensor.shape:
                 expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
                 raise RolloutError(
@@ -68,8 +72,8 @@ class TorchEngine:
                     f"architecture in {self._model_dir}/config.json, which has {expected}"
                 )
             target.copy_(tensor)
-            filled.add(target.data_ptr())
-        missing = [name for name, target in state.items() if target.data_ptr() not in filled]
+            filled[_storage(target)] += target.numel()
+        missing = [name for name, target in state.items() if filled[_storage(target)] < target.numel()]
         if missing:
             raise RolloutError(
                 f"weights of version {version} lack {', '.join(missing[:5])} ({len(missing)} tensors): "
@@ -116,6 +120,21 @@ class TorchEngine:
 def _whole(shipment: Shipment) -> Bucket:
     assert not isinstance(shipment, ShardFiles), "this engine is one process: it takes full tensors"
     return shipment
+
+
+def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:
+    """Where the tensor of that name belongs. transformers stacks a layer's experts, which checkpoints hold one by one."""
+    expert = _EXPERT.fullmatch(name)
+    if expert is None or name in state:
+        return state.get(name)
+    prefix, index, part = expert.groups()
+    if part == "down":
+        return state[f"{prefix}.down_proj"][int(index)]
+    return state[f"{prefix}.gate_up_proj"][int(index)].chunk(2)[part == "up"]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _policy(logits: Tensor, sampling: Sampling) -> Tensor:
