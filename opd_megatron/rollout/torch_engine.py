@@ -123,7 +123,7 @@ def _whole(shipment: Shipment) -> Bucket:
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:
-    """Where the tensor of that name belongs. transformers stacks a layer's experts, which checkpoints hold one by one."""
+    """Where a tensor belongs. transformers stacks a layer's experts, which checkpoints hold one by one."""
     expert = _EXPERT.fullmatch(name)
     if expert is None or name in state:
         return state.get(name)
