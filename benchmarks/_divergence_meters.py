@@ -19,7 +19,7 @@ import torch
 from _divergence_contestants import Contestant
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from opd_megatron.losses.memory import release_memory
+from opd_megatron.losses.core.buffers import release_memory
 
 
 @dataclass(frozen=True, slots=True)

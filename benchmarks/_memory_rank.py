@@ -29,7 +29,7 @@ def run_rank(rank: int, world: int, folder: str, store: str, overrides: Mapping[
     import torch
     import torch.distributed as dist
 
-    from opd_megatron.mcore.platform import init_distributed, release_memory
+    from opd_megatron.mcore.cpu.platform import init_distributed, release_memory
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -50,8 +50,8 @@ def _train(folder: str, overrides: Mapping[str, Any], steps: int) -> None:
     """Student and teacher as a run builds them, and `steps` updates on sequences as long as they may be."""
     from opd_megatron.config import load_config
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.layout import check
     from opd_megatron.mcore.student import Student, TeacherView
+    from opd_megatron.models import check
     from opd_megatron.teacher import build_teachers
 
     paths = {"student.path": f"{folder}/student", "teachers.0.path": f"{folder}/teacher"}
@@ -89,7 +89,7 @@ def _compile_losses(dtype: str, sharded: bool) -> None:
     import torch.distributed as dist
 
     from opd_megatron.losses import linear_divergence_terms
-    from opd_megatron.losses.memory import release_memory
+    from opd_megatron.losses.core.buffers import release_memory
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     for group in [None, dist.group.WORLD] if sharded else [None]:

@@ -22,10 +22,10 @@ def peak_rss() -> int:
 
 def main() -> None:
     direction, source, out, tensor, pipeline, report = sys.argv[1:]
-    from opd_megatron.convert.weights import ParallelSizes, hf_to_megatron, megatron_to_hf
-    from opd_megatron.mcore import model, model_checkpoint  # noqa: F401 - imported before the clock starts
-    from opd_megatron.mcore.platform import init_distributed
-    from opd_megatron.weights.source import load_hf_config
+    from opd_megatron.convert.hf_megatron import ParallelSizes, hf_to_megatron, megatron_to_hf
+    from opd_megatron.mcore import model  # noqa: F401 - imported before the clock starts
+    from opd_megatron.mcore.cpu.platform import init_distributed
+    from opd_megatron.weights.hf_reader import load_hf_config
 
     load_hf_config(Path(source))  # imports transformers
     init_distributed()

@@ -24,7 +24,7 @@ import _memory_rank
 from harness import BenchmarkError, Check, Report, main
 
 from opd_megatron.config import load_config
-from opd_megatron.mcore.layout import check
+from opd_megatron.models import check
 from opd_megatron.planning.memory import RankMemory, rank_memory
 from opd_megatron.planning.sizes import RunSizes
 from tests.tiny_models import save_tiny

@@ -39,8 +39,8 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from opd_megatron.weights.folder import SafetensorsWriter
-    from opd_megatron.weights.plan import hf_shapes
+    from opd_megatron.weights.safetensors_writer import SafetensorsWriter
+    from opd_megatron.weights.sharding import hf_shapes
 
     config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     folder.mkdir()
@@ -56,9 +56,9 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
 
 def shard_bytes(folder: Path, tensor: int, pipeline: int) -> list[int]:
     """Bytes of the parameters of every rank, in rank order."""
+    from opd_megatron.weights.hf_reader import load_hf_config
     from opd_megatron.weights.layout import ShardLayout
-    from opd_megatron.weights.plan import build_plan
-    from opd_megatron.weights.source import load_hf_config
+    from opd_megatron.weights.sharding import build_plan
 
     config = load_hf_config(folder)
     padded = -(-config.vocab_size // (tensor * 8)) * tensor * 8
@@ -136,8 +136,8 @@ def measured(direction: str, source: Path, out: Path, layout: Layout, shards: li
 
 def measure(arguments: argparse.Namespace) -> Report:
     from opd_megatron.convert.verify import different_tensors
-    from opd_megatron.weights.plan import hf_shapes
-    from opd_megatron.weights.source import load_hf_config
+    from opd_megatron.weights.hf_reader import load_hf_config
+    from opd_megatron.weights.sharding import hf_shapes
 
     rows: list[Row] = []
     different = 0

@@ -37,4 +37,4 @@ else
     rendezvous=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the name of machine 0}" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$python" -m opd_megatron.agent "${rendezvous[@]}" --nproc-per-node "$nproc" -m opd_megatron.train "$@"
+exec "$python" -m opd_megatron.command.agent "${rendezvous[@]}" --nproc-per-node "$nproc" -m opd_megatron.train "$@"

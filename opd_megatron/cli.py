@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd_megatron import __version__, launcher
+from opd_megatron import __version__
+from opd_megatron.command import launcher
+from opd_megatron.command.cli_args import Parser, config_reference, parse_run, run_parser
 from opd_megatron.errors import ConfigError
-from opd_megatron.flags import Parser, config_reference, parse_run, run_parser
 from opd_megatron.train import check, describe, train
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _on_newest_weights(
 
 
 def _convert(argv: list[str]) -> int:
-    from opd_megatron.convert.command import dispatch
+    from opd_megatron.convert.convert_command import dispatch
 
     return dispatch(argv)
 
@@ -93,7 +94,7 @@ def _report(argv: list[str]) -> int:
     run = Path(parser.parse_args(argv).run)
     from rich.console import Console
 
-    from opd_megatron.report import write_report
+    from opd_megatron.run.report import write_report
 
     Console().print(write_report(run))
     return 0
@@ -117,7 +118,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from opd_megatron.planning.command import plan
+    from opd_megatron.planning.plan_command import plan
 
     return plan(argv)
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opd_megatron.launcher import available_cores
+from opd_megatron.command.launcher import available_cores
 
 MENDED_BY = "run `make env`"
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")

@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from opd_megatron import launcher, stopping
+from opd_megatron.command import launcher
+from opd_megatron.command.cli_args import parse_run, run_parser
 from opd_megatron.config import RunConfig, dump_config
-from opd_megatron.flags import parse_run, run_parser
+from opd_megatron.system import signals
 
 
 def run_training(config: RunConfig) -> None:
@@ -27,16 +28,16 @@ def run_training(config: RunConfig) -> None:
 def check(config: RunConfig) -> None:
     """Every rule that can be checked before a process group or a model exists; WORLD_SIZE's under torchrun too."""
     config.require_available()
-    from opd_megatron.mcore import layout
+    from opd_megatron import models
 
-    layout.check(config)
+    models.check(config)
 
 
 def describe(config: RunConfig) -> str:
     """What `--dry-run` prints: the resolved configuration, the process layout and the memory per rank."""
-    from opd_megatron.planning import report
+    from opd_megatron.planning import run_plan
 
-    return f"{dump_config(config)}\n{report.describe(config)}"
+    return f"{dump_config(config)}\n{run_plan.describe(config)}"
 
 
 def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
@@ -49,7 +50,7 @@ def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
         return 0
     if launcher.needs_launch(arguments.config):
         return launcher.launch("opd_megatron.train", argv, arguments.config.world_size)
-    stopping.note_stop_signals()
+    signals.note_stop_signals()
     run_training(arguments.config)
     return 0
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opd_megatron.build import RunParts, build_parts
 from opd_megatron.config import RunConfig
 from opd_megatron.data.batching import global_length, make_micro_batches, shard_rollouts
-from opd_megatron.data.readable import readable_sample
+from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import StopRequestedError
 from opd_megatron.mcore.checkpoint import all_ranks_max, load_checkpoint, named_checkpoint
 from opd_megatron.mcore.student import TeacherView
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
-from opd_megatron.report import write_report
-from opd_megatron.stopping import stop_requested
+from opd_megatron.run.build import RunParts, build_parts
+from opd_megatron.run.report import write_report
+from opd_megatron.system.signals import stop_requested
 from opd_megatron.types import Batch, Rollout, Sampling, StepMetrics
 
 

@@ -1,11 +1,11 @@
-"""What the ranks of tests/test_launcher.py do: `python -m tests.launched CASE` under the launcher."""
+"""What the ranks of tests/command/test_launcher.py do: `python -m tests.launched CASE` under the launcher."""
 
 import os
 import sys
 import time
 
+from opd_megatron.command.launcher import leave_cleanly_on_sigterm, run_command
 from opd_megatron.errors import ConfigError
-from opd_megatron.launcher import leave_cleanly_on_sigterm, run_command
 
 RANK = int(os.environ["RANK"])
 

@@ -34,6 +34,7 @@ CLIPPED = {"objective.truncation": None, "objective.clip_low": 0.2, "objective.c
 TP2, PP2 = {"parallel.tensor": 2}, {"parallel.pipeline": 2, "parallel.micro_batch_size": 1}
 SP2 = {**TP2, "parallel.sequence_parallel": True}
 DP2 = {"parallel.data": 2}
+COMMON = {"optimizer.decay": "constant", "logging.progress": False}
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "reverse_kl": (1, {"objective.type": "reverse_kl"}),
@@ -61,14 +62,12 @@ _VOLATILE = ("time/", "memory/")
 
 
 def _run(rank: int, world: int, inputs: dict[str, str], folder: str, settings: dict[str, Any]) -> None:
-    """One run on this rank; `steps` above 2 are made in two runs of which the second resumes the first."""
+    """One run on this rank."""
     from opd_megatron.trainer import OPDTrainer
 
-    settings = {"steps": 2, "optimizer.decay": "constant", "logging.progress": False, **settings}
-    for steps in range(2, settings["steps"] + 1, 2):
-        config = small_config(inputs, Path(folder), **{**settings, "steps": steps})
-        with contextlib.redirect_stdout(io.StringIO()), OPDTrainer.from_config(config) as trainer:
-            trainer.train()
+    config = small_config(inputs, Path(folder), **settings)
+    with contextlib.redirect_stdout(io.StringIO()), OPDTrainer.from_config(config) as trainer:
+        trainer.train()
 
 
 def make() -> dict[str, Any]:
@@ -83,7 +82,8 @@ def make() -> dict[str, Any]:
         for name, (ranks, settings) in CASES.items():
             values = settings if "student.path" not in settings else {**settings, "student.path": str(root / "moe")}
             out = root / "runs" / name
-            run_ranks(ranks, _run, inputs, str(out), values)
+            for steps in range(2, values.get("steps", 2) + 1, 2):  # the second run resumes the first
+                run_ranks(ranks, _run, inputs, str(out), {**COMMON, **values, "steps": steps})
             record[name] = {"rows": list(_rows(out)), "weights": _hash_of(out / "hf")}
             print(f"{name}: {record[name]['weights'][:12]}", file=sys.stderr, flush=True)
     close_pool()

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd_megatron import cli, launcher, stopping
+from opd_megatron import cli
+from opd_megatron.command import launcher
+from opd_megatron.command.cli_args import ALIASES, parse_run, run_parser
 from opd_megatron.config import RunConfig
-from opd_megatron.flags import ALIASES, parse_run, run_parser
+from opd_megatron.system import signals as stopping
 from opd_megatron.train import main as train_main
 
 QUESTION = '{"question": "What is 2 + 3?", "answer": "5"}\n'

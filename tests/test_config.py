@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 import yaml
 
+from opd_megatron.command.cli_args import config_keys
 from opd_megatron.config import ObjectiveConfig, RunConfig, build_config, dump_config, load_config, set_by_path
 from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError
-from opd_megatron.flags import config_keys
 from opd_megatron.losses.divergences import DIVERGENCES
 
 

@@ -45,7 +45,7 @@ def test_every_config_writes_to_a_run_directory_of_its_own(path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(NAMES - {"demo"}))
 def test_a_config_for_gpus_of_80_gb_passes_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from opd_megatron.planning.gpus import gpu_named
-    from opd_megatron.planning.report import make_plan
+    from opd_megatron.planning.run_plan import make_plan
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     # Memory and divisibility do not depend on the objective, so a config of a later release is checked as well.

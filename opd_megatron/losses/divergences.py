@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_megatron.losses.elementwise import Elementwise, at_least, at_most, expm1, log1p, where
+from opd_megatron.losses.core.elementwise import Elementwise, at_least, at_most, expm1, log1p, where
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.errors import ConfigError
-from opd_megatron.losses.arguments import (
+from opd_megatron.losses.core.chunks import chunk_bounds
+from opd_megatron.losses.core.linear_pass import FromHidden, Plan, Projection
+from opd_megatron.losses.core.validation import (
     Choices,
     check_matrix,
     check_per_token,
@@ -21,9 +23,7 @@ from opd_megatron.losses.arguments import (
     check_targets,
     make_objective,
 )
-from opd_megatron.losses.chunks import chunk_bounds
 from opd_megatron.losses.kernels.base import SUMS
-from opd_megatron.losses.linear_pass import FromHidden, Plan, Projection
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
 from opd_megatron.losses.topk import TopKTeacher, check_entries, split_topk
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from opd_megatron.errors import ConfigError
-from opd_megatron.losses.arguments import Objective
+from opd_megatron.losses.core.validation import Objective
 from opd_megatron.losses.kernels.base import LOG_ZERO
 
 PADDING = -1

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.arguments import Choices, Objective, check_matrix, make_objective
-from opd_megatron.losses.engine import Call, Engine
+from opd_megatron.losses.core.topk_loss import TopKEngine
+from opd_megatron.losses.core.validation import Choices, Objective, check_matrix, make_objective
+from opd_megatron.losses.core.vocab_parallel_loss import Call, Engine
 from opd_megatron.losses.topk import Entries, TopKTeacher, check_entries, split_topk
-from opd_megatron.losses.topk_engine import TopKEngine
 
 # Elements that are scaled at a time in backward.
 _BLOCK_ELEMENTS = 2**22

@@ -1,5 +1,5 @@
 """The only room that imports Megatron-Core."""
 
-from opd_megatron.mcore.platform import quiet_upstream
+from opd_megatron.mcore.cpu.platform import quiet_upstream
 
 quiet_upstream()

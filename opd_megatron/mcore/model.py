@@ -14,8 +14,8 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import PretrainedConfig
 
 from opd_megatron.config import Dtype
+from opd_megatron.mcore.cpu.platform import device, has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.platform import device, has_gpu
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies, rope_theta
 from opd_megatron.mcore.spec import block_spec
 from opd_megatron.weights.families import Dims, Family, family_of

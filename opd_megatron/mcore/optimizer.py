@@ -10,9 +10,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from opd_megatron.config import OptimizerConfig
+from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel
-from opd_megatron.mcore.platform import has_gpu
 
 
 def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataParallel:

@@ -9,9 +9,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from opd_megatron.mcore.attention import SdpaCoreAttention
-from opd_megatron.mcore.norm import RMSNorm
-from opd_megatron.mcore.platform import has_gpu
+from opd_megatron.mcore.cpu.attention import SdpaCoreAttention
+from opd_megatron.mcore.cpu.norm import RMSNorm
+from opd_megatron.mcore.cpu.platform import has_gpu
 
 
 def use_transformer_engine(choice: str) -> bool:

@@ -24,10 +24,10 @@ from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
 from opd_megatron.mcore.optimizer import build_optimizer, build_scheduler, clip_and_step, wrap_ddp
 from opd_megatron.mcore.spec import use_transformer_engine
 from opd_megatron.types import Batch, Bucket, TeacherStates
-from opd_megatron.weights.export import export_weights
+from opd_megatron.weight_sync.gathered import export_weights
+from opd_megatron.weight_sync.sharded import export_shards
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
-from opd_megatron.weights.shards import export_shards
 
 
 @dataclass(frozen=True, slots=True)

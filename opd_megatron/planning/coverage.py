@@ -13,10 +13,10 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import ParallelConfig
 from opd_megatron.errors import WeightsError
-from opd_megatron.planning.models import Shapes
+from opd_megatron.planning.published import Shapes
 from opd_megatron.weights.families import Shard
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import Entry, Piece, Plan, build_plan, stage_parameters
+from opd_megatron.weights.sharding import Entry, Piece, Plan, build_plan, stage_parameters
 
 Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension."""
@@ -156,6 +156,6 @@ def build_and_check(
     hf: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int, known: tuple[Shapes, str] | None
 ) -> Coverage:
     """`check_coverage` over every distinct rank of a layout."""
-    from opd_megatron.mcore.shards import distinct_shards
+    from opd_megatron.mcore.meta_shards import distinct_shards
 
     return check_coverage(hf, distinct_shards(hf, parallel, data, padded_vocab), known)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from opd_megatron.config import RunConfig, build_config
 from opd_megatron.errors import ConfigError
-from opd_megatron.mcore.layout import check_divisible
+from opd_megatron.models import check_divisible
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import RankMemory, rank_memory
 from opd_megatron.planning.sizes import RunSizes

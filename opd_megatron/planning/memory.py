@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from opd_megatron.losses.chunks import default_chunk
-from opd_megatron.mcore.attention import SCORES_AT_ONCE
+from opd_megatron.losses.core.chunks import default_chunk
+from opd_megatron.mcore.cpu.attention import SCORES_AT_ONCE
 from opd_megatron.planning.sizes import LayerSizes, RunSizes, StageShard, parameters
 
 GIB = 2**30

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from transformers import PretrainedConfig
 
 from opd_megatron.config import Dtype, RunConfig
-from opd_megatron.mcore.layout import ResolvedModels
+from opd_megatron.models import ResolvedModels
 from opd_megatron.weights.families import Dims, family_of
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import Entry, Plan, build_plan
+from opd_megatron.weights.sharding import Entry, Plan, build_plan
 
 WIDTH: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
 """Bytes of an element."""

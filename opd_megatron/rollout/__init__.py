@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opd_megatron.config import RunConfig
 from opd_megatron.rollout.base import RolloutEngine
-from opd_megatron.rollout.sampler import RolloutSampler
+from opd_megatron.rollout.client import RolloutSampler
 
 __all__ = ["RolloutEngine", "RolloutSampler", "build_engine"]
 

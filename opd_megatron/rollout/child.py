@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.stopping import STOP_SIGNALS, raise_if_stop_requested, stop_requested
+from opd_megatron.system.signals import STOP_SIGNALS, raise_if_stop_requested, stop_requested
 
 _POLL_SECONDS = 0.5
 _alive: weakref.WeakSet[Child] = weakref.WeakSet()

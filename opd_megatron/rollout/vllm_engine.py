@@ -17,8 +17,8 @@ import torch
 from opd_megatron.errors import EngineDiedError, RolloutError
 from opd_megatron.rollout.base import ShardFiles, Shipment
 from opd_megatron.rollout.child import Child
-from opd_megatron.rollout.spool import Spool
 from opd_megatron.types import Prompt, Rollout, Sampling
+from opd_megatron.weight_sync.bucket_files import Spool
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TORCHRUN_VARIABLES = {

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from opd_megatron.errors import UnsupportedModelError
-from opd_megatron.weights.supported import check_experts, check_fields
+from opd_megatron.weights.model_checks import check_experts, check_fields
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from opd_megatron.errors import WeightsError
+from opd_megatron.weights.hf_reader import SafetensorsSource
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import Entry, Plan, build_plan, stage_parameters
-from opd_megatron.weights.source import SafetensorsSource
+from opd_megatron.weights.sharding import Entry, Plan, build_plan, stage_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,7 +17,7 @@ from torch import nn
 
 from opd_megatron.weights.families import Shard
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import Entry, Piece, build_plan, stage_parameters
+from opd_megatron.weights.sharding import Entry, Piece, build_plan, stage_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

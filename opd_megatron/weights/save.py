@@ -13,10 +13,10 @@ import torch
 from opd_megatron.errors import WeightsError
 from opd_megatron.types import Bucket
 from opd_megatron.weights.families import architecture_of
-from opd_megatron.weights.folder import SafetensorsWriter, partial_folder
+from opd_megatron.weights.hf_reader import INDEX_FILE
 from opd_megatron.weights.parts import RankParts
-from opd_megatron.weights.plan import hf_shapes
-from opd_megatron.weights.source import INDEX_FILE
+from opd_megatron.weights.safetensors_writer import SafetensorsWriter, partial_folder
+from opd_megatron.weights.sharding import hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

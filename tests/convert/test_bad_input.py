@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
-from opd_megatron.convert.weights import ParallelSizes, hf_to_megatron, megatron_to_hf
+from opd_megatron.convert.hf_megatron import ParallelSizes, hf_to_megatron, megatron_to_hf
 from opd_megatron.errors import ConfigError, MissingPathError, OPDError, WeightsError
 from tests.ranks import RankError, run_ranks
 from tests.weights.checkpoints import CONFIGS, write_checkpoint

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.auto import AutoModelForCausalLM
 
+from opd_megatron.convert.hf_megatron import ParallelSizes, hf_to_megatron, megatron_to_hf
 from opd_megatron.convert.verify import different_tensors, pairs
-from opd_megatron.convert.weights import ParallelSizes, hf_to_megatron, megatron_to_hf
 from tests.ranks import run_ranks
 from tests.weights.checkpoints import CONFIGS, SIZES, is_moe, write_checkpoint
 
@@ -113,11 +113,11 @@ def _megatron_reads(rank: int, world_size: int, folder: Path, source: Path) -> N
     """Megatron's own loader, without anything of ours but the model."""
     from megatron.core import dist_checkpointing
 
+    from opd_megatron.mcore.cpu.platform import init_platform
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
-    from opd_megatron.mcore.platform import init_platform
+    from opd_megatron.weights.hf_reader import load_hf_config
     from opd_megatron.weights.load import load_weights
-    from opd_megatron.weights.source import load_hf_config
 
     init_platform()
     grid = ParallelGrid.build(1, 2, 1)
@@ -139,12 +139,12 @@ def test_megatron_itself_reads_the_checkpoint_in_another_layout(
 
 def _trained_padding(rank: int, world_size: int, source: Path, folder: Path) -> None:
     """Saves a model whose padding rows are not zero, reads it into another padding and exports it."""
+    from opd_megatron.mcore.checkpoint.weights_only import load_model, save_model
+    from opd_megatron.mcore.cpu.platform import init_platform
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
-    from opd_megatron.mcore.model_checkpoint import load_model, save_model
-    from opd_megatron.mcore.platform import init_platform
+    from opd_megatron.weights.hf_reader import load_hf_config
     from opd_megatron.weights.load import load_weights
-    from opd_megatron.weights.source import load_hf_config
 
     init_platform()
     grid, config = ParallelGrid.build(1, 1, 1), load_hf_config(source)

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd_megatron.convert.verify import different_tensors
-from opd_megatron.weights.plan import hf_shapes
-from opd_megatron.weights.source import load_hf_config
+from opd_megatron.weights.hf_reader import load_hf_config
+from opd_megatron.weights.sharding import hf_shapes
 from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_megatron.convert.weights import ParallelSizes, megatron_to_hf
+from opd_megatron.convert.hf_megatron import ParallelSizes, megatron_to_hf
 from tests.mcore.test_checkpoint import _Run
 from tests.mcore.test_student import _batches
 from tests.ranks import run_ranks

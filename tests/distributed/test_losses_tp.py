@@ -274,7 +274,7 @@ def _blocks_body(rank: int, ranks: int, combine: str) -> float:
     student, *teachers = (_shard(3 * torch.randn(T, 40, generator=generator), rank, ranks, 1) for _ in range(3))
     results = []
     for elements in (1, 2**21):
-        with mock.patch("opd_megatron.losses.kernels.torch_ops._BLOCK_ELEMENTS_CPU", elements):
+        with mock.patch("opd_megatron.losses.kernels.torch.ops._BLOCK_ELEMENTS_CPU", elements):
             logits = student.clone().requires_grad_()
             loss = vocab_parallel_divergence(
                 logits, teachers, type="gkd", temperature=2.0, group=dist.group.WORLD, combine=combine

@@ -148,7 +148,7 @@ def test_a_signal_to_every_process_while_vllm_samples_costs_neither_the_step_nor
 
 SECOND_SIGNAL = """
 import os, signal, time
-from opd_megatron import stopping
+from opd_megatron.system import signals as stopping
 stopping.SAME_REQUEST_SECONDS = 0.2
 stopping.note_stop_signals()
 os.kill(os.getpid(), signal.SIGTERM)

@@ -12,10 +12,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("transformer_engine", ["auto", "off"])
 def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, transformer_engine: str) -> None:
+    from opd_megatron.mcore.cpu.platform import device, init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.layout import check
-    from opd_megatron.mcore.platform import device, init_distributed
     from opd_megatron.mcore.student import Student, TeacherView
+    from opd_megatron.models import check
     from opd_megatron.teacher import build_teachers
     from tests.mcore.test_student import STEPS, _batches, _config, _reference
     from tests.tiny_models import save_tiny

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from opd_megatron.losses import linear_divergence, vocab_parallel_divergence
 from opd_megatron.losses.divergences import DIVERGENCES
 from opd_megatron.losses.kernels import choose_kernels
-from opd_megatron.losses.kernels.triton_ops import TritonKernels
+from opd_megatron.losses.kernels.triton.ops import TritonKernels
 from tests.losses.reference import dense_divergence, relative_error
 from tests.losses.test_triton_kernels import KINDS, Numbers, check_against_float64, logits, one_of_each
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opd_megatron.losses import PolicyTerm, linear_divergence_terms
-from opd_megatron.losses.chunks import chunk_bounds
+from opd_megatron.losses.core.chunks import chunk_bounds
 from opd_megatron.losses.kernels import use_backend
 from tests.losses.policy_reference import dense_policy_loss
 from tests.losses.reference import dense_divergence, relative_error

@@ -21,7 +21,7 @@ import torch
 
 from opd_megatron.losses.divergences import DIVERGENCES, Divergence
 from opd_megatron.losses.kernels.base import SUMS, Normalisers, Statistics
-from opd_megatron.losses.kernels.torch_ops import TorchKernels
+from opd_megatron.losses.kernels.torch.ops import TorchKernels
 from tests.losses.reference import relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -46,7 +46,7 @@ def _normalisers(x: Statistics) -> Normalisers:
 
 
 def _triton(divergence: Divergence, temperature: float = 1.0):
-    from opd_megatron.losses.kernels.triton_ops import TritonKernels
+    from opd_megatron.losses.kernels.triton.ops import TritonKernels
 
     return TritonKernels(divergence, temperature)
 
@@ -206,7 +206,7 @@ class Numbers:
         import triton
         import triton.language as tl
 
-        from opd_megatron.losses.kernels import triton_math
+        from opd_megatron.losses.kernels.triton import math as triton_math
 
         function = getattr(triton_math, name)
 
@@ -255,7 +255,7 @@ class TestWithoutTheInterpreter:
         assert result.returncode == 0, result.stdout + result.stderr
 
     def test_losses_are_imported_without_triton(self) -> None:
-        code = "import opd_megatron.losses.kernels.triton_ops, sys; print('triton' in sys.modules)"
+        code = "import opd_megatron.losses.kernels.triton.ops, sys; print('triton' in sys.modules)"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "False"
 
@@ -268,7 +268,7 @@ class TestWithoutTheInterpreter:
     def test_everything_compiles_for_hopper_and_stays_in_registers(
         self, divergence: Divergence, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        from opd_megatron.losses.kernels.triton_ops import _code
+        from opd_megatron.losses.kernels.triton.ops import _code
 
         kernel, constants = _code(divergence).everything
         ptx = _compile(kernel, constants, 16, "bf16", "bf16").asm["ptx"]
@@ -280,7 +280,7 @@ class TestWithoutTheInterpreter:
         assert loads.count(".v4") == 12  # whole and masked tiles of two models in three passes
 
     def test_every_stage_compiles_for_hopper(self) -> None:
-        from opd_megatron.losses.kernels.triton_ops import _code
+        from opd_megatron.losses.kernels.triton.ops import _code
 
         code = _code(KINDS["gkd-0.1"])
         for dtypes in (("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
@@ -288,7 +288,7 @@ class TestWithoutTheInterpreter:
                 assert _compile(kernel, constants, 4, *dtypes).asm["cubin"]
 
     def test_an_odd_vocabulary_does_not_split_the_loads_of_whole_tiles(self) -> None:
-        from opd_megatron.losses.kernels.triton_ops import _code
+        from opd_megatron.losses.kernels.triton.ops import _code
 
         kernel, constants = _code(KINDS["reverse_kl"]).gradient
         ptx = _compile(kernel, constants, 4, "bf16", "bf16", odd=("n",)).asm["ptx"]

@@ -24,10 +24,10 @@ from opd_megatron.mcore.checkpoint import (
 )
 from opd_megatron.mcore.checkpoint.manifest import read_manifest
 from opd_megatron.mcore.checkpoint.writer import ShardWriter
+from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.layout import check
-from opd_megatron.mcore.platform import init_distributed
 from opd_megatron.mcore.student import Student, TeacherView, UpdateResult
+from opd_megatron.models import check
 from opd_megatron.teacher import build_teachers
 from opd_megatron.types import Batch
 from tests.mcore.test_student import _batches, _config

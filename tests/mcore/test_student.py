@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from opd_megatron.config import load_config
 from opd_megatron.errors import NonFiniteError
+from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.layout import check
-from opd_megatron.mcore.platform import init_distributed
 from opd_megatron.mcore.student import Student, TeacherView
+from opd_megatron.models import check
 from opd_megatron.teacher import build_teachers
 from opd_megatron.types import Batch
 from tests.ranks import run_ranks

@@ -16,10 +16,10 @@ from opd_megatron.config import ParallelConfig
 from opd_megatron.errors import WeightsError
 from opd_megatron.planning import coverage
 from opd_megatron.planning.coverage import build_and_check, check_coverage
-from opd_megatron.planning.models import find_model, known_tensors
-from opd_megatron.weights import plan as weights_plan
+from opd_megatron.planning.published import find_model, known_tensors
+from opd_megatron.weights import sharding as weights_plan
 from opd_megatron.weights.families import FAMILIES, LLAMA, Row, Shard, architecture_of
-from opd_megatron.weights.source import load_hf_config
+from opd_megatron.weights.hf_reader import load_hf_config
 from tests.tiny_models import save_tiny
 
 TOTALS: dict[str, dict[str, int]] = json.loads(
@@ -142,7 +142,7 @@ def test_a_wrong_piece_is_found(
 
 
 def test_a_rank_that_is_missing_is_found(tiny: Path) -> None:
-    from opd_megatron.mcore.shards import distinct_shards
+    from opd_megatron.mcore.meta_shards import distinct_shards
 
     hf = load_hf_config(tiny)
     shards = list(distinct_shards(hf, ParallelConfig(tensor=2, pipeline=2), 1, 272))

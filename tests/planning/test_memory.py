@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from opd_megatron.config import ParallelConfig, load_config
-from opd_megatron.mcore.layout import check
-from opd_megatron.mcore.shards import distinct_shards
+from opd_megatron.mcore.meta_shards import distinct_shards
+from opd_megatron.models import check
 from opd_megatron.planning.memory import RankMemory, layer_elements, rank_memory
-from opd_megatron.planning.report import describe
+from opd_megatron.planning.run_plan import describe
 from opd_megatron.planning.sizes import LayerSizes, RunSizes
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
@@ -52,10 +52,10 @@ def test_parameters_are_those_of_the_built_modules(pair: tuple[Path, Path], tens
 
 def _kept_by_a_layer(rank: int, world: int, folder: Path, dtype: str, batch: int, length: int) -> float:
     """Bytes that autograd keeps of one layer more, storages counted once, parameters left out."""
+    from opd_megatron.mcore.cpu.platform import init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
-    from opd_megatron.mcore.platform import init_distributed
-    from opd_megatron.weights.source import load_hf_config
+    from opd_megatron.weights.hf_reader import load_hf_config
 
     init_distributed()
     grid = ParallelGrid.build(world, 1, 1)

@@ -9,13 +9,13 @@ import pytest
 
 from opd_megatron import cli
 from opd_megatron.config import load_config
-from opd_megatron.mcore.layout import check
+from opd_megatron.models import check
 from opd_megatron.planning.gpus import GPUS, gpu_named
 from opd_megatron.planning.layouts import suggestions, usable
-from opd_megatron.planning.models import find_model, published_models
-from opd_megatron.planning.report import make_plan
+from opd_megatron.planning.published import find_model, published_models
+from opd_megatron.planning.run_plan import make_plan
 from opd_megatron.planning.sizes import RunSizes
-from opd_megatron.weights.source import load_hf_config
+from opd_megatron.weights.hf_reader import load_hf_config
 from tests.tiny_models import save_tiny
 
 CONFIG = Path(__file__).parents[2] / "configs" / "qwen2.5_7b_from_72b.yaml"

@@ -57,7 +57,7 @@ def test_cpu_settings_are_for_cpus_only(tmp_path):
 def test_weights_that_share_memory_survive_the_spool():
     from safetensors.torch import load_file
 
-    from opd_megatron.rollout.spool import Spool
+    from opd_megatron.weight_sync.bucket_files import Spool
 
     tensor = torch.arange(6.0).view(2, 3)
     with Spool(torch.bfloat16) as spool:

@@ -6,8 +6,8 @@ import zipfile
 import pytest
 
 from opd_megatron.errors import MissingPathError, WeightsError
+from tests.convert.test_gguf_to_hf import tiny_llama, write_gguf
 from tests.tools.scripts import load_script
-from tests.tools.test_gguf_to_hf import tiny_llama, write_gguf
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from transformers.models.auto import AutoModelForCausalLM
 from opd_megatron.errors import UnsupportedModelError
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies
 from opd_megatron.weights.families import FAMILIES, LLAMA, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, Shard, family_of
+from opd_megatron.weights.hf_reader import load_hf_config
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.plan import build_plan, hf_shapes
-from opd_megatron.weights.source import load_hf_config
+from opd_megatron.weights.sharding import build_plan, hf_shapes
 from tests.weights.checkpoints import CONFIGS, SIZES, config_of
 
 QWEN2_72B = Qwen2Config(

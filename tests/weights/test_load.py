@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from opd_megatron.errors import WeightsError
-from opd_megatron.weights.export import export_weights
+from opd_megatron.weight_sync.gathered import export_weights
+from opd_megatron.weights.hf_reader import SafetensorsSource
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
-from opd_megatron.weights.source import SafetensorsSource
 from tests.weights.checkpoints import CONFIGS, write_checkpoint
 from tests.weights.modules import llama_shapes, module_of
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 from opd_megatron.types import Batch
-from opd_megatron.weights.export import export_weights
+from opd_megatron.weight_sync.gathered import export_weights
+from opd_megatron.weights.hf_reader import load_hf_config
 from opd_megatron.weights.load import load_weights
-from opd_megatron.weights.source import load_hf_config
 from tests.ranks import run_ranks
 from tests.weights.checkpoints import PADDED_VOCAB, SIZES, is_moe, write_checkpoint
 from tests.weights.live_bytes import LiveBytes
@@ -24,9 +24,9 @@ BUCKET_BYTES = 40_000
 
 
 def _load(folder: Path, tp: int, pp: int, ep: int = 1, dtype: str = "fp32"):
+    from opd_megatron.mcore.cpu.platform import init_platform
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
-    from opd_megatron.mcore.platform import init_platform
 
     init_platform()
     grid = ParallelGrid.build(tp, pp, ep, expert=ep)
@@ -148,9 +148,9 @@ SMOLLM2 = Path(__file__).parents[2] / "runs" / "assets" / "teacher"
 
 
 def _check_smollm2(rank: int, world_size: int, tp: int, folder: Path, expected: dict[str, torch.Tensor]) -> float:
+    from opd_megatron.mcore.cpu.platform import init_platform
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
-    from opd_megatron.mcore.platform import init_platform
 
     init_platform()
     grid, config = ParallelGrid.build(tp, 1, 1), load_hf_config(folder)

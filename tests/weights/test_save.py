@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers.models.auto import AutoModelForCausalLM
 
 from opd_megatron.errors import WeightsError
+from opd_megatron.weights.hf_reader import load_hf_config
 from opd_megatron.weights.save import save_hf
-from opd_megatron.weights.source import load_hf_config
 from tests.weights.checkpoints import CONFIGS
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from opd_megatron.convert import command
+from opd_megatron.convert import convert_command as command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from opd_megatron.convert.prune import prune_depth
 from opd_megatron.errors import OPDError
-from opd_megatron.weights.prune import prune_depth
 
 
 def main(argv: list[str] | None = None) -> int:

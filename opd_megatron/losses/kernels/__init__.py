@@ -11,7 +11,7 @@ import torch
 
 from opd_megatron.losses.divergences import Divergence
 from opd_megatron.losses.kernels.base import Kernels
-from opd_megatron.losses.kernels.torch_ops import TorchKernels
+from opd_megatron.losses.kernels.torch.ops import TorchKernels
 
 BACKENDS = ("auto", "torch", "compiled", "triton")
 _chosen = "auto"
@@ -47,11 +47,11 @@ def choose_kernels(
     narrow = dtype == torch.float32 and all(x.itemsize <= 4 for x in logits)
     worth_it = elements >= _WORTH_COMPILING or _chosen == "compiled"
     if narrow and worth_it and _compiled_fits(device, logits):
-        from opd_megatron.losses.kernels.compiled import CompiledKernels
+        from opd_megatron.losses.kernels.cpu.compiled import CompiledKernels
 
         return CompiledKernels(divergence, temperature)
     if narrow and _triton_fits(device):
-        from opd_megatron.losses.kernels.triton_ops import TritonKernels
+        from opd_megatron.losses.kernels.triton.ops import TritonKernels
 
         return TritonKernels(divergence, temperature)
     return TorchKernels(divergence, temperature, dtype, device)

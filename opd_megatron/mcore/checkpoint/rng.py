@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.platform import has_gpu
 
 
 def rng_state(grid: ParallelGrid) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from opd_megatron.mcore.checkpoint.agreement import Problems
-from opd_megatron.mcore.platform import release_memory
+from opd_megatron.mcore.cpu.platform import release_memory
 
 
 class ShardWriter(FileSystemWriterAsync):

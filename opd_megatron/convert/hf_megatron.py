@@ -1,0 +1,255 @@
+"""Hugging Face folder -> Megatron checkpoint -> Hugging Face folder, exact, in a shard's memory, whole or not at all.
+
+Every rank of the layout calls the same function. A Megatron folder is Megatron's own `dist_checkpointing` format
+(torch_dist) with the model's config.json and tokenizer files beside it; any layout reads what another one wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from opd_megatron.convert.display import Display
+from opd_megatron.errors import ConfigError, MissingPathError, WeightsError
+from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
+from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config, resolve_model
+from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.load import load_weights
+from opd_megatron.weights.parts import RankParts
+from opd_megatron.weights.safetensors_writer import PROVENANCE, SafetensorsWriter, new_folder
+from opd_megatron.weights.save import SHARD_BYTES, copy_companions, write_parts
+from opd_megatron.weights.sharding import hf_shapes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from opd_megatron.mcore.grid import ParallelGrid
+    from opd_megatron.mcore.model import HiddenStatesModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSizes:
+    """The layout that a conversion runs in; the files do not depend on it."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    """Ranks of a stage that share every layer's experts out; the rest of the layer is the same on all of them."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.expert
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor} PP{self.pipeline}" + (f" EP{self.expert}" if self.expert > 1 else "")
+
+    def check(self, hf: PretrainedConfig) -> None:
+        """Raises ConfigError when the model does not split this way."""
+        experts = Dims.of(hf).experts if family_of(hf).experts else 0
+        if self.expert > 1 and not experts:
+            raise ConfigError(f"--expert {self.expert} needs a model of experts, this one has none: leave it out")
+        if experts % self.expert:
+            raise ConfigError(f"--expert {self.expert} must divide the model's {experts} experts: use another size")
+        for what, size in sizes_split_by_tensor(hf).items():
+            if size % self.tensor:
+                raise ConfigError(f"--tensor {self.tensor} must divide the model's {size} {what}: use another size")
+        if hf.num_hidden_layers % self.pipeline:
+            raise ConfigError(
+                f"--pipeline {self.pipeline} must divide the model's {hf.num_hidden_layers} layers: use another size"
+            )
+
+
+def hf_to_megatron(
+    hf: str | Path, out: str | Path, sizes: ParallelSizes, *, dtype: str | None = None, progress: bool = False
+) -> None:
+    """Writes the Megatron folder `out` from a Hugging Face folder or hub id. Collective over all ranks.
+
+    Raises:
+        OPDError: the same on every rank; `out` is then as it was before.
+    """
+    source = resolve_model(str(hf))
+    config = load_hf_config(source)
+    family_of(config)
+    sizes.check(config)
+    kind = DTYPES[dtype] if dtype else hf_dtype(source, config)
+    with _on_ranks(sizes) as grid, _shared_folder(Path(out)) as folder, Display(progress) as display:
+        model, layout = _build(config, grid, kind)
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        with _together("the model was not read"):
+            load_weights(model, source, config, layout, display.bar("reading", total))
+        from opd_megatron.mcore.checkpoint.weights_only import save_model
+
+        save_model(model, grid, folder, display.bar("writing", total))
+        facts = {**asdict(sizes), "padded_vocab": layout.padded_vocab}
+        with _together("the checkpoint was not written: check space and rights"):
+            if dist.get_rank() == 0:
+                shutil.copyfile(source / "config.json", folder / "config.json")
+                copy_companions(source, folder)
+                _write_provenance(folder, "hf_to_megatron", source, dtype=_name(kind), **facts)
+
+
+def megatron_to_hf(
+    megatron: str | Path,
+    out: str | Path,
+    sizes: ParallelSizes,
+    *,
+    hf_config: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Writes the Hugging Face folder `out` from a Megatron folder or a run's checkpoint. Collective over all ranks.
+
+    `hf_config` is the folder that config.json and tokenizer are taken from where the checkpoint has none.
+
+    Raises:
+        OPDError: the same on every rank; `out` is then as it was before.
+    """
+    from opd_megatron.mcore.checkpoint.weights_only import load_model, stored_dtype
+
+    source = Path(megatron)
+    companions = _config_folder(source, hf_config)
+    config = load_hf_config(companions)
+    family_of(config)
+    sizes.check(config)
+    kind = DTYPES[dtype] if dtype else stored_dtype(source)
+    with _on_ranks(sizes) as grid, _shared_folder(Path(out)) as folder, Display(progress) as display:
+        model, layout = _build(config, grid, kind)
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        load_model(model, grid, source, vocab_size=config.vocab_size, progress=display.bar("reading", total))
+        parts = RankParts(model, config, layout)
+        shown = display.bar("writing", parts.contributed_numel() * kind.itemsize)
+        shapes, first = hf_shapes(config), dist.get_rank() == 0
+        refused = "the model was not written: check space and rights"
+        with _together(refused):
+            if first:
+                writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes)
+        with _together(refused):
+            if not first:
+                writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes, creates=False)
+            with writer:
+                write_parts(parts, writer, shown)
+        with _together(refused):
+            if first:
+                _copy_config(companions / "config.json", folder / "config.json", kind)
+                copy_companions(companions, folder)
+                _write_provenance(folder, "megatron_to_hf", source, dtype=_name(kind))
+
+
+def hf_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
+    """The one type of a Hugging Face folder's weights. Raises WeightsError when there are several."""
+    wanted = hf_shapes(config).keys()
+    with SafetensorsSource(source) as files:
+        found = {files.dtype(name): name for name in files.names if name in wanted}
+        if not found:
+            raise WeightsError(f"{str(source)!r} holds none of the tensors that its config.json describes")
+        if len(found) > 1 or not found.keys() <= set(DTYPES.values()):
+            examples = ", ".join(f"{name} is {_name(kind)}" for kind, name in sorted(found.items(), key=str))
+            raise WeightsError(f"{str(source)!r} holds weights that need one type, --dtype: {examples}")
+        return next(iter(found))
+
+
+def _build(config: PretrainedConfig, grid: ParallelGrid, kind: torch.dtype) -> tuple[HiddenStatesModel, ShardLayout]:
+    from opd_megatron.mcore.model import build_gpt_model
+
+    multiple = grid.tensor * 8  # as in training: tensor cores want multiples of 8 columns on each rank
+    padded_vocab = -(-config.vocab_size // multiple) * multiple
+    model = build_gpt_model(config, grid, padded_vocab=padded_vocab, dtype="fp32" if kind.itemsize == 4 else "bf16")
+    return model.to(kind), grid.layout(config.num_hidden_layers, padded_vocab)
+
+
+def _config_folder(megatron: Path, hf_config: str | Path | None) -> Path:
+    """Where config.json and tokenizer are: named, in the Megatron folder, or the student of the run it belongs to."""
+    if hf_config is not None:
+        return resolve_model(str(hf_config))
+    if not megatron.is_dir():
+        raise MissingPathError(f"Megatron checkpoint {str(megatron)!r} does not exist: give its folder")
+    if (megatron / "config.json").is_file():
+        return megatron
+    run = megatron.resolve().parent.parent / "config.yaml"
+    student = (yaml.safe_load(run.read_text()) or {}).get("student", {}).get("path") if run.is_file() else None
+    if student is None:
+        raise MissingPathError(
+            f"{str(megatron)!r} holds no config.json and lies in no run: name the model's folder with --hf-config"
+        )
+    return resolve_model(student)
+
+
+@contextmanager
+def _on_ranks(sizes: ParallelSizes) -> Iterator[ParallelGrid]:
+    """Joins the ranks and makes the groups of the layout."""
+    from opd_megatron.mcore.cpu.platform import init_distributed
+    from opd_megatron.mcore.grid import ParallelGrid
+
+    started = not dist.is_initialized()
+    init_distributed()
+    try:
+        world = dist.get_world_size()
+        if world != sizes.ranks:
+            raise ConfigError(
+                f"world size {world} must equal --tensor {sizes.tensor} * --pipeline {sizes.pipeline} * --expert "
+                f"{sizes.expert}: start another number of ranks or change them"
+            )
+        yield ParallelGrid.build(sizes.tensor, sizes.pipeline, data=sizes.expert, expert=sizes.expert)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _shared_folder(out: Path) -> Iterator[Path]:
+    """`new_folder` of rank 0 for all ranks: it becomes `out` when every rank leaves the block well. Collective."""
+    with ExitStack() as publishing:
+        folder = out.absolute().with_name(f".{out.absolute().name}.partial")
+        with _together(""):
+            if dist.get_rank() == 0:
+                folder = publishing.enter_context(new_folder(out))
+        yield folder
+        with _together(""):
+            publishing.close()
+
+
+@contextmanager
+def _together(otherwise: str) -> Iterator[None]:
+    """An error in the block on any rank is raised on all of them at its end. Collective."""
+    from opd_megatron.mcore.checkpoint.weights_only import raise_everywhere
+
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
+    raise_everywhere(error, otherwise)
+
+
+def _copy_config(original: Path, copy: Path, kind: torch.dtype) -> None:
+    """The model's own config.json rather than this transformers' rendering of it; only the type may be another."""
+    tree = json.loads(original.read_text())
+    key = "torch_dtype" if "torch_dtype" in tree else "dtype"
+    name = str(kind).removeprefix("torch.")
+    if tree.get(key) == name:
+        shutil.copyfile(original, copy)
+    else:
+        copy.write_text(json.dumps(tree | {key: name}, indent=2) + "\n")
+
+
+def _write_provenance(folder: Path, tool: str, source: Path, **facts: Any) -> None:
+    tree: dict[str, Any] = {"tool": tool, "source": source.name, **facts}
+    if (source / PROVENANCE).is_file():
+        tree["parent"] = json.loads((source / PROVENANCE).read_text())
+    (folder / PROVENANCE).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _name(kind: torch.dtype) -> str:
+    return next((name for name, value in DTYPES.items() if value is kind), str(kind).removeprefix("torch."))

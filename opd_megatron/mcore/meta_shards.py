@@ -1,0 +1,73 @@
+"""Any rank's shard of a model on one machine: real modules in a pretended process group, with nothing behind them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig
+
+from opd_megatron.config import ParallelConfig
+from opd_megatron.mcore.cpu.platform import init_platform
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.model import build_gpt_model
+from opd_megatron.weights.families import family_of
+from opd_megatron.weights.layout import ShardLayout
+
+
+def distinct_shards(
+    hf: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int
+) -> Iterator[tuple[torch.nn.Module, ShardLayout]]:
+    """The module of every pipeline stage, tensor- and (of a model of experts) expert-parallel rank, and its place.
+
+    Data-parallel copies are the same and are left out. Parameters are meta tensors: names and shapes, no memory. The
+    process must not be in a process group.
+    """
+    init_platform()
+    experts = parallel.expert if family_of(hf).experts else 1
+    places = itertools.product(range(parallel.pipeline), range(experts), range(parallel.tensor))
+    for stage, expert, tensor in places:
+        # From slowest to fastest as in `ParallelGrid`; the first data-parallel ranks share the experts out.
+        rank = (stage * data + expert) * parallel.tensor + tensor
+        with pretended_rank(rank, parallel.model * data), _NothingStored():
+            grid = ParallelGrid.build(
+                parallel.tensor, parallel.pipeline, data,
+                expert=parallel.expert, sequence_parallel=parallel.sequence_parallel,
+            )  # fmt: skip
+            model = build_gpt_model(hf, grid, padded_vocab=padded_vocab, dtype="bf16")
+            layout = grid.layout(hf.num_hidden_layers, padded_vocab)
+        assert (layout.pp_rank, layout.ep_rank, layout.tp_rank) == (stage, expert, tensor)
+        yield model, layout
+
+
+@contextmanager
+def pretended_rank(rank: int, world: int) -> Iterator[None]:
+    """A default process group of `world` ranks in which this process is `rank` and collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a planner must not run inside a training process"
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _NothingStored(TorchFunctionMode):
+    """What parameters are made of, uninitialised memory and ones, becomes meta tensors; moves to a GPU do nothing."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in ("empty", "ones"):
+            kwargs = {**kwargs, "device": "meta"}
+        elif name == "cuda" and args[0].is_meta:
+            return args[0]
+        return function(*args, **kwargs)

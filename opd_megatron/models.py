@@ -1,0 +1,139 @@
+"""Does the model fit the layout? Rules on `config.json`, before any process group exists; memory is in `planning`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from opd_megatron.config import RunConfig
+from opd_megatron.errors import ConfigError
+from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
+from opd_megatron.weights.hf_reader import load_hf_config, resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModels:
+    """Where the models lie and what their configs say, after every rule of the layout has been checked."""
+
+    student: Path
+    student_config: PretrainedConfig
+    teachers: list[tuple[Path, PretrainedConfig]]
+    tokenizer: Path
+    data_parallel: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns that every model has: anything past them is padding to one of them."""
+        return min(hf.vocab_size for hf in self.configs)
+
+    @property
+    def configs(self) -> list[PretrainedConfig]:
+        return [self.student_config, *(hf for _, hf in self.teachers)]
+
+    def padded_vocab(self, tensor: int) -> int:
+        """Rows of every embedding and head in the run: one number, so that all heads shard alike."""
+        multiple = tensor * 8  # tensor cores want multiples of 8 columns on each rank
+        return -(-max(hf.vocab_size for hf in self.configs) // multiple) * multiple
+
+
+def check(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
+    """Every rule that needs the models' configs. Raises an OPDError on the first that is broken.
+
+    `resolve` finds the folder of a model; only its config.json is read.
+
+    Raises:
+        MissingPathError, UnsupportedModelError: see `weights`.
+        ConfigError: a size that does not divide, or a world size that does not match.
+        NotAvailableError: something this release does not do.
+    """
+    config.require_available()
+    data_parallel = _data_parallel(config)
+    config.micro_batch_size(data_parallel)
+    student = resolve(config.student.path)
+    teachers = [resolve(teacher.path) for teacher in config.teachers]
+    tokenizer = resolve(config.student.tokenizer) if config.student.tokenizer else student
+    resolved = ResolvedModels(
+        student,
+        load_hf_config(student),
+        [(path, load_hf_config(path)) for path in teachers],
+        tokenizer,
+        data_parallel,
+    )
+    for name, hf in zip(_names(config), resolved.configs, strict=True):
+        family_of(hf)
+        check_divisible(name, hf, config)
+    _check_experts(resolved, config)
+    _check_context(resolved.student_config, config)
+    return resolved
+
+
+def _names(config: RunConfig) -> list[str]:
+    return [f"student {config.student.path!r}", *(f"teacher {teacher.path!r}" for teacher in config.teachers)]
+
+
+def _data_parallel(config: RunConfig) -> int:
+    """Data-parallel size that the world size (torchrun's, or what the config asks for) leaves."""
+    parallel = config.parallel
+    world = int(os.environ.get("WORLD_SIZE", config.world_size))
+    data, rest = divmod(world, parallel.model)
+    if rest or (parallel.data is not None and parallel.data != data):
+        wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}" + (
+            f" * parallel.data {parallel.data}" if parallel.data is not None else ""
+        )
+        relation = "equal" if parallel.data is not None else "be a multiple of"
+        raise ConfigError(f"world size {world} must {relation} {wanted}: start another number of ranks or change them")
+    return data
+
+
+def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
+    """Raises ConfigError unless the parallel sizes divide the model's heads, columns and layers."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    dims, family, sizes = Dims.of(hf), family_of(hf), sizes_split_by_tensor(hf)
+    for what, size in sizes.items():
+        if size % tensor:
+            choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
+            raise ConfigError(f"parallel.tensor={tensor} must divide the {size} {what} of {name}: use one of {choices}")
+    if hf.num_hidden_layers % pipeline:
+        choices = [n for n in range(1, hf.num_hidden_layers + 1) if hf.num_hidden_layers % n == 0]
+        raise ConfigError(
+            f"parallel.pipeline={pipeline} must divide the {hf.num_hidden_layers} layers of {name}: "
+            f"use one of {choices}"
+        )
+    expert = config.parallel.expert
+    if family.experts and dims.experts % expert:
+        choices = [n for n in range(1, dims.experts + 1) if dims.experts % n == 0]
+        raise ConfigError(
+            f"parallel.expert={expert} must divide the {dims.experts} experts of {name}: use one of {choices}"
+        )
+
+
+def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.expert > 1 and not any(family_of(hf).experts for hf in resolved.configs):
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} needs a model of experts, student and teachers have none: set it to 1"
+        )
+    if resolved.data_parallel % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} must divide data-parallel size {resolved.data_parallel}, whose ranks "
+            "share the experts out: start more ranks or lower it"
+        )
+    if family_of(resolved.student_config).experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel.sequence_parallel=false with parallel.tensor={parallel.tensor}: a student of experts is trained "
+            "with it only, set parallel.sequence_parallel=true"
+        )
+
+
+def _check_context(hf: PretrainedConfig, config: RunConfig) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > hf.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
+            f"{config.rollout.max_new_tokens} must not exceed the student's context of {hf.max_position_embeddings} "
+            "tokens: lower one of them"
+        )

@@ -1,0 +1,34 @@
+"""`opd-megatron plan CONFIG [key.path=value ...] [--gpu NAME] [--json PATH] [--model-configs DIR]`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_megatron.command.cli_args import parse_run, run_parser
+from opd_megatron.planning.gpus import GPUS, gpu_named
+from opd_megatron.planning.run_plan import as_tree, make_plan, text
+
+_DESCRIPTION = """Check a run without its weights or its machines: builds every distinct rank's shard of student and
+teachers from their config.json alone, checks that each tensor of the checkpoint is held exactly once, and prints
+memory, traffic and, for a GPU, the time of a step. Exit code 2 when a rank does not fit the GPU."""
+
+
+def plan(argv: Sequence[str]) -> int:
+    """The command. Raises OPDError for what a user can mend, and when the run does not fit the named GPU."""
+    parser = run_parser("opd-megatron plan", _DESCRIPTION)
+    parser.add_argument("--gpu", metavar="NAME", help=f"judge and time it on this GPU: {', '.join(GPUS)}")
+    parser.add_argument("--json", metavar="PATH", help="write the plan as JSON too")
+    parser.add_argument(
+        "--model-configs", metavar="DIR", action="append", default=[],
+        help="DIR/<hub id>/config.json for models that are not here; may be repeated",
+    )  # fmt: skip
+    arguments, _ = parser.parse_known_intermixed_args(list(argv))  # a wrong word is `parse_run`'s to refuse
+    gpu = gpu_named(arguments.gpu) if arguments.gpu else None
+    found = make_plan(parse_run(parser, argv).config, gpu, [Path(folder) for folder in arguments.model_configs])
+    print(text(found))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(as_tree(found), indent=2) + "\n")
+    found.require_fit()
+    return 0

@@ -1,0 +1,179 @@
+"""A run's plan: what was checked, memory of each stage, traffic, time, and layouts that fit. As text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_megatron.config import RunConfig
+from opd_megatron.errors import ConfigError
+from opd_megatron.mcore.cpu.platform import has_gpu
+from opd_megatron.models import ResolvedModels, check
+from opd_megatron.planning.coverage import Coverage, build_and_check
+from opd_megatron.planning.gpus import Gpu
+from opd_megatron.planning.layouts import Suggestion, stage_memories, suggestions, usable
+from opd_megatron.planning.memory import GIB, RankMemory, activations_both_ways, rank_memory, weights_bytes
+from opd_megatron.planning.published import find_model, known_tensors
+from opd_megatron.planning.sizes import WIDTH, RunSizes
+from opd_megatron.planning.timing import ASSUMPTIONS, step_seconds
+from opd_megatron.planning.traffic import Traffic, traffic
+
+
+@dataclass(slots=True)
+class RunPlan:
+    """Everything `opd-megatron plan` says, in bytes and seconds."""
+
+    sizes: RunSizes
+    coverage: dict[str, Coverage]
+    """Of each model, by its path."""
+    stages: list[RankMemory]
+    moved: Traffic
+    gpu: Gpu | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    @property
+    def peak(self) -> RankMemory:
+        return max(self.stages, key=lambda memory: memory.peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank stays within the named GPU; True where none is named."""
+        return self.gpu is None or self.peak.peak <= usable(self.gpu)
+
+    def require_fit(self) -> None:
+        """Raises ConfigError when a rank does not fit, naming a layout that does."""
+        if self.gpu is None or self.fits:
+            return
+        remedy = f"try {self.suggestions[0]}" if self.suggestions else "no layout of as many ranks does: use more ranks"
+        raise ConfigError(
+            f"a rank of stage {self.peak.stage} needs {self.peak.peak / GIB:.1f} GiB, more than the "
+            f"{usable(self.gpu) / GIB:.1f} GiB that can be used of {self.gpu.name}'s memory: {remedy}"
+        )
+
+
+def make_plan(config: RunConfig, gpu: Gpu | None = None, folders: Sequence[Path] = ()) -> RunPlan:
+    """Builds every distinct shard, checks it and works everything out. No weights, GPU or other process is needed.
+
+    Raises:
+        OPDError: what `layout.check` finds, or a model whose tensors are not covered (`coverage.check_coverage`).
+    """
+    models = check(config, lambda path: find_model(path, folders))
+    sizes = RunSizes(config, models)
+    moved = traffic(sizes)
+    plan = RunPlan(sizes, _check_models(config, models), stage_memories(sizes, gpu), moved, gpu)
+    if gpu is not None:
+        plan.seconds = step_seconds(sizes, moved, gpu)
+        if not plan.fits:
+            plan.suggestions = suggestions(sizes, gpu)
+    return plan
+
+
+def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Coverage]:
+    padded = models.padded_vocab(config.parallel.tensor)
+    named = [(config.student.path, models.student, models.student_config)]
+    named += [(teacher.path, *found) for teacher, found in zip(config.teachers, models.teachers, strict=True)]
+    return {
+        path: build_and_check(hf, config.parallel, models.data_parallel, padded, known_tensors(path, folder))
+        for path, folder, hf in named
+    }
+
+
+def describe(config: RunConfig) -> str:
+    """Process layout and memory of each rank, for `--dry-run`: the models' configs are read, nothing is built."""
+    sizes = RunSizes(config, check(config))
+    gpu = has_gpu()
+    lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pipeline)])]
+    return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)}, in a process of its own beside rank 0"])
+
+
+def text(plan: RunPlan) -> str:
+    """What the command prints."""
+    lines = _layout_lines(plan.sizes)
+    lines += [f"{'weights':<16} {path}: {_coverage(found)}" for path, found in plan.coverage.items()]
+    lines += _memory_lines(plan.stages)
+    lines += _recompute_lines(plan.sizes)
+    lines.append("sent a step      GiB of the busiest rank: " + _listed(asdict(plan.moved), GIB))
+    if plan.gpu is None:
+        lines.append(f"rollout engine   {_engine(plan.sizes, False)}, in a process of its own beside rank 0")
+        return "\n".join(lines)
+    lines.append(f"seconds a step   {sum(plan.seconds.values()):.1f} on {plan.gpu.name}: " + _listed(plan.seconds, 1))
+    lines += [f"  assumed        {assumption}" for assumption in ASSUMPTIONS]
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    room = f"{plan.peak.peak / GIB:.1f} of {usable(plan.gpu) / GIB:.1f} GiB ({plan.gpu.name}'s memory less 5%)"
+    lines.append(f"{verdict:<16} {room}, on stage {plan.peak.stage}")
+    return "\n".join([*lines, *(f"  fits instead   {suggestion}" for suggestion in plan.suggestions)])
+
+
+def as_tree(plan: RunPlan) -> dict[str, Any]:
+    """The same for a machine: bytes, seconds, counts."""
+    sizes = plan.sizes
+    return {
+        "ranks": sizes.ranks,
+        "parallel": {"tensor": sizes.tensor, "pipeline": sizes.pipeline, "data": sizes.data, "expert": sizes.expert},
+        "models": {path: asdict(found) for path, found in plan.coverage.items()},
+        "stages": [
+            {
+                "stage": memory.stage, "bytes": memory.parts, "engine_bytes": memory.engine, "peak_bytes": memory.peak,
+                "activation_bytes": dict(
+                    zip(("kept", "recomputed"), activations_both_ways(sizes, memory.stage), strict=True)
+                ),
+            }
+            for memory in plan.stages
+        ],
+        "sent_bytes": asdict(plan.moved),
+        "gpu": asdict(plan.gpu) if plan.gpu else None,
+        "seconds": plan.seconds,
+        "fits": plan.fits,
+        "suggestions": [asdict(suggestion) for suggestion in plan.suggestions],
+    }  # fmt: skip
+
+
+def _layout_lines(sizes: RunSizes) -> list[str]:
+    padded = sizes.models.padded_vocab(sizes.tensor)
+    sequences = sizes.micro_batches * sizes.micro_size
+    return [
+        f"ranks            {sizes.ranks} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}"
+        + (f", experts over {sizes.expert}" if sizes.expert > 1 else ""),
+        f"step             {sizes.config.sequences_per_step} sequences, {sequences} a data-parallel rank in "
+        f"{sizes.micro_batches} micro batches of {sizes.micro_size}, {sizes.length} tokens each",
+        f"vocabulary       {sizes.models.vocab_size} shared, padded to {padded}, {sizes.columns} columns a rank",
+    ]
+
+
+def _coverage(found: Coverage) -> str:
+    names = f"names and shapes as in {found.index}" if found.index else "no index to compare names with"
+    return (
+        f"{found.elements / 1e9:.3g} B parameters in {found.tensors} tensors, each element in one place over "
+        f"{found.shards} distinct shards; {names}"
+    )
+
+
+def _memory_lines(stages: Sequence[RankMemory]) -> list[str]:
+    lines = ["memory a rank    estimate in GiB; activations at the longest prompt and answer"]
+    for memory in stages:
+        parts = memory.parts | ({"rollout engine": memory.engine} if memory.engine else {})
+        lines.append(f"  stage {memory.stage:<8} {memory.peak / GIB:.2f} = {_listed(parts, GIB)}")
+    return lines
+
+
+def _recompute_lines(sizes: RunSizes) -> list[str]:
+    """Activations of the first stage, which has the most micro batches in flight."""
+    kept, recomputed = (value / GIB for value in activations_both_ways(sizes, 0))
+    return [f"activations      stage 0: {kept:.2f} GiB kept whole, {recomputed:.2f} with student.recompute=true"]
+
+
+def _listed(parts: dict[str, float], unit: float) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value / unit:.2f}" for name, value in parts.items() if value)
+
+
+def _engine(sizes: RunSizes, gpu: bool) -> str:
+    """What the engine takes: a share of the GPU where there is one, else weights and cache."""
+    rollout = sizes.config.rollout
+    if gpu:
+        return f"{rollout.gpu_memory_utilization:.0%} of the memory of {rollout.tensor} GPU(s)"
+    width = WIDTH[rollout.dtype or sizes.config.student.dtype]
+    weights = weights_bytes(sizes.models.student_config, width) / GIB
+    return f"{weights:.2f} GiB of weights, {rollout.kv_cache_gib:.2f} GiB of key-value cache"
