@@ -15,7 +15,7 @@ COPY_LIMIT = 1 / 0.75  # three quarters of the copy's bandwidth
 
 
 def kernel_pass(table: Table, case: Case, rounds: int, same: float) -> None:
-    """Time of `Kernels.everything` over a case's logits for every divergence; `same`: how far backends may differ.
+    """Time of `Kernels.fused` over a case's logits for every divergence; `same`: how far backends may differ.
 
     It must read both matrices of logits and write one, three times a matrix's bytes; a copy of one moves two. The
     gradient goes to memory of its own, since logits that it has replaced would not be logits in the next round.
@@ -42,7 +42,7 @@ def kernel_pass(table: Table, case: Case, rounds: int, same: float) -> None:
 def whole_pass(
     backend: str, loss: Loss, student: torch.Tensor, teacher: torch.Tensor, out: torch.Tensor
 ) -> Callable[[], None]:
-    """`everything` on all rows, in blocks of the size that the backend asks for."""
+    """`fused` on all rows, in blocks of the size that the backend asks for."""
     dtypes = [student.dtype, teacher.dtype]
     with use_backend(backend):
         kernels = choose_kernels(loss.divergence, 1.0, torch.float32, student.device, dtypes, student.numel())
@@ -52,7 +52,7 @@ def whole_pass(
 
     def run() -> None:
         for block in (slice(start, start + step) for start in range(0, rows, step)):
-            kernels.everything(student[block], teacher[block], scale[block], out[block])
+            kernels.fused(student[block], teacher[block], scale[block], out[block])
 
     return run
 

@@ -50,7 +50,7 @@ def _train(folder: str, overrides: Mapping[str, Any], steps: int) -> None:
     """Student and teacher as a run builds them, and `steps` updates on sequences as long as they may be."""
     from opd_megatron.config import load_config
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.student import Student, TeacherView
+    from opd_megatron.mcore.student import Student, TeacherInputs
     from opd_megatron.models import check
     from opd_megatron.teacher import build_teachers
 
@@ -65,7 +65,7 @@ def _train(folder: str, overrides: Mapping[str, Any], steps: int) -> None:
     teachers = build_teachers(config, models.teachers, grid, padded)
     for seed in range(steps):
         mine = _micro_batches(config, models.data_parallel, models.vocab_size, seed)
-        views = [TeacherView(teacher.hidden_states(mine), teacher.head, teacher.weight) for teacher in teachers]
+        views = [TeacherInputs(teacher.hidden_states(mine), teacher.head, teacher.weight) for teacher in teachers]
         student.update(mine, views, config.objective, models.vocab_size)
 
 

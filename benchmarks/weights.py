@@ -58,7 +58,7 @@ def shard_bytes(folder: Path, tensor: int, pipeline: int) -> list[int]:
     """Bytes of the parameters of every rank, in rank order."""
     from opd_megatron.weights.hf_reader import load_hf_config
     from opd_megatron.weights.layout import ShardLayout
-    from opd_megatron.weights.sharding import build_plan
+    from opd_megatron.weights.sharding import sharding_table
 
     config = load_hf_config(folder)
     padded = -(-config.vocab_size // (tensor * 8)) * tensor * 8
@@ -66,7 +66,7 @@ def shard_bytes(folder: Path, tensor: int, pipeline: int) -> list[int]:
     sizes = []
     for stage in range(pipeline):
         layout = ShardLayout(padded, stage * per_stage, per_stage, 0, tensor, stage, pipeline)
-        plan = build_plan(config, layout)
+        plan = sharding_table(config, layout)
         elements = sum(math.prod(plan.shard_shape(entry, layout)) for entry in plan.stage(stage))
         sizes += [elements * 2] * tensor
     return sizes

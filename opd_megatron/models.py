@@ -28,16 +28,16 @@ class ResolvedModels:
     @property
     def vocab_size(self) -> int:
         """Columns that every model has: anything past them is padding to one of them."""
-        return min(hf.vocab_size for hf in self.configs)
+        return min(hf_config.vocab_size for hf_config in self.configs)
 
     @property
     def configs(self) -> list[PretrainedConfig]:
-        return [self.student_config, *(hf for _, hf in self.teachers)]
+        return [self.student_config, *(hf_config for _, hf_config in self.teachers)]
 
     def padded_vocab(self, tensor: int) -> int:
         """Rows of every embedding and head in the run: one number, so that all heads shard alike."""
         multiple = tensor * 8  # tensor cores want multiples of 8 columns on each rank
-        return -(-max(hf.vocab_size for hf in self.configs) // multiple) * multiple
+        return -(-max(hf_config.vocab_size for hf_config in self.configs) // multiple) * multiple
 
 
 def check(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
@@ -63,9 +63,9 @@ def check(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> 
         tokenizer,
         data_parallel,
     )
-    for name, hf in zip(_names(config), resolved.configs, strict=True):
-        family_of(hf)
-        check_divisible(name, hf, config)
+    for name, hf_config in zip(_names(config), resolved.configs, strict=True):
+        family_of(hf_config)
+        check_divisible(name, hf_config, config)
     _check_experts(resolved, config)
     _check_context(resolved.student_config, config)
     return resolved
@@ -89,18 +89,18 @@ def _data_parallel(config: RunConfig) -> int:
     return data
 
 
-def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
+def check_divisible(name: str, hf_config: PretrainedConfig, config: RunConfig) -> None:
     """Raises ConfigError unless the parallel sizes divide the model's heads, columns and layers."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    dims, family, sizes = Dims.of(hf), family_of(hf), sizes_split_by_tensor(hf)
+    dims, family, sizes = Dims.of(hf_config), family_of(hf_config), sizes_split_by_tensor(hf_config)
     for what, size in sizes.items():
         if size % tensor:
             choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
             raise ConfigError(f"parallel.tensor={tensor} must divide the {size} {what} of {name}: use one of {choices}")
-    if hf.num_hidden_layers % pipeline:
-        choices = [n for n in range(1, hf.num_hidden_layers + 1) if hf.num_hidden_layers % n == 0]
+    if hf_config.num_hidden_layers % pipeline:
+        choices = [n for n in range(1, hf_config.num_hidden_layers + 1) if hf_config.num_hidden_layers % n == 0]
         raise ConfigError(
-            f"parallel.pipeline={pipeline} must divide the {hf.num_hidden_layers} layers of {name}: "
+            f"parallel.pipeline={pipeline} must divide the {hf_config.num_hidden_layers} layers of {name}: "
             f"use one of {choices}"
         )
     expert = config.parallel.expert
@@ -113,7 +113,7 @@ def check_divisible(name: str, hf: PretrainedConfig, config: RunConfig) -> None:
 
 def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
     parallel = config.parallel
-    if parallel.expert > 1 and not any(family_of(hf).experts for hf in resolved.configs):
+    if parallel.expert > 1 and not any(family_of(hf_config).experts for hf_config in resolved.configs):
         raise ConfigError(
             f"parallel.expert={parallel.expert} needs a model of experts, student and teachers have none: set it to 1"
         )
@@ -129,11 +129,11 @@ def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
         )
 
 
-def _check_context(hf: PretrainedConfig, config: RunConfig) -> None:
+def _check_context(hf_config: PretrainedConfig, config: RunConfig) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > hf.max_position_embeddings:
+    if longest > hf_config.max_position_embeddings:
         raise ConfigError(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-            f"{config.rollout.max_new_tokens} must not exceed the student's context of {hf.max_position_embeddings} "
+            f"{config.rollout.max_new_tokens} must not exceed the student's context of {hf_config.max_position_embeddings} "
             "tokens: lower one of them"
         )

@@ -19,7 +19,7 @@ from opd_megatron.data.batching import global_length, make_micro_batches, shard_
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import StopRequestedError
 from opd_megatron.mcore.checkpoint import all_ranks_max, load_checkpoint, named_checkpoint
-from opd_megatron.mcore.student import TeacherView
+from opd_megatron.mcore.student import TeacherInputs
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
 from opd_megatron.run.build import RunParts, build_parts
 from opd_megatron.run.report import write_report
@@ -97,7 +97,7 @@ class OPDTrainer:
         parts, config = self.parts, self.config
         with self._log() as log:
             if self.step_count == 0:
-                self._introduce_teachers(log)
+                self._log_step_zero(log)
             try:
                 if self.step_count < config.steps and not self._between_steps():
                     parts.sampler.start(self.step_count)
@@ -206,21 +206,21 @@ class OPDTrainer:
 
     def _micro_batches(self, rollouts: list[Rollout]) -> list[Batch]:
         grid = self.parts.student.grid
-        mine = shard_rollouts(rollouts, grid.dp_rank, grid.data)
+        mine = shard_rollouts(rollouts, grid.dp_rank, grid.dp_size)
         # Stages of a pipeline exchange tensors of one shape; without one, each micro batch is as long as it must be.
-        length = global_length(rollouts) if grid.pipeline > 1 else None
+        length = global_length(rollouts) if grid.pp_size > 1 else None
         return make_micro_batches(
             [(rollout.prompt.token_ids, rollout.response_ids) for rollout in mine],
-            self.config.micro_batch_size(grid.data),
+            self.config.micro_batch_size(grid.dp_size),
             logprobs=[rollout.logprobs for rollout in mine],
             length=length,
             multiple_of=self.parts.length_multiple,
             device=self.parts.device,
         )
 
-    def _ask_teachers(self, micro_batches: list[Batch]) -> list[TeacherView]:
+    def _ask_teachers(self, micro_batches: list[Batch]) -> list[TeacherInputs]:
         return [
-            TeacherView(teacher.hidden_states(micro_batches), teacher.head, teacher.weight)
+            TeacherInputs(teacher.hidden_states(micro_batches), teacher.head, teacher.weight)
             for teacher in self.parts.teachers
         ]
 
@@ -236,11 +236,11 @@ class OPDTrainer:
         if every and (self.step_count == 1 or self.step_count % every == 0):
             self.parts.display.sample(readable_sample(rollouts[0], self.parts.tokenizer))
 
-    def _introduce_teachers(self, log: MetricsLog | NullLog) -> None:
+    def _log_step_zero(self, log: MetricsLog | NullLog) -> None:
         """Row 0 of the metrics, and a line that shows a wrong or half-loaded teacher before it has taught anything."""
         figures = self.evaluate()
         log.write({"step": 0, "policy_version": 0, **figures})
-        for line in self.parts.evaluator.teacher_lines(figures, [teacher.path for teacher in self.config.teachers]):
+        for line in self.parts.evaluator.teacher_summary(figures, [teacher.path for teacher in self.config.teachers]):
             self.parts.display.note(line)
 
 

@@ -99,7 +99,7 @@ class RolloutConfig(Section):
     """Share of the GPU that the engine may take, cache included."""
     max_restarts: NonNegativeInt = 3
     """How often in a row a dead engine is restarted before the run stops."""
-    start_timeout: PositiveFloat = 600.0
+    request_timeout: PositiveFloat = 600.0
     """Seconds the engine may take to start or to answer a call."""
 
 

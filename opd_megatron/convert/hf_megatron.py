@@ -24,9 +24,9 @@ from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
 from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config, resolve_model
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
-from opd_megatron.weights.parts import RankParts
+from opd_megatron.weights.parts import LocalShards
 from opd_megatron.weights.safetensors_writer import PROVENANCE, SafetensorsWriter, new_folder
-from opd_megatron.weights.save import SHARD_BYTES, copy_companions, write_parts
+from opd_megatron.weights.save import SHARD_BYTES, copy_tokenizer_files, write_parts
 from opd_megatron.weights.sharding import hf_shapes
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def hf_to_megatron(
         with _together("the checkpoint was not written: check space and rights"):
             if dist.get_rank() == 0:
                 shutil.copyfile(source / "config.json", folder / "config.json")
-                copy_companions(source, folder)
+                copy_tokenizer_files(source, folder)
                 _write_provenance(folder, "hf_to_megatron", source, dtype=_name(kind), **facts)
 
 
@@ -119,8 +119,8 @@ def megatron_to_hf(
     from opd_megatron.mcore.checkpoint.weights_only import load_model, stored_dtype
 
     source = Path(megatron)
-    companions = _config_folder(source, hf_config)
-    config = load_hf_config(companions)
+    tokenizer_files = _config_folder(source, hf_config)
+    config = load_hf_config(tokenizer_files)
     family_of(config)
     sizes.check(config)
     kind = DTYPES[dtype] if dtype else stored_dtype(source)
@@ -128,7 +128,7 @@ def megatron_to_hf(
         model, layout = _build(config, grid, kind)
         total = sum(parameter.nbytes for parameter in model.parameters())
         load_model(model, grid, source, vocab_size=config.vocab_size, progress=display.bar("reading", total))
-        parts = RankParts(model, config, layout)
+        parts = LocalShards(model, config, layout)
         shown = display.bar("writing", parts.contributed_numel() * kind.itemsize)
         shapes, first = hf_shapes(config), dist.get_rank() == 0
         refused = "the model was not written: check space and rights"
@@ -142,8 +142,8 @@ def megatron_to_hf(
                 write_parts(parts, writer, shown)
         with _together(refused):
             if first:
-                _copy_config(companions / "config.json", folder / "config.json", kind)
-                copy_companions(companions, folder)
+                _copy_config(tokenizer_files / "config.json", folder / "config.json", kind)
+                copy_tokenizer_files(tokenizer_files, folder)
                 _write_provenance(folder, "megatron_to_hf", source, dtype=_name(kind))
 
 
@@ -163,7 +163,7 @@ def hf_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
 def _build(config: PretrainedConfig, grid: ParallelGrid, kind: torch.dtype) -> tuple[HiddenStatesModel, ShardLayout]:
     from opd_megatron.mcore.model import build_gpt_model
 
-    multiple = grid.tensor * 8  # as in training: tensor cores want multiples of 8 columns on each rank
+    multiple = grid.tp_size * 8  # as in training: tensor cores want multiples of 8 columns on each rank
     padded_vocab = -(-config.vocab_size // multiple) * multiple
     model = build_gpt_model(config, grid, padded_vocab=padded_vocab, dtype="fp32" if kind.itemsize == 4 else "bf16")
     return model.to(kind), grid.layout(config.num_hidden_layers, padded_vocab)
@@ -201,7 +201,7 @@ def _on_ranks(sizes: ParallelSizes) -> Iterator[ParallelGrid]:
                 f"world size {world} must equal --tensor {sizes.tensor} * --pipeline {sizes.pipeline} * --expert "
                 f"{sizes.expert}: start another number of ranks or change them"
             )
-        yield ParallelGrid.build(sizes.tensor, sizes.pipeline, data=sizes.expert, expert=sizes.expert)
+        yield ParallelGrid.build(sizes.tensor, sizes.pipeline, dp_size=sizes.expert, ep_size=sizes.expert)
     finally:
         if started:
             dist.destroy_process_group()

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.config import RunConfig
-from opd_megatron.data.sources import Row, train_and_eval_rows
+from opd_megatron.data.sources import Example, train_and_eval_rows
 from opd_megatron.data.tokenizer import end_of_turn_id, render_chat
 from opd_megatron.errors import CheckpointError, DataError
 from opd_megatron.types import Prompt
@@ -33,7 +33,7 @@ class PromptDataset:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Example],
         tokenizer: PreTrainedTokenizerBase,
         *,
         template: str = "chat",
@@ -104,7 +104,7 @@ class PromptDataset:
                 f"all {self.dropped} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: raise it"
             )
 
-    def _too_long(self, row: Row, length: int) -> DataError:
+    def _too_long(self, row: Example, length: int) -> DataError:
         return DataError(
             f"prompt {row.id!r} has {length} tokens, over data.max_prompt_tokens={self.max_prompt_tokens}: raise the "
             "limit, or leave long prompts out with data.drop_long_prompts=true"

@@ -27,7 +27,7 @@ DEFAULT_ANSWER_COLUMN = "answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Example:
     """One question, before any tokenizer has seen it."""
 
     id: str
@@ -35,7 +35,7 @@ class Row:
     answer: str | None = None
 
 
-def train_and_eval_rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
+def train_and_eval_rows(config: RunConfig) -> tuple[list[Example], list[Example]]:
     """Training rows, and up to `evaluation.prompts` held-out rows that have a gold answer.
 
     Held-out rows come from `data.eval_source`, else from the source itself: another random stream for
@@ -68,11 +68,11 @@ def train_and_eval_rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
-def _held_out_rows(config: RunConfig, wanted: int) -> list[Row]:
+def _held_out_rows(config: RunConfig, wanted: int) -> list[Example]:
     data = config.data
     source = data.eval_source or data.source
     column = data.answer_column or DEFAULT_ANSWER_COLUMN
-    rows: list[Row] = []
+    rows: list[Example] = []
     for row in _read(data, source, data.eval_split, column, seed=2 * config.seed + 1):
         if row.answer is not None:
             rows.append(row)
@@ -86,7 +86,7 @@ def _held_out_rows(config: RunConfig, wanted: int) -> list[Row]:
     return rows
 
 
-def _split_file(rows: list[Row], wanted: int, source: str) -> tuple[list[Row], list[Row]]:
+def _split_file(rows: list[Example], wanted: int, source: str) -> tuple[list[Example], list[Example]]:
     count = min(wanted, max(1, len(rows) // 5))
     if len(rows) < 2:
         raise DataError(
@@ -102,7 +102,7 @@ def _split_file(rows: list[Row], wanted: int, source: str) -> tuple[list[Row], l
     return rows[:-count], held_out
 
 
-def _read(data: DataConfig, source: str, split: str, answer_column: str | None, seed: int) -> Iterator[Row]:
+def _read(data: DataConfig, source: str, split: str, answer_column: str | None, seed: int) -> Iterator[Example]:
     if source == GSM_SYMBOLIC:
         yield from gsm_symbolic_rows(seed, GSM_SYMBOLIC_ROWS)
         return
@@ -114,7 +114,7 @@ def _read(data: DataConfig, source: str, split: str, answer_column: str | None, 
 
 def _row(
     record: Mapping[str, Any], row_id: str, source: str, index: int, prompt_column: str, answer_column: str | None
-) -> Row:
+) -> Example:
     for column, key in ((prompt_column, "prompt_column"), (answer_column, "answer_column")):
         if column is not None and column not in record:
             raise DataError(
@@ -128,10 +128,10 @@ def _row(
             "the row or set data.prompt_column"
         )
     answer = record[answer_column] if answer_column is not None else None
-    return Row(row_id, question, None if answer is None else str(answer))
+    return Example(row_id, question, None if answer is None else str(answer))
 
 
-def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Row]:
+def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Example]:
     """Up to `count` distinct grade-school problems with worked answers, made offline by reasoning-gym.
 
     The same seed gives the same rows; different seeds share no random stream (the generator draws row i from
@@ -150,7 +150,7 @@ def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Row]:
         problem = problems[index]
         if problem["question"] not in seen:
             seen.add(problem["question"])
-            yield Row(f"{GSM_SYMBOLIC}:{index}", problem["question"], problem["metadata"]["answer_cot"])
+            yield Example(f"{GSM_SYMBOLIC}:{index}", problem["question"], problem["metadata"]["answer_cot"])
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

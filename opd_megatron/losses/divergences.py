@@ -9,12 +9,12 @@ number (beta, alpha or lambda). A divergence is L = sum_j f(p_j, q_j), and with 
 
     dL/ds_j = pull_j - p_j sum_i pull_i,      pull_j = p_j df/dp_j.
 
-A constant added to df/dp drops out: `pull` is 0 where p = q, which keeps the digits of a small gradient. `value` adds
-first-order terms that sum to zero (`gap` is q - p): every such sum then has no negative term and feels an error of p,
+A constant added to df/dp drops out: `weighted_grad` is 0 where p = q, which keeps the digits of a small gradient. `value` adds
+first-order terms that sum to zero (`q_minus_p` is q - p): every such sum then has no negative term and feels an error of p,
 of q or of a normaliser at second order only, so that a divergence of 1e-4 keeps its digits in fp32.
 
 f must be homogeneous, f(c p, c q) = c f(p, q), which every f-divergence and every mixture of them is: the tail bucket
-of a top-k teacher and `slope` rely on it.
+of a top-k teacher and `df_dp` rely on it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Divergence:
     """One divergence with its parameter bound."""
 
     value: Elementwise
-    pull: Elementwise
+    weighted_grad: Elementwise
     parameter: float = 0.0
 
-    def slope(self, r: torch.Tensor) -> torch.Tensor:
+    def df_dp(self, r: torch.Tensor) -> torch.Tensor:
         """df/dp up to a constant, from r = log p - log q alone (f is homogeneous)."""
-        return self.pull(torch.ones_like(r), torch.exp(-r), r, self.parameter)
+        return self.weighted_grad(torch.ones_like(r), torch.exp(-r), r, self.parameter)
 
 
-def gap(p, q, r):  # type: ignore[no-untyped-def]
+def q_minus_p(p, q, r):  # type: ignore[no-untyped-def]
     """q - p. Where they are close it is p (exp(-r) - 1), which cannot disagree with r as a rounded difference would."""
     square = r * r
     even = 0.5 + square * (1.0 / 24.0 + square * (1.0 / 720.0))
@@ -48,7 +48,7 @@ def gap(p, q, r):  # type: ignore[no-untyped-def]
     return where(square < 0.25, p * (square * (even - r * odd) - r), q - p)
 
 
-def approach(r, weight):  # type: ignore[no-untyped-def]
+def mixture_ratios(r, weight):  # type: ignore[no-untyped-def]
     """(|r|, smaller / larger - 1, m / larger - 1) of p and q for m = weight q + (1 - weight) p.
 
     From the larger of the two nothing cancels, however far apart or close they are.
@@ -59,22 +59,22 @@ def approach(r, weight):  # type: ignore[no-untyped-def]
     return distance, smaller, at_least(where(r < 0.0, (1.0 - weight) * smaller, weight * smaller), -0.99999994)
 
 
-def gap_beside(p, q, r, smaller):  # type: ignore[no-untyped-def]
-    """q - p from `approach`'s smaller / larger - 1, which has all its digits."""
+def q_minus_p_stable(p, q, r, smaller):  # type: ignore[no-untyped-def]
+    """q - p from `mixture_ratios`'s smaller / larger - 1, which has all its digits."""
     return smaller * where(r < 0.0, -q, p)
 
 
 def log_mixture(r, weight):  # type: ignore[no-untyped-def]
     """(log m - log p, log m - log q)."""
-    distance, _, mixture = approach(r, weight)
+    distance, _, mixture = mixture_ratios(r, weight)
     from_larger = log1p(mixture)
     from_smaller = from_larger + distance
     return where(r < 0.0, from_smaller, from_larger), where(r < 0.0, from_larger, from_smaller)
 
 
-def over_mixture(r, weight):  # type: ignore[no-untyped-def]
+def mixture_share_minus_one(r, weight):  # type: ignore[no-untyped-def]
     """(p / m - 1, q / m - 1)."""
-    _, smaller, mixture = approach(r, weight)
+    _, smaller, mixture = mixture_ratios(r, weight)
     larger_less_m, smaller_less_m = -mixture, smaller - mixture
     p_less_m = where(r < 0.0, smaller_less_m, larger_less_m)
     q_less_m = where(r < 0.0, larger_less_m, smaller_less_m)
@@ -82,7 +82,7 @@ def over_mixture(r, weight):  # type: ignore[no-untyped-def]
 
 
 def reverse_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
-    return p * r + gap(p, q, r)
+    return p * r + q_minus_p(p, q, r)
 
 
 def reverse_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
@@ -90,7 +90,7 @@ def reverse_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
 
 
 def forward_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
-    return -(gap(p, q, r) + q * r)
+    return -(q_minus_p(p, q, r) + q * r)
 
 
 def forward_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
@@ -110,39 +110,39 @@ def gkd_pull(p, q, r, beta):  # type: ignore[no-untyped-def]
 
 def skew_reverse_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(p|m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898)."""
-    _, smaller, _ = approach(r, 1.0 - alpha)
+    _, smaller, _ = mixture_ratios(r, 1.0 - alpha)
     over_p, _ = log_mixture(r, 1.0 - alpha)
-    return (1.0 - alpha) * gap_beside(p, q, r, smaller) - p * over_p
+    return (1.0 - alpha) * q_minus_p_stable(p, q, r, smaller) - p * over_p
 
 
 def skew_reverse_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
     over_p, _ = log_mixture(r, 1.0 - alpha)
-    p_share, _ = over_mixture(r, 1.0 - alpha)
+    p_share, _ = mixture_share_minus_one(r, 1.0 - alpha)
     return -(p * (over_p + alpha * p_share))
 
 
 def skew_forward_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(q|m), m = alpha q + (1 - alpha) p (DistiLLM, arXiv 2402.03898)."""
-    _, smaller, _ = approach(r, alpha)
+    _, smaller, _ = mixture_ratios(r, alpha)
     _, over_q = log_mixture(r, alpha)
-    return -((1.0 - alpha) * gap_beside(p, q, r, smaller) + q * over_q)
+    return -((1.0 - alpha) * q_minus_p_stable(p, q, r, smaller) + q * over_q)
 
 
 def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
-    _, q_share = over_mixture(r, alpha)
+    _, q_share = mixture_share_minus_one(r, alpha)
     return (alpha - 1.0) * (p * q_share)
 
 
 def lambda_jsd_value(p, q, r, weight):  # type: ignore[no-untyped-def]
     """weight KL(p|m) + (1 - weight) KL(q|m), m = (p + q) / 2."""
-    _, smaller, _ = approach(r, 0.5)
+    _, smaller, _ = mixture_ratios(r, 0.5)
     over_p, over_q = log_mixture(r, 0.5)
-    return (weight - 0.5) * gap_beside(p, q, r, smaller) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
+    return (weight - 0.5) * q_minus_p_stable(p, q, r, smaller) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
 
 
 def lambda_jsd_pull(p, q, r, weight):  # type: ignore[no-untyped-def]
     over_p, _ = log_mixture(r, 0.5)
-    p_share, _ = over_mixture(r, 0.5)
+    p_share, _ = mixture_share_minus_one(r, 0.5)
     # q / (2 m) is 1 - p / (2 m), and the constant drops out.
     return -(p * (weight * over_p + (weight - 0.5) * p_share))
 
@@ -166,7 +166,7 @@ def _skew_forward_kl(alpha: float) -> Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class DivergenceFamily:
     """What `type` names: a divergence for every value of one named argument."""
 
     make: Callable[[float], Divergence]
@@ -174,11 +174,11 @@ class Family:
     """`beta`, `alpha` or `lambda_coef`, a number in [0, 1]; None takes none."""
 
 
-DIVERGENCES: dict[str, Family] = {
-    "reverse_kl": Family(lambda _: REVERSE_KL),
-    "forward_kl": Family(lambda _: FORWARD_KL),
-    "gkd": Family(_gkd, "beta"),
-    "skew_reverse_kl": Family(_skew_reverse_kl, "alpha"),
-    "skew_forward_kl": Family(_skew_forward_kl, "alpha"),
-    "lambda_jsd": Family(lambda weight: Divergence(lambda_jsd_value, lambda_jsd_pull, weight), "lambda_coef"),
+DIVERGENCES: dict[str, DivergenceFamily] = {
+    "reverse_kl": DivergenceFamily(lambda _: REVERSE_KL),
+    "forward_kl": DivergenceFamily(lambda _: FORWARD_KL),
+    "gkd": DivergenceFamily(_gkd, "beta"),
+    "skew_reverse_kl": DivergenceFamily(_skew_reverse_kl, "alpha"),
+    "skew_forward_kl": DivergenceFamily(_skew_forward_kl, "alpha"),
+    "lambda_jsd": DivergenceFamily(lambda weight: Divergence(lambda_jsd_value, lambda_jsd_pull, weight), "lambda_coef"),
 }

@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.core.chunks import chunk_bounds
-from opd_megatron.losses.core.linear_pass import FromHidden, Plan, Projection
+from opd_megatron.losses.core.linear_pass import FusedLinearArgs, FusedLinearDivergence, Projection
 from opd_megatron.losses.core.validation import (
-    Choices,
+    LossArguments,
     check_matrix,
     check_per_token,
     check_projection,
     check_targets,
-    make_objective,
+    make_spec,
 )
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
@@ -76,7 +76,7 @@ def linear_divergence(
     terms = linear_divergence_terms(
         student_hidden, student_head, teachers, type=type, beta=beta, alpha=alpha, lambda_coef=lambda_coef,
         temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights, combine=combine,
-        token_weights=token_weights, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel, described=False,
+        token_weights=token_weights, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel, with_metrics=False,
     )  # fmt: skip
     return terms.loss_sum, terms.per_token
 
@@ -101,7 +101,7 @@ def linear_divergence_terms(
     targets: torch.Tensor | None = None,
     policy: PolicyTerm | None = None,
     sequence_parallel: bool = False,
-    described: bool = True,
+    with_metrics: bool = True,
 ) -> DivergenceTerms:
     """Exact divergence between a student and its teachers from hidden states, with two collectives for each chunk.
 
@@ -128,20 +128,20 @@ def linear_divergence_terms(
     Raises:
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
-    choices = Choices(
+    arguments = LossArguments(
         type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine, lambda_distill
     )
     projections, topk = split_topk(teachers)
     _check_tensors(student_hidden, student_head, projections)
     # The entries of a top-k teacher are of all columns, whatever the student's.
     heads = [student_head, *([student_head] if topk is not None else [head for _, head in projections])]
-    objective = make_objective(choices, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
-    shards = dist.get_world_size(objective.group) if sequence_parallel and objective.group is not None else 1
+    spec = make_spec(arguments, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
+    shards = dist.get_world_size(spec.group) if sequence_parallel and spec.group is not None else 1
     tokens = len(student_hidden) * shards
     rows = student_hidden.new_empty(tokens, 0)
     check_per_token("token_weights", token_weights, rows)
-    check_targets(targets, rows, objective.vocab_size)
-    entries = None if topk is None else check_entries(topk, rows, objective)
+    check_targets(targets, rows, spec.vocab_size)
+    entries = None if topk is None else check_entries(topk, rows, spec)
     if policy is not None:
         check_policy(policy, rows)
         if targets is None:
@@ -149,12 +149,12 @@ def linear_divergence_terms(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1: leave it out to have it chosen")
     tracked = torch.is_grad_enabled()
-    plan = Plan(
-        objective, projections, entries, token_weights, targets, policy,
-        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards, described=described,
+    args = FusedLinearArgs(
+        spec, projections, entries, token_weights, targets, policy,
+        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards, with_metrics=with_metrics,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
     )  # fmt: skip
-    loss_sum, per_token, sums, extra, of_policy = FromHidden.apply(student_hidden, student_head, plan)
+    loss_sum, per_token, sums, extra, of_policy = FusedLinearDivergence.apply(student_hidden, student_head, args)
     named = dict(zip(SUMS, sums, strict=True))
     return DivergenceTerms(
         loss_sum=loss_sum,

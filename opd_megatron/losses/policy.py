@@ -48,11 +48,11 @@ class PolicyTerm:
     beta: float = 0.5
     lambda_coef: float = 0.5
     old_logprobs: torch.Tensor | None = None
-    """log p_old. By default p_roll, so that w = 1; with a `truncation`, p itself: rho = 1 and w = min(p / p_roll, cap),
+    """log p_old. By default p_roll, so that w = 1; with a `importance_cap`, p itself: rho = 1 and w = min(p / p_roll, cap),
     the correction for a step that makes one update of its samples."""
     clip: tuple[float, float] | None = None
     """(low, high) of the clipped ratio; none by default."""
-    truncation: float | None = None
+    importance_cap: float | None = None
     """The cap."""
     level: str = "token"
     """`sequence`: rho and w are geometric means over a sequence's tokens (GSPO-token, arXiv 2507.18071)."""
@@ -71,7 +71,7 @@ class PolicyResult(NamedTuple):
     """Each [T], detached."""
 
     loss: torch.Tensor
-    slope: torch.Tensor
+    dloss_dlogp: torch.Tensor
     """d loss / d log p(a)."""
     advantage: torch.Tensor
     ratio: torch.Tensor
@@ -117,14 +117,16 @@ def _check_choices(term: PolicyTerm) -> None:
             raise ConfigError(f"policy.{name}={getattr(term, name)} must lie in [0, 1]: 0.5 is the symmetric form")
     if term.clip is not None and not (0 <= term.clip[0] <= 1 and 0 <= term.clip[1] < math.inf):
         raise ConfigError(f"policy.clip={term.clip} must be (low in [0, 1], high >= 0): PPO uses (0.2, 0.2)")
-    if term.truncation is not None and not term.truncation > 0:
-        raise ConfigError(f"policy.truncation={term.truncation} must be positive: 2 is usual, None switches it off")
+    if term.importance_cap is not None and not term.importance_cap > 0:
+        raise ConfigError(
+            f"policy.importance_cap={term.importance_cap} must be positive: 2 is usual, None switches it off"
+        )
 
 
 def policy_loss(
     term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, kept: torch.Tensor | None
 ) -> PolicyResult:
-    """The loss of each token and its slope.
+    """The loss of each token and its derivative.
 
     Args:
         term: of these T tokens.
@@ -137,22 +139,22 @@ def policy_loss(
     if term.old_logprobs is not None:
         old = term.old_logprobs.to(logprobs.dtype)
     else:
-        old = rollout if term.truncation is None else logprobs
+        old = rollout if term.importance_cap is None else logprobs
     ratio = _ratio(term, logprobs - old, kept)
     weight = _ratio(term, old - rollout, kept)
-    if term.truncation is not None:
-        weight = weight.clamp(max=term.truncation)
-    gain = ratio * advantage
-    clipped = torch.zeros_like(gain, dtype=torch.bool)
+    if term.importance_cap is not None:
+        weight = weight.clamp(max=term.importance_cap)
+    surrogate = ratio * advantage
+    clipped = torch.zeros_like(surrogate, dtype=torch.bool)
     if term.clip is not None:
         low, high = term.clip
         bounded = ratio.clamp(1 - low, 1 + high) * advantage
-        clipped = bounded < gain
-        gain = torch.where(clipped, bounded, gain)
-    loss = -weight * gain
+        clipped = bounded < surrogate
+        surrogate = torch.where(clipped, bounded, surrogate)
+    loss = -weight * surrogate
     # d rho / d log p = rho; a clipped ratio is a constant.
-    slope = torch.where(clipped, 0, loss)
-    return PolicyResult(loss, slope, advantage, _ratio(term, logprobs - rollout, kept), clipped.to(loss.dtype))
+    dloss_dlogp = torch.where(clipped, 0, loss)
+    return PolicyResult(loss, dloss_dlogp, advantage, _ratio(term, logprobs - rollout, kept), clipped.to(loss.dtype))
 
 
 def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
@@ -164,7 +166,7 @@ def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch
     of_jsd = {"jsd": ("gkd", term.beta), "lambda_jsd": ("lambda_jsd", term.lambda_coef)}
     name, parameter = of_jsd[term.advantage]
     divergence = DIVERGENCES[name].make(parameter)
-    return given - term.kl_coef * divergence.slope(logprobs - teacher_logprobs)
+    return given - term.kl_coef * divergence.df_dp(logprobs - teacher_logprobs)
 
 
 def _ratio(term: PolicyTerm, log_ratio: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from opd_megatron.errors import ConfigError
-from opd_megatron.losses.core.validation import Objective
+from opd_megatron.losses.core.validation import LossSpec
 from opd_megatron.losses.kernels.base import LOG_ZERO
 
 PADDING = -1
@@ -49,8 +49,8 @@ class TopKTeacher:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Entries:
-    """A checked `TopKTeacher`, as `TopKEngine` reads it."""
+class TopKEntries:
+    """A checked `TopKTeacher`, as `TopKLoss` reads it."""
 
     ids: torch.Tensor
     """[T, k]"""
@@ -61,8 +61,8 @@ class Entries:
     covered: torch.Tensor
     """[T] bool: the entries are the whole vocabulary, there is no tail."""
 
-    def rows(self, rows: slice) -> Entries:
-        return Entries(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.covered[rows])
+    def rows(self, rows: slice) -> TopKEntries:
+        return TopKEntries(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.covered[rows])
 
 
 def split_topk(teachers: Any) -> tuple[Any, TopKTeacher | None]:
@@ -83,10 +83,10 @@ def split_topk(teachers: Any) -> tuple[Any, TopKTeacher | None]:
     return (), teachers[0]
 
 
-def check_entries(teacher: TopKTeacher, like: torch.Tensor, objective: Objective) -> Entries:
+def check_entries(teacher: TopKTeacher, like: torch.Tensor, spec: LossSpec) -> TopKEntries:
     """Raises ConfigError for what does not fit; `like` has one row for each token."""
     _check_tensors(teacher, like)
-    covered = (teacher.ids != PADDING).sum(-1) == objective.vocab_size
+    covered = (teacher.ids != PADDING).sum(-1) == spec.vocab_size
     logprobs = teacher.logprobs.detach().double()
     probabilities = logprobs.exp()
     mass = probabilities.sum(-1)
@@ -103,9 +103,9 @@ def check_entries(teacher: TopKTeacher, like: torch.Tensor, objective: Objective
     whole = covered if teacher.tail_logprob is None else torch.ones_like(covered)
     # The negation refuses a NaN too.
     off = ~((total - 1 <= tolerance) & ((1 - total <= tolerance) | ~whole))
-    _check_content(teacher, objective.vocab_size, total, off)
-    lowest = logprobs.to(objective.dtype).clamp_(min=LOG_ZERO)
-    return Entries(teacher.ids, lowest, log_tail.to(objective.dtype), covered)
+    _check_content(teacher, spec.vocab_size, total, off)
+    lowest = logprobs.to(spec.dtype).clamp_(min=LOG_ZERO)
+    return TopKEntries(teacher.ids, lowest, log_tail.to(spec.dtype), covered)
 
 
 def _half_ulp(values: torch.Tensor) -> float:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.core.topk_loss import TopKEngine
-from opd_megatron.losses.core.validation import Choices, Objective, check_matrix, make_objective
-from opd_megatron.losses.core.vocab_parallel_loss import Call, Engine
-from opd_megatron.losses.topk import Entries, TopKTeacher, check_entries, split_topk
+from opd_megatron.losses.core.topk_loss import TopKLoss
+from opd_megatron.losses.core.validation import LossArguments, LossSpec, check_matrix, make_spec
+from opd_megatron.losses.core.vocab_parallel_loss import LossInputs, VocabParallelLoss
+from opd_megatron.losses.topk import TopKEntries, TopKTeacher, check_entries, split_topk
 
 # Elements that are scaled at a time in backward.
 _BLOCK_ELEMENTS = 2**22
@@ -66,11 +66,11 @@ def vocab_parallel_divergence(
     # The entries of a top-k teacher are of all columns, whatever the student's.
     everyone = [student_logits, *(teachers if topk is None else [student_logits])]
     widths, dtypes = [x.shape[1] for x in everyone], [x.dtype for x in everyone]
-    choices = Choices(type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine)
-    objective = make_objective(choices, widths, dtypes)
-    entries = None if topk is None else check_entries(topk, student_logits, objective)
+    arguments = LossArguments(type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine)
+    spec = make_spec(arguments, widths, dtypes)
+    entries = None if topk is None else check_entries(topk, student_logits, spec)
     differentiable = torch.is_grad_enabled() and student_logits.requires_grad
-    loss: torch.Tensor = _FromLogits.apply(student_logits, teachers, entries, objective, differentiable)
+    loss: torch.Tensor = _FromLogits.apply(student_logits, teachers, entries, spec, differentiable)
     return loss
 
 
@@ -82,23 +82,25 @@ class _FromLogits(torch.autograd.Function):
         ctx: Any,
         student: torch.Tensor,
         teachers: list[torch.Tensor],
-        entries: Entries | None,
-        objective: Objective,
+        entries: TopKEntries | None,
+        spec: LossSpec,
         differentiable: bool,
     ) -> torch.Tensor:
-        held = slice(0, objective.columns)
+        held = slice(0, spec.columns)
         gradient = None
         if differentiable:
             gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-            gradient[:, objective.columns :].zero_()
+            gradient[:, spec.columns :].zero_()
             ctx.save_for_backward(gradient)
         if not len(student):
-            return student.new_zeros(0, dtype=objective.dtype)
-        kind = Engine if entries is None else TopKEngine
-        engine = kind(objective, len(student), student.device, [x.dtype for x in (student, *teachers)])
+            return student.new_zeros(0, dtype=spec.dtype)
+        kind = VocabParallelLoss if entries is None else TopKLoss
+        engine = kind(spec, len(student), student.device, [x.dtype for x in (student, *teachers)])
         local = None if gradient is None else gradient[:, held]
         logits = [x.detach()[:, held] for x in (student, *teachers)]
-        return engine.run(Call(logits[0], logits[1:], gradient=local, described=False, entries=entries)).value.clone()
+        return engine.run(
+            LossInputs(logits[0], logits[1:], gradient=local, with_metrics=False, entries=entries)
+        ).value.clone()
 
     @staticmethod
     @once_differentiable

@@ -45,7 +45,7 @@ def run_schedule(
         return hidden, loss
 
     batch_size, length = micro_batches[0].tokens.shape
-    run = get_forward_backward_func(pp_size=grid.pipeline, vp_size=None)
+    run = get_forward_backward_func(pp_size=grid.pp_size, vp_size=None)
     return run(
         forward_step_func=forward_step,
         data_iterator=iter(list(enumerate(micro_batches))),

@@ -17,14 +17,14 @@ class ParallelGrid:
 
     Ranks are ordered tensor, context, data, pipeline from fastest to slowest, as in Megatron-LM, so that tensor
     parallel ranks are neighbours (one node) and pipeline stages are far apart. Expert parallelism takes no ranks of its
-    own: `expert` neighbouring data-parallel ranks of a stage share every layer's experts out among themselves and send
+    own: `ep_size` neighbouring data-parallel ranks of a stage share every layer's experts out among themselves and send
     each other the tokens meant for them. Experts are sharded over the tensor-parallel ranks like everything else.
     """
 
-    tensor: int
-    pipeline: int
-    data: int
-    expert: int
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    ep_size: int
     sequence_parallel: bool
     groups: ProcessGroupCollection
     world: dist.ProcessGroup
@@ -33,17 +33,19 @@ class ParallelGrid:
     @classmethod
     def build(
         cls,
-        tensor: int,
-        pipeline: int,
-        data: int,
+        tp_size: int,
+        pp_size: int,
+        dp_size: int,
         *,
-        expert: int = 1,
+        ep_size: int = 1,
         sequence_parallel: bool = False,
         rank_offset: int = 0,
     ) -> ParallelGrid:
         """Makes the groups; every rank of the default process group must call it with the same arguments."""
-        assert data % expert == 0, f"{data} data-parallel ranks do not split into expert-parallel groups of {expert}"
-        comm = HyperCommGrid([tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
+        assert dp_size % ep_size == 0, (
+            f"{dp_size} data-parallel ranks do not split into expert-parallel groups of {ep_size}"
+        )
+        comm = HyperCommGrid([tp_size, 1, dp_size, pp_size], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
         groups = ProcessGroupCollection(
             tp=comm.create_pg("tp"),
             cp=comm.create_pg("cp"),
@@ -58,8 +60,8 @@ class ParallelGrid:
         groups.embd = _first_and_last_stage_group(comm)
         groups.pos_embd = None  # rotary models have no position embedding to keep in step
         groups.intra_dist_opt = world
-        _add_expert_groups(groups, tensor, expert, data // expert, pipeline, rank_offset)
-        return cls(tensor, pipeline, data, expert, sequence_parallel, groups, world)
+        _add_expert_groups(groups, tp_size, ep_size, dp_size // ep_size, pp_size, rank_offset)
+        return cls(tp_size, pp_size, dp_size, ep_size, sequence_parallel, groups, world)
 
     @property
     def tp_rank(self) -> int:
@@ -83,36 +85,36 @@ class ParallelGrid:
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pipeline - 1
+        return self.pp_rank == self.pp_size - 1
 
     def layout(self, num_layers: int, padded_vocab: int) -> ShardLayout:
         """This rank's part of a model with `num_layers` layers."""
-        per_stage = num_layers // self.pipeline
+        per_stage = num_layers // self.pp_size
         return ShardLayout(
             padded_vocab=padded_vocab,
             first_layer=self.pp_rank * per_stage,
             num_layers=per_stage,
             tp_rank=self.tp_rank,
-            tp_size=self.tensor,
+            tp_size=self.tp_size,
             pp_rank=self.pp_rank,
-            pp_size=self.pipeline,
+            pp_size=self.pp_size,
             tp_group=self.groups.tp,
             pp_group=self.groups.pp,
             ep_rank=self.ep_rank,
-            ep_size=self.expert,
+            ep_size=self.ep_size,
             ep_group=self.groups.ep,
         )
 
 
 def _add_expert_groups(
-    groups: ProcessGroupCollection, tensor: int, expert: int, expert_data: int, pipeline: int, rank_offset: int
+    groups: ProcessGroupCollection, tp_size: int, ep_size: int, expert_dp_size: int, pp_size: int, rank_offset: int
 ) -> None:
-    """`expert_data` ranks hold the same experts."""
+    """`expert_dp_size` ranks hold the same experts."""
     groups.expt_tp = groups.tp
-    if expert == 1:  # upstream wants the groups even so
+    if ep_size == 1:  # upstream wants the groups even so
         groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.mp, groups.dp
         return
-    comm = HyperCommGrid([tensor, expert, expert_data, pipeline], ["tp", "ep", "dp", "pp"], rank_offset=rank_offset)
+    comm = HyperCommGrid([tp_size, ep_size, expert_dp_size, pp_size], ["tp", "ep", "dp", "pp"], rank_offset=rank_offset)
     groups.ep = comm.create_pg("ep")
     groups.tp_ep = comm.create_pg(["tp", "ep"])
     groups.tp_ep_pp = comm.create_pg(["tp", "ep", "pp"])

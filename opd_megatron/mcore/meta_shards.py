@@ -21,7 +21,7 @@ from opd_megatron.weights.layout import ShardLayout
 
 
 def distinct_shards(
-    hf: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int
+    hf_config: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int
 ) -> Iterator[tuple[torch.nn.Module, ShardLayout]]:
     """The module of every pipeline stage, tensor- and (of a model of experts) expert-parallel rank, and its place.
 
@@ -29,24 +29,24 @@ def distinct_shards(
     process must not be in a process group.
     """
     init_platform()
-    experts = parallel.expert if family_of(hf).experts else 1
+    experts = parallel.expert if family_of(hf_config).experts else 1
     places = itertools.product(range(parallel.pipeline), range(experts), range(parallel.tensor))
     for stage, expert, tensor in places:
         # From slowest to fastest as in `ParallelGrid`; the first data-parallel ranks share the experts out.
         rank = (stage * data + expert) * parallel.tensor + tensor
-        with pretended_rank(rank, parallel.model * data), _NothingStored():
+        with fake_process_group(rank, parallel.model * data), _MetaParameters():
             grid = ParallelGrid.build(
                 parallel.tensor, parallel.pipeline, data,
-                expert=parallel.expert, sequence_parallel=parallel.sequence_parallel,
+                ep_size=parallel.expert, sequence_parallel=parallel.sequence_parallel,
             )  # fmt: skip
-            model = build_gpt_model(hf, grid, padded_vocab=padded_vocab, dtype="bf16")
-            layout = grid.layout(hf.num_hidden_layers, padded_vocab)
+            model = build_gpt_model(hf_config, grid, padded_vocab=padded_vocab, dtype="bf16")
+            layout = grid.layout(hf_config.num_hidden_layers, padded_vocab)
         assert (layout.pp_rank, layout.ep_rank, layout.tp_rank) == (stage, expert, tensor)
         yield model, layout
 
 
 @contextmanager
-def pretended_rank(rank: int, world: int) -> Iterator[None]:
+def fake_process_group(rank: int, world: int) -> Iterator[None]:
     """A default process group of `world` ranks in which this process is `rank` and collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -58,7 +58,7 @@ def pretended_rank(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _NothingStored(TorchFunctionMode):
+class _MetaParameters(TorchFunctionMode):
     """What parameters are made of, uninitialised memory and ones, becomes meta tensors; moves to a GPU do nothing."""
 
     def __torch_function__(

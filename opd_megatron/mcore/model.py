@@ -76,7 +76,7 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    hf: PretrainedConfig,
+    hf_config: PretrainedConfig,
     grid: ParallelGrid,
     *,
     dtype: Dtype,
@@ -88,18 +88,18 @@ def transformer_config(
     Raises:
         UnsupportedModelError: see `families.family_of`.
     """
-    heads, dims, family = hf.num_attention_heads, Dims.of(hf), family_of(hf)
+    heads, dims, family = hf_config.num_attention_heads, Dims.of(hf_config), family_of(hf_config)
     return TransformerConfig(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.intermediate_size,
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
         num_attention_heads=heads,
         num_query_groups=dims.groups,
         kv_channels=dims.head_dim,
         # The factor that YaRN puts on cosines and sines, and so on queries and keys alike.
-        softmax_scale=attention_factor(hf) ** 2 / math.sqrt(dims.head_dim),
+        softmax_scale=attention_factor(hf_config) ** 2 / math.sqrt(dims.head_dim),
         normalization="RMSNorm",
-        layernorm_epsilon=hf.rms_norm_eps,
+        layernorm_epsilon=hf_config.rms_norm_eps,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
@@ -107,8 +107,8 @@ def transformer_config(
         qk_layernorm=family.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        tensor_model_parallel_size=grid.tensor,
-        pipeline_model_parallel_size=grid.pipeline,
+        tensor_model_parallel_size=grid.tp_size,
+        pipeline_model_parallel_size=grid.pp_size,
         sequence_parallel=grid.sequence_parallel,
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
@@ -129,33 +129,33 @@ def transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        **(_experts(hf, family, grid, grouped=transformer_engine) if family.experts else {}),
+        **(_experts(hf_config, family, grid, grouped=transformer_engine) if family.experts else {}),
     )
 
 
-def _experts(hf: PretrainedConfig, family: Family, grid: ParallelGrid, *, grouped: bool) -> dict[str, Any]:
-    dims = Dims.of(hf)
+def _experts(hf_config: PretrainedConfig, family: Family, grid: ParallelGrid, *, grouped: bool) -> dict[str, Any]:
+    dims = Dims.of(hf_config)
     return {
         "num_moe_experts": dims.experts,
         "moe_ffn_hidden_size": dims.expert_ffn,
         "moe_shared_expert_intermediate_size": dims.shared_ffn if family.shared_expert else None,
         "moe_shared_expert_gate": family.shared_expert,
-        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_router_topk": hf_config.num_experts_per_tok,
         # Softmax over all experts, then the top k of it; or over the top k alone, which is the former normalised.
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
         "moe_router_dtype": "fp32",
         # The objective is the divergence and nothing else: no balancing loss pulls on the router.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
-        "expert_model_parallel_size": grid.expert,
-        "expert_tensor_parallel_size": grid.tensor,
+        "expert_model_parallel_size": grid.ep_size,
+        "expert_tensor_parallel_size": grid.tp_size,
     }
 
 
 def build_gpt_model(
-    hf: PretrainedConfig,
+    hf_config: PretrainedConfig,
     grid: ParallelGrid,
     *,
     padded_vocab: int,
@@ -164,22 +164,24 @@ def build_gpt_model(
     transformer_engine: bool = False,
 ) -> HiddenStatesModel:
     """This rank's shard of the model, with unset weights (`weights.load_weights` fills them)."""
-    config = transformer_config(hf, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine)
+    config = transformer_config(
+        hf_config, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine
+    )
     model = HiddenStatesModel(
         config=config,
         transformer_layer_spec=block_spec(
-            config, hf.num_hidden_layers // grid.pipeline, transformer_engine=transformer_engine
+            config, hf_config.num_hidden_layers // grid.pp_size, transformer_engine=transformer_engine
         ),
         vocab_size=padded_vocab,
-        max_sequence_length=hf.max_position_embeddings,
+        max_sequence_length=hf_config.max_position_embeddings,
         pre_process=grid.is_first_stage,
         post_process=grid.is_last_stage,
-        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
         position_embedding_type="rope",
-        rotary_base=rope_theta(hf),
+        rotary_base=rope_theta(hf_config),
         pg_collection=grid.groups,
     )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(device())
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf_config).to(device())
     return model.cuda() if has_gpu() else model
 
 

@@ -14,26 +14,26 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from opd_megatron.weights.families import Dims
 
 
-def inverse_frequencies(hf: PretrainedConfig) -> torch.Tensor:
+def inverse_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
     """[head_dim / 2] in fp32, on the CPU: radians a position, fastest first."""
-    return _parameters(hf)[0]
+    return _parameters(hf_config)[0]
 
 
-def attention_factor(hf: PretrainedConfig) -> float:
+def attention_factor(hf_config: PretrainedConfig) -> float:
     """What rotated queries and keys are multiplied by; 1 except with YaRN."""
-    return float(_parameters(hf)[1])
+    return float(_parameters(hf_config)[1])
 
 
-def rope_theta(hf: PretrainedConfig) -> float:
+def rope_theta(hf_config: PretrainedConfig) -> float:
     """Base of the rotary frequencies; its place in the config moved in transformers 5."""
-    parameters = getattr(hf, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0)
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(hf_config, "rope_theta", None) or 10000.0)
 
 
-def _parameters(hf: PretrainedConfig) -> tuple[torch.Tensor, float]:
-    kind = (getattr(hf, "rope_parameters", None) or {}).get("rope_type", "default")
+def _parameters(hf_config: PretrainedConfig) -> tuple[torch.Tensor, float]:
+    kind = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind == "default":
-        size = Dims.of(hf).head_dim
+        size = Dims.of(hf_config).head_dim
         exponents = torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size
-        return 1.0 / rope_theta(hf) ** exponents, 1.0
-    return ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
+        return 1.0 / rope_theta(hf_config) ** exponents, 1.0
+    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))

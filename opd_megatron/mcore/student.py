@@ -31,7 +31,7 @@ from opd_megatron.weights.load import load_weights
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherView:
+class TeacherInputs:
     """What the student's last stage needs of one teacher for one batch."""
 
     states: TeacherStates
@@ -41,7 +41,7 @@ class TeacherView:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateResult:
+class StepOutput:
     """Global figures of one optimizer step, the same on every rank. Means are over all response tokens."""
 
     metrics: dict[str, float]
@@ -54,20 +54,20 @@ class Student:
     """One rank's shard of the student, its gradients and its share of the optimizer state."""
 
     def __init__(
-        self, config: RunConfig, source: Path, hf: PretrainedConfig, grid: ParallelGrid, padded_vocab: int
+        self, config: RunConfig, source: Path, hf_config: PretrainedConfig, grid: ParallelGrid, padded_vocab: int
     ) -> None:
-        self.hf, self.grid = hf, grid
+        self.hf_config, self.grid = hf_config, grid
         self._bucket_bytes = config.rollout.bucket_mib * 2**20
-        self.layout: ShardLayout = grid.layout(hf.num_hidden_layers, padded_vocab)
+        self.layout: ShardLayout = grid.layout(hf_config.num_hidden_layers, padded_vocab)
         self.model: HiddenStatesModel = build_gpt_model(
-            hf,
+            hf_config,
             grid,
             padded_vocab=padded_vocab,
             dtype=config.student.dtype,
             recompute=config.student.recompute,
             transformer_engine=use_transformer_engine(config.student.transformer_engine),
         )
-        load_weights(self.model, source, hf, self.layout)
+        load_weights(self.model, source, hf_config, self.layout)
         self.ddp = wrap_ddp(self.model, grid)
         self.optimizer = build_optimizer(config.optimizer, self.ddp, grid)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.steps)
@@ -76,8 +76,8 @@ class Student:
         schedule_hooks.no_sync_func = self.ddp.no_sync
 
     def update(
-        self, micro_batches: list[Batch], teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int
-    ) -> UpdateResult:
+        self, micro_batches: list[Batch], teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int
+    ) -> StepOutput:
         """Forward, divergence and its gradient, backward, clip, optimizer step.
 
         Raises:
@@ -98,11 +98,11 @@ class Student:
         self.scheduler.step(increment=1)
         with torch.no_grad():
             clip_and_step(self.optimizer, grad_norm)
-        return UpdateResult(metrics, tokens, grad_norm, self.lr)
+        return StepOutput(metrics, tokens, grad_norm, self.lr)
 
     @torch.no_grad()
     def evaluate(
-        self, micro_batches: list[Batch], teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int
+        self, micro_batches: list[Batch], teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int
     ) -> dict[str, float]:
         """Token means of the same figures, without touching gradients."""
         self.model.eval()
@@ -116,9 +116,9 @@ class Student:
         The first replica (the data-parallel ranks that share the experts out) does the work (`weights.export`); the
         others hold the same weights.
         """
-        if self.grid.dp_rank >= self.grid.expert:
+        if self.grid.dp_rank >= self.grid.ep_size:
             return iter(())
-        return export_weights(self.model, self.hf, self.layout, bucket_bytes=self._bucket_bytes)
+        return export_weights(self.model, self.hf_config, self.layout, bucket_bytes=self._bucket_bytes)
 
     def export_shards(self, vocab_rows: int) -> Iterator[Bucket]:
         """This rank's part of every HF tensor, on the ranks of the first stage; every rank must exhaust the iterator.
@@ -127,13 +127,15 @@ class Student:
         """
         if self.grid.dp_rank > 0:
             return iter(())
-        return export_shards(self.model, self.hf, self.layout, vocab_rows=vocab_rows, bucket_bytes=self._bucket_bytes)
+        return export_shards(
+            self.model, self.hf_config, self.layout, vocab_rows=vocab_rows, bucket_bytes=self._bucket_bytes
+        )
 
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _loss(self, teachers: list[TeacherView], objective: ObjectiveConfig, vocab_size: int) -> LossFunction:
+    def _loss(self, teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int) -> LossFunction:
         def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
             mask = batch.weights > 0
             token_weights = batch.weights[mask]
@@ -144,7 +146,7 @@ class Student:
                 **_divergence(objective),
                 temperature=objective.temperature,
                 vocab_size=vocab_size,
-                group=self.grid.groups.tp if self.grid.tensor > 1 else None,
+                group=self.grid.groups.tp if self.grid.tp_size > 1 else None,
                 teacher_weights=[view.weight for view in teachers] if len(teachers) > 1 else None,
                 combine=objective.combine,
                 token_weights=token_weights,
@@ -166,7 +168,7 @@ class Student:
         return dict(zip(names, means, strict=True)), tokens
 
 
-def _head(view: TeacherView) -> torch.Tensor:
+def _head(view: TeacherInputs) -> torch.Tensor:
     assert view.head is not None
     return view.head
 
@@ -204,7 +206,7 @@ def _policy_term(objective: ObjectiveConfig, batch: Batch, mask: torch.Tensor) -
         beta=objective.beta,
         lambda_coef=0.5 if objective.lambda_coef is None else objective.lambda_coef,
         clip=objective.clip,
-        truncation=objective.truncation,
+        importance_cap=objective.truncation,
         level=objective.ratio_level,
         sequence_ids=mask.nonzero()[:, 0] if objective.ratio_level == "sequence" else None,
     )

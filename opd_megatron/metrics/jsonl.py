@@ -14,7 +14,7 @@ from typing import Any
 from opd_megatron.errors import ConfigError, MissingPathError
 from opd_megatron.types import StepMetrics
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 FILE_NAME = "metrics.jsonl"
 
 
@@ -85,7 +85,7 @@ class MetricsLog(NullLog):
             self._wandb = None
 
 
-def read_metrics(run_dir: str | Path) -> list[Row]:
+def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
     """Rows of `<run_dir>/metrics.jsonl` in order; a last line cut off by a killed run is left out.
 
     Raises MissingPathError when there is no such file.
@@ -93,7 +93,7 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
         raise MissingPathError(f"{str(path)!r} does not exist: give the directory of a run that has made a step")
-    rows: list[Row] = []
+    rows: list[MetricsRow] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -104,17 +104,17 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
     return rows
 
 
-def _clean(row: Mapping[str, Any]) -> Row:
+def _clean(row: Mapping[str, Any]) -> MetricsRow:
     assert "step" in row, "a row of metrics needs its step"
     values = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def _line(row: Row) -> str:
+def _line(row: MetricsRow) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _rewrite(path: Path, rows: list[Row]) -> None:
+def _rewrite(path: Path, rows: list[MetricsRow]) -> None:
     """Replaces the file in one move: a crash leaves the old one or the new one."""
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("w", encoding="utf-8") as file:

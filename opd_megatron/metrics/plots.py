@@ -11,7 +11,7 @@ from opd_megatron.metrics.jsonl import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 COLOURS = ("#3b6fb6", "#d1742b", "#4f9d69", "#8d6bb0", "#9a9a9a")
 PHASES = ("rollout", "teacher", "train", "sync")
 STYLE: dict[Any, Any] = {
@@ -48,7 +48,7 @@ def plot_curves(run_dir: str | Path) -> Path:
     return path
 
 
-def _draw(axes: Sequence[Axes], rows: list[Row]) -> None:
+def _draw(axes: Sequence[Axes], rows: list[MetricsRow]) -> None:
     _lines(axes[0], rows, {"reverse_kl": "reverse KL", "forward_kl": "forward KL"})
     axes[0].set(title="Divergence on own samples", ylabel="nats per token")
     _lines(axes[1], rows, {"eval/forward_kl": "forward KL", "eval/nll": "NLL"}, marker="o")
@@ -66,7 +66,7 @@ def _draw(axes: Sequence[Axes], rows: list[Row]) -> None:
         ax.set_ylim(bottom=0)
 
 
-def _lines(ax: Axes, rows: list[Row], labels: dict[str, str], marker: str | None = None) -> None:
+def _lines(ax: Axes, rows: list[MetricsRow], labels: dict[str, str], marker: str | None = None) -> None:
     drawn = 0
     for colour, (key, label) in zip(COLOURS, labels.items(), strict=False):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -80,7 +80,7 @@ def _lines(ax: Axes, rows: list[Row], labels: dict[str, str], marker: str | None
         ax.legend()
 
 
-def _phase_times(ax: Axes, rows: list[Row]) -> None:
+def _phase_times(ax: Axes, rows: list[MetricsRow]) -> None:
     """Stacked bars; what no phase claims of `time/step` is drawn as other."""
     timed = [row for row in rows if row.get("time/step")]
     bottom = [0.0] * len(timed)

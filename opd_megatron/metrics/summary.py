@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 LAST_ROWS = 3
 PHASES = ("rollout", "teacher", "train", "sync")
 LABELS = {
@@ -47,7 +47,7 @@ class Summary:
         return after / before if before else math.nan
 
 
-def summarize(rows: Sequence[Row]) -> Summary:
+def summarize(rows: Sequence[MetricsRow]) -> Summary:
     """Reduces the rows of metrics.jsonl."""
     return Summary(
         change={key: change for key in LABELS if (change := _change(rows, key)) is not None},
@@ -59,7 +59,7 @@ def summarize(rows: Sequence[Row]) -> Summary:
     )
 
 
-def result_table(rows: Sequence[Row]) -> RenderableType:
+def result_table(rows: Sequence[MetricsRow]) -> RenderableType:
     """What training changed (step 0 against last), and how fast it went; print it with a rich console."""
     summary = summarize(rows)
     change = Table(title=f"Result after {summary.steps} steps", title_justify="left")
@@ -80,7 +80,7 @@ def result_table(rows: Sequence[Row]) -> RenderableType:
     return Group(change, speed)
 
 
-def _change(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
+def _change(rows: Sequence[MetricsRow], key: str) -> tuple[float, float] | None:
     values = _values(rows, key)
     if not values:
         return None
@@ -90,11 +90,11 @@ def _change(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
     return values[0], statistics.fmean(values[-min(LAST_ROWS, max(1, len(values) - 1)) :])
 
 
-def _values(rows: Sequence[Row], key: str) -> list[float]:
+def _values(rows: Sequence[MetricsRow], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row.get(key) is not None]
 
 
-def _rates(rows: Sequence[Row], key: str) -> list[float]:
+def _rates(rows: Sequence[MetricsRow], key: str) -> list[float]:
     return [row["tokens"] / row[key] for row in rows if row.get("tokens") and row.get(key)]
 
 

@@ -14,9 +14,9 @@ from transformers import PretrainedConfig
 from opd_megatron.config import ParallelConfig
 from opd_megatron.errors import WeightsError
 from opd_megatron.planning.published import Shapes
-from opd_megatron.weights.families import Shard
+from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.sharding import Entry, Piece, Plan, build_plan, stage_parameters
+from opd_megatron.weights.sharding import ShardingTable, ShardSlice, StageParameter, sharding_table, stage_parameters
 
 Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension."""
@@ -37,7 +37,7 @@ class Coverage:
 
 
 def check_coverage(
-    hf: PretrainedConfig,
+    hf_config: PretrainedConfig,
     shards: Iterable[tuple[nn.Module, ShardLayout]],
     known: tuple[Shapes, str] | None = None,
 ) -> Coverage:
@@ -47,11 +47,11 @@ def check_coverage(
         WeightsError: a module's parameter has no place in the table or another shape; a tensor of the checkpoint has no
             place, has another shape or is missing; an element lies in no rank's shard, or in two.
     """
-    plan: Plan | None = None
+    plan: ShardingTable | None = None
     held: Held = defaultdict(lambda: defaultdict(list))
     count = 0
     for module, layout in shards:
-        plan = build_plan(hf, layout)
+        plan = sharding_table(hf_config, layout)
         if count == 0:
             _compare_names(plan, known)
         for entry, parameter in stage_parameters(module, plan, layout):
@@ -67,7 +67,7 @@ def check_coverage(
     return Coverage(len(tensors), sum(map(math.prod, tensors.values())), count, known and known[1])
 
 
-def _compare_names(plan: Plan, known: tuple[Shapes, str] | None) -> None:
+def _compare_names(plan: ShardingTable, known: tuple[Shapes, str] | None) -> None:
     """Nothing left over on either side, and shapes agree where they are known."""
     if known is None:
         return
@@ -83,31 +83,31 @@ def _compare_names(plan: Plan, known: tuple[Shapes, str] | None) -> None:
             raise WeightsError(f"tensor {name!r} has shape {list(theirs[name] or ())} in {where}, {list(shape)} here")
 
 
-def _derived(name: str, plan: Plan) -> bool:
+def _derived(name: str, plan: ShardingTable) -> bool:
     """Stored by some checkpoints although it follows from something else."""
     return name.endswith("rotary_emb.inv_freq") or (plan.tied and name == "lm_head.weight")
 
 
-def _check_shard(entry: Entry, pieces: list[Piece], shape: tuple[int, ...], layout: ShardLayout) -> None:
+def _check_shard(entry: StageParameter, pieces: list[ShardSlice], shape: tuple[int, ...], layout: ShardLayout) -> None:
     """The pieces fill the shard's rows once; only rows past the vocabulary stay empty."""
     filled = torch.zeros(shape[0], dtype=torch.int32)
     for piece in pieces:
         piece.of_shard(filled).add_(1)
     rows = int((filled == 1).sum())
     padding = 0
-    if entry.shard is Shard.VOCAB:
-        ((vocab, *_),) = entry.hf.values()
+    if entry.shard is TPSharding.VOCAB:
+        ((vocab, *_),) = entry.hf_tensors.values()
         padding = max(0, (layout.tp_rank + 1) * shape[0] - max(vocab, layout.tp_rank * shape[0]))
     if bool((filled > 1).any()) or rows != shape[0] - padding:
         raise WeightsError(
             f"parameter {entry.megatron[0]!r} of stage {layout.pp_rank}, tensor-parallel rank {layout.tp_rank}: "
-            f"{rows} of {shape[0] - padding} rows are filled exactly once from {list(entry.hf)}"
+            f"{rows} of {shape[0] - padding} rows are filled exactly once from {list(entry.hf_tensors)}"
         )
 
 
-def _box(piece: Piece, entry: Entry) -> Box:
+def _box(piece: ShardSlice, entry: StageParameter) -> Box:
     """The part of the Hugging Face tensor that a piece is."""
-    shape = entry.hf[piece.name]
+    shape = entry.hf_tensors[piece.name]
     cuts = [part.indices(size)[:2] for part, size in zip(piece.slices(), shape, strict=False)]
     box = (*cuts, *((0, size) for size in shape[len(cuts) :]))
     rows = box[0][1] - box[0][0]
@@ -118,10 +118,10 @@ def _box(piece: Piece, entry: Entry) -> Box:
     return box
 
 
-def _check_all_held(plan: Plan, held: Held, experts: int, tensors: int) -> None:
+def _check_all_held(plan: ShardingTable, held: Held, experts: int, tensors: int) -> None:
     """Every expert-parallel rank that should hold a tensor holds the whole of it, over its tensor-parallel ranks."""
     for entry in plan.entries:
-        for name, shape in entry.hf.items():
+        for name, shape in entry.hf_tensors.items():
             parts = held.pop((name, entry.tied_copy), {})
             owners = range(experts) if entry.expert_rank is None else [entry.expert_rank]
             strangers = {expert for expert, _ in parts} - set(owners)
@@ -129,7 +129,9 @@ def _check_all_held(plan: Plan, held: Held, experts: int, tensors: int) -> None:
                 raise WeightsError(f"tensor {name!r} is also held by expert-parallel ranks {sorted(strangers)}")
             for expert in owners:
                 by_rank = [parts.get((expert, tensor), []) for tensor in range(tensors)]
-                copies = by_rank if entry.shard is Shard.REPLICATED else [[box for boxes in by_rank for box in boxes]]
+                copies = (
+                    by_rank if entry.shard is TPSharding.REPLICATED else [[box for boxes in by_rank for box in boxes]]
+                )
                 for boxes in copies:
                     _check_tiles(name, shape, boxes)
     assert not held, f"pieces of tensors that no entry names: {sorted(held)[:3]}"
@@ -153,9 +155,13 @@ def _meet(a: Box, b: Box) -> bool:
 
 
 def build_and_check(
-    hf: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int, known: tuple[Shapes, str] | None
+    hf_config: PretrainedConfig,
+    parallel: ParallelConfig,
+    data: int,
+    padded_vocab: int,
+    known: tuple[Shapes, str] | None,
 ) -> Coverage:
     """`check_coverage` over every distinct rank of a layout."""
     from opd_megatron.mcore.meta_shards import distinct_shards
 
-    return check_coverage(hf, distinct_shards(hf, parallel, data, padded_vocab), known)
+    return check_coverage(hf_config, distinct_shards(hf_config, parallel, data, padded_vocab), known)

@@ -68,7 +68,9 @@ def _layouts(sizes: RunSizes, recompute: bool) -> Iterator[list[RunSizes]]:
     for tensor in _divisors(min(sizes.ranks, GPUS_PER_NODE)):
         for pipeline in _divisors(sizes.ranks // tensor) if sizes.ranks % tensor == 0 else ():
             data = sizes.ranks // tensor // pipeline
-            for expert in _divisors(data) if any(family_of(hf).experts for hf in sizes.models.configs) else (1,):
+            for expert in (
+                _divisors(data) if any(family_of(hf_config).experts for hf_config in sizes.models.configs) else (1,)
+            ):
                 layout = {
                     "tensor": tensor, "pipeline": pipeline, "data": data, "expert": expert,
                     "sequence_parallel": tensor > 1,
@@ -84,8 +86,8 @@ def _with(sizes: RunSizes, layout: dict[str, int | bool], recompute: bool) -> Ru
     tree["student"]["recompute"] = recompute
     try:
         config = build_config(tree)
-        for hf in sizes.models.configs:
-            check_divisible("model", hf, config)
+        for hf_config in sizes.models.configs:
+            check_divisible("model", hf_config, config)
     except ConfigError:
         return None
     return RunSizes(config, replace(sizes.models, data_parallel=int(layout["data"])), sizes.shards)

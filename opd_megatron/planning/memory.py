@@ -75,7 +75,7 @@ def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
     return (student.parameters - student.experts + student.experts * sizes.expert) / sizes.data
 
 
-def activations_both_ways(sizes: RunSizes, stage: int) -> tuple[float, float]:
+def activation_bytes(sizes: RunSizes, stage: int) -> tuple[float, float]:
     """Bytes of activations on a rank of `stage` without and with recomputation."""
     return _activations(sizes, stage, recompute=False), _activations(sizes, stage, recompute=True)
 
@@ -93,8 +93,8 @@ def layer_elements(layer: LayerSizes, tensor: int, shards: int) -> float:
 
 
 def _activations(sizes: RunSizes, stage: int, *, recompute: bool) -> float:
-    hf, width, shards = sizes.models.student_config, sizes.width, sizes.sequence_shards
-    layer, layers = LayerSizes.of(hf), hf.num_hidden_layers // sizes.pipeline
+    hf_config, width, shards = sizes.models.student_config, sizes.width, sizes.sequence_shards
+    layer, layers = LayerSizes.of(hf_config), hf_config.num_hidden_layers // sizes.pipeline
     whole = (layer_elements(layer, sizes.tensor, shards) * width + _per_token(layer, sizes)) * sizes.tokens
     row = layer.hidden * width * sizes.tokens / shards
     in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
@@ -113,12 +113,12 @@ def _per_token(layer: LayerSizes, sizes: RunSizes) -> float:
 def _teachers(sizes: RunSizes, stage: int) -> dict[str, float]:
     """Frozen weights on the student's ranks; on the last stage their heads and the hidden states of a whole step."""
     body = heads = states = 0.0
-    for hf, width in sizes.teachers:
-        shard = sizes.stage(hf, stage)
+    for hf_config, width in sizes.teachers:
+        shard = sizes.stage(hf_config, stage)
         heads += 0 if shard.tied else shard.head * width
         body += (shard.parameters - (0 if shard.tied else shard.head)) * width
         if stage == sizes.pipeline - 1:
-            states += sizes.responses * sizes.micro_batches * hf.hidden_size * width
+            states += sizes.responses * sizes.micro_batches * hf_config.hidden_size * width
     return {"teachers": body, "teacher heads": heads, "teacher states": states}
 
 
@@ -155,6 +155,6 @@ def _layer_temporaries(layer: LayerSizes, sizes: RunSizes, gpu: bool) -> float:
     return (max(attention, feed_forward) + 4 * layer.hidden * sizes.tokens) * sizes.width
 
 
-def weights_bytes(hf: PretrainedConfig, width: int) -> float:
+def weights_bytes(hf_config: PretrainedConfig, width: int) -> float:
     """Of a whole model."""
-    return parameters(hf) * width
+    return parameters(hf_config) * width

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd_megatron.command.cli_args import parse_run, run_parser
 from opd_megatron.planning.gpus import GPUS, gpu_named
-from opd_megatron.planning.run_plan import as_tree, make_plan, text
+from opd_megatron.planning.run_plan import make_plan, text, to_dict
 
 _DESCRIPTION = """Check a run without its weights or its machines: builds every distinct rank's shard of student and
 teachers from their config.json alone, checks that each tensor of the checkpoint is held exactly once, and prints
@@ -29,6 +29,6 @@ def plan(argv: Sequence[str]) -> int:
     found = make_plan(parse_run(parser, argv).config, gpu, [Path(folder) for folder in arguments.model_configs])
     print(text(found))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(as_tree(found), indent=2) + "\n")
+        Path(arguments.json).write_text(json.dumps(to_dict(found), indent=2) + "\n")
     found.require_fit()
     return 0

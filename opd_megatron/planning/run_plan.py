@@ -14,7 +14,7 @@ from opd_megatron.models import ResolvedModels, check
 from opd_megatron.planning.coverage import Coverage, build_and_check
 from opd_megatron.planning.gpus import Gpu
 from opd_megatron.planning.layouts import Suggestion, stage_memories, suggestions, usable
-from opd_megatron.planning.memory import GIB, RankMemory, activations_both_ways, rank_memory, weights_bytes
+from opd_megatron.planning.memory import GIB, RankMemory, activation_bytes, rank_memory, weights_bytes
 from opd_megatron.planning.published import find_model, known_tensors
 from opd_megatron.planning.sizes import WIDTH, RunSizes
 from opd_megatron.planning.timing import ASSUMPTIONS, step_seconds
@@ -76,8 +76,8 @@ def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Covera
     named = [(config.student.path, models.student, models.student_config)]
     named += [(teacher.path, *found) for teacher, found in zip(config.teachers, models.teachers, strict=True)]
     return {
-        path: build_and_check(hf, config.parallel, models.data_parallel, padded, known_tensors(path, folder))
-        for path, folder, hf in named
+        path: build_and_check(hf_config, config.parallel, models.data_parallel, padded, known_tensors(path, folder))
+        for path, folder, hf_config in named
     }
 
 
@@ -107,7 +107,7 @@ def text(plan: RunPlan) -> str:
     return "\n".join([*lines, *(f"  fits instead   {suggestion}" for suggestion in plan.suggestions)])
 
 
-def as_tree(plan: RunPlan) -> dict[str, Any]:
+def to_dict(plan: RunPlan) -> dict[str, Any]:
     """The same for a machine: bytes, seconds, counts."""
     sizes = plan.sizes
     return {
@@ -118,7 +118,7 @@ def as_tree(plan: RunPlan) -> dict[str, Any]:
             {
                 "stage": memory.stage, "bytes": memory.parts, "engine_bytes": memory.engine, "peak_bytes": memory.peak,
                 "activation_bytes": dict(
-                    zip(("kept", "recomputed"), activations_both_ways(sizes, memory.stage), strict=True)
+                    zip(("kept", "recomputed"), activation_bytes(sizes, memory.stage), strict=True)
                 ),
             }
             for memory in plan.stages
@@ -161,7 +161,7 @@ def _memory_lines(stages: Sequence[RankMemory]) -> list[str]:
 
 def _recompute_lines(sizes: RunSizes) -> list[str]:
     """Activations of the first stage, which has the most micro batches in flight."""
-    kept, recomputed = (value / GIB for value in activations_both_ways(sizes, 0))
+    kept, recomputed = (value / GIB for value in activation_bytes(sizes, 0))
     return [f"activations      stage 0: {kept:.2f} GiB kept whole, {recomputed:.2f} with student.recompute=true"]
 
 

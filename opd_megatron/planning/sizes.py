@@ -11,7 +11,7 @@ from opd_megatron.config import Dtype, RunConfig
 from opd_megatron.models import ResolvedModels
 from opd_megatron.weights.families import Dims, family_of
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.sharding import Entry, Plan, build_plan
+from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table
 
 WIDTH: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
 """Bytes of an element."""
@@ -55,9 +55,9 @@ class LayerSizes:
         return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn)
 
     @staticmethod
-    def of(hf: PretrainedConfig) -> LayerSizes:
-        dims = Dims.of(hf)
-        routed = hf.num_experts_per_tok if family_of(hf).experts else 0
+    def of(hf_config: PretrainedConfig) -> LayerSizes:
+        dims = Dims.of(hf_config)
+        routed = hf_config.num_experts_per_tok if family_of(hf_config).experts else 0
         ffn = routed * dims.expert_ffn + dims.shared_ffn if routed else dims.ffn
         return LayerSizes(dims.hidden, dims.q, dims.kv, dims.q // dims.head_dim, dims.head_dim, ffn, routed)
 
@@ -136,25 +136,25 @@ class RunSizes:
     def teachers(self) -> list[tuple[PretrainedConfig, int]]:
         """Config and bytes of a number of each."""
         return [
-            (hf, WIDTH[teacher.dtype])
-            for teacher, (_, hf) in zip(self.config.teachers, self.models.teachers, strict=True)
+            (hf_config, WIDTH[teacher.dtype])
+            for teacher, (_, hf_config) in zip(self.config.teachers, self.models.teachers, strict=True)
         ]
 
-    def stage(self, hf: PretrainedConfig, stage: int) -> StageShard:
+    def stage(self, hf_config: PretrainedConfig, stage: int) -> StageShard:
         """By the weight tables, so that it is what the modules hold (`coverage` builds and compares them)."""
-        layers = hf.num_hidden_layers // self.pipeline
+        layers = hf_config.num_hidden_layers // self.pipeline
         first = ShardLayout(
             self.models.padded_vocab(self.tensor), 0, layers,
             tp_size=self.tensor, pp_size=self.pipeline, ep_size=self.expert,
         )  # fmt: skip
-        if (id(hf), first) not in self.shards:
-            self.shards[id(hf), first] = _stage_shards(hf, first)
-        return self.shards[id(hf), first][stage]
+        if (id(hf_config), first) not in self.shards:
+            self.shards[id(hf_config), first] = _stage_shards(hf_config, first)
+        return self.shards[id(hf_config), first][stage]
 
 
-def _stage_shards(hf: PretrainedConfig, first: ShardLayout) -> list[StageShard]:
+def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[StageShard]:
     """Of every stage. `first` is the place of the grid's first rank."""
-    plan, family = build_plan(hf, first), family_of(hf)
+    plan, family = sharding_table(hf_config, first), family_of(hf_config)
     shards = []
     for stage in range(first.pp_size):
         entries = plan.stage(stage)
@@ -169,9 +169,9 @@ def _stage_shards(hf: PretrainedConfig, first: ShardLayout) -> list[StageShard]:
     return shards
 
 
-def parameters(hf: PretrainedConfig) -> int:
+def parameters(hf_config: PretrainedConfig) -> int:
     """Of the whole model."""
-    dims = Dims.of(hf)
-    plan: Plan = build_plan(hf, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
-    entries: list[Entry] = plan.exported()
+    dims = Dims.of(hf_config)
+    plan: ShardingTable = sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
+    entries: list[StageParameter] = plan.exported()
     return sum(entry.numel for entry in entries)

@@ -29,7 +29,7 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     bubble = 1 + (sizes.pipeline - 1) / sizes.micro_batches
     passes = 4 if sizes.config.student.recompute else 3
     of_student = passes * _body_flops(student, sizes) + 3 * _head_flops(student, sizes)
-    of_teachers = sum(_body_flops(hf, sizes) + _head_flops(hf, sizes) for hf, _ in sizes.teachers)
+    of_teachers = sum(_body_flops(hf_config, sizes) + _head_flops(hf_config, sizes) for hf_config, _ in sizes.teachers)
     updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pipeline))
     return {
         "rollout": _rollout(sizes, gpu),
@@ -45,28 +45,28 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     }
 
 
-def _body_flops(hf: PretrainedConfig, sizes: RunSizes) -> float:
+def _body_flops(hf_config: PretrainedConfig, sizes: RunSizes) -> float:
     """Of one forward pass over a step's tokens through all layers."""
-    layer, tokens = LayerSizes.of(hf), sizes.config.sequences_per_step * sizes.length
-    return hf.num_hidden_layers * tokens * (2 * layer.matrix + 2 * sizes.length * layer.query)
+    layer, tokens = LayerSizes.of(hf_config), sizes.config.sequences_per_step * sizes.length
+    return hf_config.num_hidden_layers * tokens * (2 * layer.matrix + 2 * sizes.length * layer.query)
 
 
-def _head_flops(hf: PretrainedConfig, sizes: RunSizes) -> float:
+def _head_flops(hf_config: PretrainedConfig, sizes: RunSizes) -> float:
     responses = sizes.config.sequences_per_step * sizes.config.rollout.max_new_tokens
-    return 2.0 * responses * hf.vocab_size * hf.hidden_size
+    return 2.0 * responses * hf_config.vocab_size * hf_config.hidden_size
 
 
 def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
     """Prefill, then one pass over weights, keys and values for each new token of all sequences at once."""
-    hf, rollout = sizes.models.student_config, sizes.config.rollout
+    hf_config, rollout = sizes.models.student_config, sizes.config.rollout
     width = WIDTH[rollout.dtype or sizes.config.student.dtype]
     waves = -(-sizes.config.sequences_per_step // _SEQUENCES_AT_ONCE)
     batch = sizes.config.sequences_per_step / waves
-    cached = batch * sizes.length * 2 * LayerSizes.of(hf).key * hf.num_hidden_layers * width
+    cached = batch * sizes.length * 2 * LayerSizes.of(hf_config).key * hf_config.num_hidden_layers * width
     rate = gpu.memory_bandwidth * _BANDWIDTH_USED * rollout.tensor
-    decode = waves * rollout.max_new_tokens * (weights_bytes(hf, width) + cached) / rate
+    decode = waves * rollout.max_new_tokens * (weights_bytes(hf_config, width) + cached) / rate
     share = sizes.config.data.max_prompt_tokens / sizes.length
-    return decode + _body_flops(hf, sizes) * share / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor)
+    return decode + _body_flops(hf_config, sizes) * share / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor)
 
 
 def _link(ranks: int, gpu: Gpu) -> float:

@@ -35,9 +35,9 @@ def traffic(sizes: RunSizes) -> Traffic:
     row = student.hidden_size * sizes.width
     inside = passes * student.num_hidden_layers * row
     between = 2 * row
-    for hf, width in sizes.teachers:
-        inside += 2 * hf.num_hidden_layers * hf.hidden_size * width
-        between += hf.hidden_size * width
+    for hf_config, width in sizes.teachers:
+        inside += 2 * hf_config.num_hidden_layers * hf_config.hidden_size * width
+        between += hf_config.hidden_size * width
     tokens = sizes.tokens * sizes.micro_batches
     rollout = WIDTH[sizes.config.rollout.dtype or sizes.config.student.dtype]
     shards = [sizes.stage(student, stage) for stage in range(sizes.pipeline)]
@@ -57,8 +57,10 @@ def traffic(sizes: RunSizes) -> Traffic:
 
 def _to_experts(sizes: RunSizes) -> float:
     """Bytes that a token sends and gets back on a rank's layers: forward and backward, and once more to recompute."""
-    hf, passes = sizes.models.student_config, 3 if sizes.config.student.recompute else 2
-    bytes_ = passes * 2 * LayerSizes.of(hf).routed * hf.hidden_size * hf.num_hidden_layers * sizes.width
+    hf_config, passes = sizes.models.student_config, 3 if sizes.config.student.recompute else 2
+    bytes_ = (
+        passes * 2 * LayerSizes.of(hf_config).routed * hf_config.hidden_size * hf_config.num_hidden_layers * sizes.width
+    )
     for teacher, width in sizes.teachers:
         bytes_ += 2 * LayerSizes.of(teacher).routed * teacher.hidden_size * teacher.num_hidden_layers * width
     return bytes_ / sizes.pipeline / sizes.tensor

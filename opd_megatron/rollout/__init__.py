@@ -6,9 +6,9 @@ from pathlib import Path
 
 from opd_megatron.config import RunConfig
 from opd_megatron.rollout.base import RolloutEngine
-from opd_megatron.rollout.client import RolloutSampler
+from opd_megatron.rollout.client import RolloutClient
 
-__all__ = ["RolloutEngine", "RolloutSampler", "build_engine"]
+__all__ = ["RolloutClient", "RolloutEngine", "build_engine"]
 
 
 def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> RolloutEngine:
@@ -41,7 +41,7 @@ def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_pat
             kv_cache_gib=rollout.kv_cache_gib,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             seed=config.seed,
-            start_timeout=rollout.start_timeout,
+            request_timeout=rollout.request_timeout,
             log_path=log_path,
         )
     )

@@ -18,7 +18,7 @@ class ShardFiles:
     """safetensors files the engine's process can read; file i holds what worker i needs, and is removed when read."""
 
 
-Shipment = Bucket | ShardFiles
+WeightPayload = Bucket | ShardFiles
 """What a push consists of: tensors, or where the engine's workers find theirs (one kind for each transport)."""
 
 
@@ -26,7 +26,7 @@ Shipment = Bucket | ShardFiles
 class RolloutEngine(Protocol):
     """Samples answers with the weights last pushed into it.
 
-    An engine lives on one rank (global rank 0); `rollout.sampler.RolloutSampler` makes it look the same on all.
+    An engine lives on one rank (global rank 0); `rollout.sampler.RolloutClient` makes it look the same on all.
     Every method raises EngineDiedError when the process behind it has ended; `start` then brings up a new one,
     which has no usable weights until the next `update_weights`.
     """
@@ -43,7 +43,7 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One answer per prompt, in order. Each carries `policy_version` and per-token logprobs in nats."""
 
-    def update_weights(self, shipments: Iterable[Shipment], version: int) -> None:
+    def update_weights(self, shipments: Iterable[WeightPayload], version: int) -> None:
         """Replaces all weights with a stream of full HF tensors, or of shards that fit the engine's workers; drops
         cached prefixes, sets `policy_version`."""
 

@@ -25,10 +25,10 @@ from opd_megatron.errors import EngineDiedError, RolloutError
 from opd_megatron.system.signals import STOP_SIGNALS, raise_if_stop_requested, stop_requested
 
 _POLL_SECONDS = 0.5
-_alive: weakref.WeakSet[Child] = weakref.WeakSet()
+_alive: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
 
 
-class Child:
+class ChildProcess:
     """`python -m module FD` in a session of its own, with its output in a log file.
 
     It and what it starts are deaf to stop signals, which clusters send to all processes of a job: the current step
@@ -96,10 +96,10 @@ class Child:
             self._kill()
             raise EngineDiedError(
                 f"rollout engine (pid {self.process.pid}) ended during {name!r} with exit code "
-                f"{self.process.returncode}; last log line: {self.last_words()!r}{self.log_hint}"
+                f"{self.process.returncode}; last log line: {self.last_error_line()!r}{self.log_hint}"
             ) from None
 
-    def last_words(self) -> str:
+    def last_error_line(self) -> str:
         """The last line of this process's log that names an error, else its last line."""
         with contextlib.suppress(OSError), self.log_path.open("rb") as log:
             log.seek(max(self._log_start, self.log_path.stat().st_size - 20_000))

@@ -18,20 +18,20 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import EngineDiedError, OPDError, RolloutError, StalePolicyError
-from opd_megatron.rollout.base import RolloutEngine, Shipment
+from opd_megatron.rollout.base import RolloutEngine, WeightPayload
 from opd_megatron.types import Prompt, Rollout, Sampling
 
 Result = TypeVar("Result")
 _Packed = tuple[list[int], torch.Tensor, torch.Tensor, list[str], int]
 
 
-class RolloutSampler:
+class RolloutClient:
     """See the module. Not for concurrent use."""
 
     def __init__(
         self,
         engine: RolloutEngine | None,
-        export_weights: Callable[[], Iterator[Shipment]],
+        export_weights: Callable[[], Iterator[WeightPayload]],
         group: ProcessGroup | None,
         *,
         max_restarts: int,
@@ -59,7 +59,7 @@ class RolloutSampler:
     def start(self, version: int) -> None:
         """Brings the engine up and pushes the current weights as `version`."""
         self._version = version
-        self._until_alive(self._bring_up, again=self._bring_up)
+        self._with_restarts(self._restart, again=self._restart)
 
     def push(self, version: int) -> None:
         """Pushes the current weights as `version`.
@@ -69,7 +69,7 @@ class RolloutSampler:
             OPDError: whatever else the engine on rank 0 raised, with its type and message.
         """
         self._version = version
-        self._until_alive(self._push, again=self._bring_up)
+        self._with_restarts(self._push, again=self._restart)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One answer per prompt (the same list on every rank), in order, on every rank.
@@ -82,17 +82,17 @@ class RolloutSampler:
             return _unpack(prompts, self._on_host(lambda engine: _pack(self._sample_fresh(engine, prompts, sampling))))
 
         def bring_up_and_generate() -> list[Rollout]:
-            self._bring_up()
+            self._restart()
             return generate()
 
-        return self._until_alive(generate, again=bring_up_and_generate)
+        return self._with_restarts(generate, again=bring_up_and_generate)
 
     def close(self) -> None:
         """Ends the engine. Not a collective; safe to call twice."""
         if self._engine is not None:
             self._engine.close()
 
-    def _until_alive(self, first: Callable[[], Result], again: Callable[[], Result]) -> Result:
+    def _with_restarts(self, first: Callable[[], Result], again: Callable[[], Result]) -> Result:
         """`first()`, or `again()` as often as the engine dies on the way and restarts are left."""
         deaths = 0
         while True:
@@ -108,7 +108,7 @@ class RolloutSampler:
                 if self._is_host:
                     self._on_event(f"{error}; restarting {deaths}/{self._max_restarts}")
 
-    def _bring_up(self) -> None:
+    def _restart(self) -> None:
         self._on_host(lambda engine: engine.start())
         self._push()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_megatron.errors import RolloutError
-from opd_megatron.rollout.base import ShardFiles, Shipment
+from opd_megatron.rollout.base import ShardFiles, WeightPayload
 from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -56,7 +56,7 @@ class TorchEngine:
         return result
 
     @torch.no_grad()
-    def update_weights(self, shipments: Iterable[Shipment], version: int) -> None:
+    def update_weights(self, shipments: Iterable[WeightPayload], version: int) -> None:
         """Copies full HF tensors in. Raises RolloutError when one is missing, unknown or of the wrong shape."""
         if self._model is None:
             raise RolloutError("the rollout engine is not running: call start first")
@@ -117,7 +117,7 @@ class TorchEngine:
         return Rollout(prompt, tuple(ids), tuple(logprobs), self.policy_version, reason)
 
 
-def _whole(shipment: Shipment) -> Bucket:
+def _whole(shipment: WeightPayload) -> Bucket:
     assert not isinstance(shipment, ShardFiles), "this engine is one process: it takes full tensors"
     return shipment
 

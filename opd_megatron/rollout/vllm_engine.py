@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.rollout.base import ShardFiles, Shipment
-from opd_megatron.rollout.child import Child
+from opd_megatron.rollout.base import ShardFiles, WeightPayload
+from opd_megatron.rollout.child import ChildProcess
 from opd_megatron.types import Prompt, Rollout, Sampling
-from opd_megatron.weight_sync.bucket_files import Spool
+from opd_megatron.weight_sync.bucket_files import BucketFiles
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TORCHRUN_VARIABLES = {
@@ -43,7 +43,7 @@ class VLLMOptions:
     """Key-value cache on CPU."""
     gpu_memory_utilization: float = 0.4
     seed: int = 0
-    start_timeout: float = 600.0
+    request_timeout: float = 600.0
     """Seconds the start, or any other call, may take."""
     log_path: Path | None = None
     """Where vLLM's log goes; by default a temporary file that lives as long as the engine."""
@@ -122,7 +122,7 @@ class VLLMEngine:
             )
         self.options = options
         self.policy_version = -1
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
         self._started = False
 
     @property
@@ -134,11 +134,11 @@ class VLLMEngine:
         """Starts the process without waiting, so that its imports (most of the start) run while the trainer builds
         its models. Optional; `start` launches what is not there."""
         self.close()
-        self._child = Child(
+        self._child = ChildProcess(
             "opd_megatron.rollout.vllm_server",
             self.options.environment(torch.cuda.is_available()),
             self.options.log_path,
-            self.options.start_timeout,
+            self.options.request_timeout,
         )
 
     def start(self) -> None:
@@ -146,7 +146,7 @@ class VLLMEngine:
 
         Raises:
             RolloutError: vLLM does not take the model or the sizes asked for.
-            EngineDiedError: the process ended, or took longer than `start_timeout`.
+            EngineDiedError: the process ended, or took longer than `request_timeout`.
         """
         if self._child is None or self._started:
             self.launch()
@@ -195,7 +195,7 @@ class VLLMEngine:
             self._check_length(len(sequence) + 1, f"sequence {i}: {len(sequence)} tokens + 1")
         return self._running().call("token_logprobs", {"sequences": [list(ids) for ids in sequences]})
 
-    def update_weights(self, shipments: Iterable[Shipment], version: int) -> None:
+    def update_weights(self, shipments: Iterable[WeightPayload], version: int) -> None:
         """Streams weights through files, two buckets at a time, and drops cached prefixes.
 
         Full HF tensors go through files of this process, which every worker reads and takes its part of. ShardFiles
@@ -221,7 +221,7 @@ class VLLMEngine:
             )
         self.policy_version = version
 
-    def _stream(self, child: Child, shipments: Iterable[Shipment]) -> None:
+    def _stream(self, child: ChildProcess, shipments: Iterable[WeightPayload]) -> None:
         """Sends every bucket; the engine loads one while the trainer gathers and writes the next."""
         loading = False
 
@@ -233,7 +233,7 @@ class VLLMEngine:
                 if problem:
                     raise _BadTensorError(problem)
 
-        with Spool(_DTYPES[self.options.dtype]) as spool:
+        with BucketFiles(_DTYPES[self.options.dtype]) as spool:
             try:
                 for shipment in shipments:
                     paths = shipment.paths if isinstance(shipment, ShardFiles) else (spool.write(shipment),)
@@ -251,7 +251,7 @@ class VLLMEngine:
             self._child.close()
             self._child = None
 
-    def _running(self) -> Child:
+    def _running(self) -> ChildProcess:
         if self._child is None:
             raise RolloutError("the rollout engine is not running: call start first")
         return self._child

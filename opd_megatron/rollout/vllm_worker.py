@@ -34,7 +34,7 @@ class WeightReceiver:
     """Mixed into vLLM's worker class; `self` is the worker."""
 
     opd_update_open: bool = False
-    opd_shards: _ShardsTakenWhole | None = None
+    opd_shards: _PreShardedLoading | None = None
     model_config: Any
     model_runner: Any
     vllm_config: Any
@@ -60,7 +60,7 @@ class WeightReceiver:
         path = paths[0]
         if len(paths) > 1:
             path = paths[get_tensor_model_parallel_rank()]
-            self.opd_shards = self.opd_shards or _ShardsTakenWhole(model)
+            self.opd_shards = self.opd_shards or _PreShardedLoading(model)
         try:
             with set_current_vllm_config(self.vllm_config):
                 model.load_weights(list(load_file(path).items()))
@@ -87,7 +87,7 @@ class WeightReceiver:
         return f"no or not enough values for {', '.join(missing[:5])} ({len(missing)} modules)" if missing else None
 
 
-class _ShardsTakenWhole:
+class _PreShardedLoading:
     """Until `undo`, every layer loads what it is given as it is: as the first rank of a checkpoint that ends there.
 
     vLLM's loaders take `tp_rank`'s part of a full tensor. For rank 0 that part begins at the tensor's first row or
@@ -109,7 +109,7 @@ class _ShardsTakenWhole:
                 self._set(layer, "org_vocab_size", rows)
             elif isinstance(layer, RoutedExperts):
                 for name in ("_load_w13", "_load_w2"):
-                    self._set(layer, name, _told_of_shards(getattr(layer, name)))
+                    self._set(layer, name, _load_as_shard(getattr(layer, name)))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._before.append((owner, name, getattr(owner, name)))
@@ -120,7 +120,7 @@ class _ShardsTakenWhole:
             setattr(owner, name, value)
 
 
-def _told_of_shards(load: Callable[..., None]) -> Callable[..., None]:
+def _load_as_shard(load: Callable[..., None]) -> Callable[..., None]:
     return lambda *args, **kwargs: load(*args, **{**kwargs, "load_full": True})
 
 

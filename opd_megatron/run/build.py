@@ -13,7 +13,13 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
 from opd_megatron.errors import OPDError
-from opd_megatron.mcore.checkpoint import Best, CheckpointSaver, FoundCheckpoint, choose_checkpoint, raise_together
+from opd_megatron.mcore.checkpoint import (
+    BestCheckpoint,
+    CheckpointSaver,
+    FoundCheckpoint,
+    choose_checkpoint,
+    raise_together,
+)
 from opd_megatron.mcore.cpu.platform import device, init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import DTYPES
@@ -21,7 +27,7 @@ from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels, check
 from opd_megatron.rollout import RolloutEngine, build_engine
-from opd_megatron.rollout.client import RolloutSampler
+from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.run.evaluation import Evaluator
 from opd_megatron.run.identity import identity_of
 from opd_megatron.run.run_dir import RunDir
@@ -49,7 +55,7 @@ class RunParts:
     prompts: PromptStream
     student: Student
     teachers: list[Teacher]
-    sampler: RolloutSampler
+    sampler: RolloutClient
     evaluator: Evaluator
     found: FoundCheckpoint | None
     """What the run goes on from."""
@@ -67,9 +73,9 @@ class RunParts:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be one of this run: the settings that make it, and its model."""
-        hf = self.models.student_config
+        hf_config = self.models.student_config
         return identity_of(self.config.model_dump(mode="json")) | {
-            f"model.{name}": getattr(hf, name, None) for name in _ARCHITECTURE
+            f"model.{name}": getattr(hf_config, name, None) for name in _ARCHITECTURE
         }
 
     def export_hf(self) -> Path:
@@ -82,13 +88,19 @@ class RunParts:
         if dist.get_rank() == 0:
             dtype = DTYPES[self.config.student.dtype]
             try:
-                save_hf(buckets, self.student.hf, self.run_dir.hf, tokenizer_dir=self.models.tokenizer, dtype=dtype)
+                save_hf(
+                    buckets,
+                    self.student.hf_config,
+                    self.run_dir.hf_dir,
+                    tokenizer_dir=self.models.tokenizer,
+                    dtype=dtype,
+                )
             except (OPDError, OSError) as error:
                 failure = error
         for _ in buckets:  # the export is collective: also when nobody reads it, or its reader failed
             pass
-        raise_together(failure, f"the student was not exported to {str(self.run_dir.hf)!r}")
-        return self.run_dir.hf
+        raise_together(failure, f"the student was not exported to {str(self.run_dir.hf_dir)!r}")
+        return self.run_dir.hf_dir
 
     def close(self) -> None:
         """Ends the engine, the display and the process group. Safe after a failure on some ranks only."""
@@ -143,7 +155,7 @@ def _build_models(
         parallel.tensor,
         parallel.pipeline,
         models.data_parallel,
-        expert=parallel.expert,
+        ep_size=parallel.expert,
         sequence_parallel=parallel.sequence_parallel,
     )
     padded_vocab = models.padded_vocab(parallel.tensor)
@@ -162,7 +174,7 @@ def _build_models(
         prompts=prompts,
         student=student,
         teachers=teachers,
-        sampler=RolloutSampler(
+        sampler=RolloutClient(
             engine,
             weight_stream(config, student, group, display.note),
             group,
@@ -189,7 +201,7 @@ def _build_models(
 
 def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:
     settings = config.checkpoint
-    best = Best(settings.best_metric, settings.best_mode) if settings.best_metric else None
+    best = BestCheckpoint(settings.best_metric, settings.best_mode) if settings.best_metric else None
     return CheckpointSaver(run_dir.checkpoints, keep=settings.keep, best=best, asynchronous=settings.async_save)
 
 

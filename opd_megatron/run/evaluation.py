@@ -9,7 +9,7 @@ import torch
 from opd_megatron.config import ObjectiveConfig, RunConfig
 from opd_megatron.data.batching import make_micro_batches
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.student import Student, TeacherView
+from opd_megatron.mcore.student import Student, TeacherInputs
 from opd_megatron.teacher.base import Teacher
 from opd_megatron.types import Batch, Prompt
 
@@ -43,8 +43,8 @@ class Evaluator:
         rows = config.evaluation.prompts if config.evaluation.every else _SANITY_ROWS
         pairs = [_token_pair(prompt) for prompt in prompts[:rows]]
         self.num_sequences = len(pairs)
-        self._micro_batches = _split(pairs, grid, config.micro_batch_size(grid.data), length_multiple, device)
-        self._views: list[TeacherView] = []
+        self._micro_batches = _split(pairs, grid, config.micro_batch_size(grid.dp_size), length_multiple, device)
+        self._views: list[TeacherInputs] = []
 
     def figures(self, student: Student) -> dict[str, float]:
         """Nats per token: `eval/forward_kl`, `eval/reverse_kl`, `eval/nll` and the teacher's `eval/teacher_nll`.
@@ -53,13 +53,13 @@ class Evaluator:
         """
         if not self._views:
             self._views = [
-                TeacherView(teacher.hidden_states(self._micro_batches), teacher.head, teacher.weight)
+                TeacherInputs(teacher.hidden_states(self._micro_batches), teacher.head, teacher.weight)
                 for teacher in self._teachers
             ]
         means = student.evaluate(self._micro_batches, self._views, self._objective, self._vocab_size)
         return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
 
-    def teacher_lines(self, figures: dict[str, float], names: Sequence[str]) -> list[str]:
+    def teacher_summary(self, figures: dict[str, float], names: Sequence[str]) -> list[str]:
         """What a person should see before training: figures of the teacher, and a warning if they look wrong."""
         teacher_nll, nll, kl = figures["eval/teacher_nll"], figures["eval/nll"], figures["eval/forward_kl"]
         lines = [
@@ -85,9 +85,9 @@ def _split(
     pairs: list[TokenPair], grid: ParallelGrid, micro_batch_size: int, length_multiple: int, device: torch.device
 ) -> list[Batch]:
     """This data-parallel rank's pairs, in micro batches (of one shape if there is a pipeline)."""
-    padded = pairs + pairs[: -len(pairs) % grid.data]
-    padded += padded[:1] * (-len(padded) % grid.data)  # fewer rows than ranks
-    longest = max(len(context) + len(scored) for context, scored in padded) if grid.pipeline > 1 else None
-    mine = sorted(padded[grid.dp_rank :: grid.data], key=lambda pair: len(pair[0]) + len(pair[1]))
+    padded = pairs + pairs[: -len(pairs) % grid.dp_size]
+    padded += padded[:1] * (-len(padded) % grid.dp_size)  # fewer rows than ranks
+    longest = max(len(context) + len(scored) for context, scored in padded) if grid.pp_size > 1 else None
+    mine = sorted(padded[grid.dp_rank :: grid.dp_size], key=lambda pair: len(pair[0]) + len(pair[1]))
     size = max(n for n in range(1, micro_batch_size + 1) if len(mine) % n == 0)
     return make_micro_batches(mine, size, length=longest, multiple_of=length_multiple, device=device)

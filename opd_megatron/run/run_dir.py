@@ -34,7 +34,7 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
-    def hf(self) -> Path:
+    def hf_dir(self) -> Path:
         return self.root / "hf"
 
     @property

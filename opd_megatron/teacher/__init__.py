@@ -21,12 +21,12 @@ def build_teachers(
     return [
         ColocatedTeacher(
             source,
-            hf,
+            hf_config,
             grid,
             padded_vocab=padded_vocab,
             dtype=teacher.dtype,
             weight=teacher.weight / total,
             transformer_engine=use_transformer_engine(config.student.transformer_engine),
         )
-        for teacher, (source, hf) in zip(config.teachers, sources, strict=True)
+        for teacher, (source, hf_config) in zip(config.teachers, sources, strict=True)
     ]

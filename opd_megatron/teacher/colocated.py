@@ -22,7 +22,7 @@ class ColocatedTeacher:
     def __init__(
         self,
         source: Path,
-        hf: PretrainedConfig,
+        hf_config: PretrainedConfig,
         grid: ParallelGrid,
         *,
         padded_vocab: int,
@@ -31,12 +31,12 @@ class ColocatedTeacher:
         transformer_engine: bool,
     ) -> None:
         self.weight = weight
-        self.vocab_size = hf.vocab_size
+        self.vocab_size = hf_config.vocab_size
         self._grid = grid
         self._model: HiddenStatesModel = build_gpt_model(
-            hf, grid, padded_vocab=padded_vocab, dtype=dtype, transformer_engine=transformer_engine
+            hf_config, grid, padded_vocab=padded_vocab, dtype=dtype, transformer_engine=transformer_engine
         )
-        load_weights(self._model, source, hf, grid.layout(hf.num_hidden_layers, padded_vocab))
+        load_weights(self._model, source, hf_config, grid.layout(hf_config.num_hidden_layers, padded_vocab))
         self._model.requires_grad_(False)
         self._model.eval()
 

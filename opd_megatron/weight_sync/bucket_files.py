@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from opd_megatron.types import Bucket
 
 
-class Spool:
+class BucketFiles:
     """Private folders that go when `close` is called, or with the process."""
 
     def __init__(self, dtype: torch.dtype, writers: int = 1) -> None:
         """`dtype`: the engine's. `writers`: how many ranks of this host write at the same time."""
         self._dtype = dtype
         self._writers = writers
-        self._folders: dict[str, tuple[Path, weakref.finalize[..., Spool]]] = {}
+        self._folders: dict[str, tuple[Path, weakref.finalize[..., BucketFiles]]] = {}
         self._count = 0
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> BucketFiles:
         return self
 
     def __exit__(self, *_: object) -> None:

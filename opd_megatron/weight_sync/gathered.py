@@ -20,16 +20,16 @@ from torch import nn
 from opd_megatron.types import Bucket, NamedTensor
 from opd_megatron.weight_sync.streaming import (
     BUCKET_BYTES,
-    UNITS,
-    Finish,
-    Outbox,
+    BUCKETS_IN_FLIGHT,
+    AsyncSender,
+    PendingTransfer,
     exchange,
-    overlapped,
+    pipelined,
     receive,
     when_room,
 )
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.parts import RankParts, StreamedTensor, buckets_of
+from opd_megatron.weights.parts import HFTensor, LocalShards, buckets_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,20 +55,20 @@ def export_weights(
     Where nothing has to be gathered they are views of the parameters: use them before the next optimizer step.
     """
     kind = dtype or next(model.parameters()).dtype
-    gathering = _Gathering(RankParts(model, hf_config, layout), kind, next(model.parameters()).device)
-    yield from overlapped(gathering.begin(bucket_bytes // UNITS // kind.itemsize))
-    gathering.outbox.wait()
+    gathering = _GatherExport(LocalShards(model, hf_config, layout), kind, next(model.parameters()).device)
+    yield from pipelined(gathering.begin(bucket_bytes // BUCKETS_IN_FLIGHT // kind.itemsize))
+    gathering.sender.wait()
 
 
-class _Gathering:
+class _GatherExport:
     """One rank's share of the work."""
 
-    def __init__(self, parts: RankParts, dtype: torch.dtype, device: torch.device) -> None:
-        self.outbox = Outbox()
+    def __init__(self, parts: LocalShards, dtype: torch.dtype, device: torch.device) -> None:
+        self.sender = AsyncSender()
         self._parts, self._layout = parts, parts.layout
         self._dtype, self._device = dtype, device
 
-    def begin(self, room: int) -> Iterator[Finish]:
+    def begin(self, room: int) -> Iterator[PendingTransfer]:
         """Begins with the next bucket, of at most `room` elements, each time it is advanced."""
         for bucket in buckets_of(self._parts.tensors, room, lambda tensor: tensor.numel):
             fits = bucket[0].numel <= room
@@ -76,7 +76,7 @@ class _Gathering:
             if start is not None:
                 yield when_room(start, fits)
 
-    def _start(self, bucket: list[StreamedTensor], fits: bool) -> Callable[[], Finish] | None:
+    def _start(self, bucket: list[HFTensor], fits: bool) -> Callable[[], PendingTransfer] | None:
         """What this rank does for a bucket; None when it is not concerned."""
         layout = self._layout
         if self._parts.exports(bucket[0]):
@@ -88,11 +88,11 @@ class _Gathering:
             return functools.partial(self._receive, bucket)
         return None
 
-    def _own_tensors(self, bucket: Sequence[StreamedTensor]) -> list[NamedTensor]:
+    def _own_tensors(self, bucket: Sequence[HFTensor]) -> list[NamedTensor]:
         """Of an unsharded stage; only what Megatron interleaves, or another dtype, is copied."""
         return [(tensor.name, self._parts.own(tensor).to(self._dtype)) for tensor in bucket]
 
-    def _gather(self, bucket: Sequence[StreamedTensor]) -> Finish:
+    def _gather(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """Begins to gather a bucket within its stage, one message a rank; what all ranks hold stays at home."""
         sharded = [tensor for tensor in bucket if not tensor.replicated]
         first = self._layout.tp_rank == 0
@@ -110,7 +110,7 @@ class _Gathering:
                 work.wait()
             if not first:
                 return None
-            self.outbox.wait()
+            self.sender.wait()
             flat, tensors = self._empty_bucket(bucket)
             for tensor in bucket:
                 self._parts.place(tensor, 0, tensors[tensor.name]).copy_(self._parts.own(tensor))
@@ -122,7 +122,7 @@ class _Gathering:
 
         return finish
 
-    def _gather_alone(self, bucket: Sequence[StreamedTensor]) -> Finish:
+    def _gather_alone(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """The same for a tensor that is larger than a bucket: what can be is received where it belongs."""
         (tensor,) = bucket
         first = self._layout.tp_rank == 0
@@ -130,7 +130,7 @@ class _Gathering:
             own = self._own_flat(tensor)
             works = [] if tensor.replicated else exchange([own], [0], self._layout.tp_group, sends=True)
             return functools.partial(_wait_for, works, own)
-        self.outbox.wait()
+        self.sender.wait()
         flat, tensors = self._empty_bucket(bucket)
         full = tensors[tensor.name]
         ranks = [] if tensor.replicated else range(1, self._layout.tp_size)
@@ -151,7 +151,7 @@ class _Gathering:
 
         return finish
 
-    def _receive(self, bucket: Sequence[StreamedTensor]) -> Finish:
+    def _receive(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """On the first expert-parallel rank of a stage: begins to take what comes by; finishing sends it on."""
         stage, expert_rank = bucket[0].owner
         at_home = stage == self._layout.pp_rank
@@ -162,7 +162,7 @@ class _Gathering:
 
         def finish() -> list[NamedTensor] | None:
             work.wait()
-            self.outbox.wait()
+            self.sender.wait()
             return self._send_on(flat, tensors)
 
         return finish
@@ -174,16 +174,16 @@ class _Gathering:
             return list(tensors.items())
         group = layout.ep_group if layout.ep_rank > 0 else layout.pp_group
         assert group is not None
-        self.outbox.send(flat, group, to=0)
+        self.sender.send(flat, group, to=0)
         return None
 
-    def _own_flat(self, tensor: StreamedTensor) -> torch.Tensor:
+    def _own_flat(self, tensor: HFTensor) -> torch.Tensor:
         return self._parts.own(tensor).reshape(-1).to(self._dtype)
 
     def _empty(self, numel: int) -> torch.Tensor:
         return torch.empty(numel, dtype=self._dtype, device=self._device)
 
-    def _empty_bucket(self, bucket: Sequence[StreamedTensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _empty_bucket(self, bucket: Sequence[HFTensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One flat buffer and the full tensors, by name, as views of it."""
         sizes = [tensor.numel for tensor in bucket]
         flat = self._empty(sum(sizes))

@@ -1,7 +1,7 @@
 """Shard to shard on one host: each tensor-parallel rank of the trainer writes the file that one engine worker reads.
 
 The transport is the only part that knows of files. Another one (across hosts, over NCCL) yields another kind of
-`Shipment` to the engine and takes the same buckets (`weights.shards`).
+`WeightPayload` to the engine and takes the same buckets (`weights.shards`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from opd_megatron.errors import RolloutError
 from opd_megatron.rollout.base import ShardFiles
 from opd_megatron.types import Bucket
-from opd_megatron.weight_sync.bucket_files import Spool
+from opd_megatron.weight_sync.bucket_files import BucketFiles
 
 Value = TypeVar("Value")
 
@@ -34,7 +34,7 @@ class ShardFileTransport:
             dtype: the engine's.
         """
         self._group = group
-        self._spool = Spool(dtype, writers=group.size())
+        self._spool = BucketFiles(dtype, writers=group.size())
 
     def reaches_all(self) -> bool:
         """Whether every rank's files can be read where the engine runs (the host of rank 0); the same on all ranks."""

@@ -20,23 +20,23 @@ from torch import nn
 from opd_megatron.types import Bucket, NamedTensor
 from opd_megatron.weight_sync.streaming import (
     BUCKET_BYTES,
-    UNITS,
-    Finish,
-    Outbox,
+    BUCKETS_IN_FLIGHT,
+    AsyncSender,
+    PendingTransfer,
     as_bytes,
-    overlapped,
+    pipelined,
     receive,
     when_room,
 )
-from opd_megatron.weights.families import Shard
+from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.parts import RankParts, StreamedTensor, buckets_of
+from opd_megatron.weights.parts import HFTensor, LocalShards, buckets_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def shards_alike(layout: ShardLayout, tensor: int) -> bool:
+def same_tp_layout(layout: ShardLayout, tensor: int) -> bool:
     """Whether an engine of tensor-parallel size `tensor` cuts a model's tensors as the trainer does."""
     # The engine cuts every expert: no rank of a trainer that shares experts out has all of what one worker holds.
     return layout.tp_size == tensor > 1 and layout.ep_size == 1
@@ -62,23 +62,23 @@ def export_shards(
         vocab_rows: rows of embedding and head that each of the engine's ranks but the last holds.
     """
     kind = dtype or next(model.parameters()).dtype
-    cut = _Cut(RankParts(model, hf_config, layout), kind, next(model.parameters()).device, vocab_rows)
-    yield from overlapped(cut.begin(bucket_bytes // UNITS // kind.itemsize))
-    cut.outbox.wait()
+    cut = _ReshardExport(LocalShards(model, hf_config, layout), kind, next(model.parameters()).device, vocab_rows)
+    yield from pipelined(cut.begin(bucket_bytes // BUCKETS_IN_FLIGHT // kind.itemsize))
+    cut.sender.wait()
 
 
-class _Cut:
+class _ReshardExport:
     """How the engine cuts each tensor, and how one rank's parts turn into that."""
 
-    def __init__(self, parts: RankParts, dtype: torch.dtype, device: torch.device, vocab_rows: int) -> None:
-        self.outbox = Outbox()
+    def __init__(self, parts: LocalShards, dtype: torch.dtype, device: torch.device, vocab_rows: int) -> None:
+        self.sender = AsyncSender()
         self._parts, self._layout, self._dtype, self._device = parts, parts.layout, dtype, device
         vocab, ranks = parts.plan.dims.vocab, self._layout.tp_size
         self._theirs = _bounds(vocab, vocab_rows, ranks)
         self._ours = _bounds(vocab, self._layout.padded_vocab // ranks, ranks)
         assert self._theirs[-1][1] == vocab, f"{vocab_rows} rows a rank do not hold {vocab} tokens"
 
-    def begin(self, room: int) -> Iterator[Finish]:
+    def begin(self, room: int) -> Iterator[PendingTransfer]:
         """Begins with the next bucket, of at most `room` elements on any rank, each time it is advanced."""
         for bucket in buckets_of(self._parts.tensors, room, self._most):
             fits = self._most(bucket[0]) <= room
@@ -87,20 +87,20 @@ class _Cut:
             elif self._layout.is_first_stage:
                 yield when_room(functools.partial(self._begin_receive, bucket), fits)
 
-    def _most(self, tensor: StreamedTensor) -> int:
+    def _most(self, tensor: HFTensor) -> int:
         """Elements on the rank that has most of them, the same number on every rank."""
         return math.prod(self._shape(tensor, tp_rank=0))
 
-    def _shape(self, tensor: StreamedTensor, tp_rank: int) -> tuple[int, ...]:
+    def _shape(self, tensor: HFTensor, tp_rank: int) -> tuple[int, ...]:
         """Of the part that the engine's `tp_rank` holds."""
-        if tensor.entry.shard is not Shard.VOCAB:
+        if tensor.entry.shard is not TPSharding.VOCAB:
             return self._parts.shape(tensor, tp_rank)
         start, stop = self._theirs[tp_rank]
         return (stop - start, *tensor.shape[1:])
 
-    def _begin_own(self, bucket: Sequence[StreamedTensor]) -> Finish:
+    def _begin_own(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """Begins with a bucket of this stage; finishing sends it to the first stage, or returns it there."""
-        self.outbox.wait()
+        self.sender.wait()
         begun = [(tensor.name, *self._begin_part(tensor)) for tensor in bucket]
 
         def finish() -> list[NamedTensor] | None:
@@ -111,19 +111,19 @@ class _Cut:
                 return [(name, values) for name, values, _ in begun]
             assert self._layout.pp_group is not None
             flats = [values.reshape(-1) for _, values, _ in begun]
-            self.outbox.send(torch.cat(flats) if len(flats) > 1 else flats[0], self._layout.pp_group, to=0)
+            self.sender.send(torch.cat(flats) if len(flats) > 1 else flats[0], self._layout.pp_group, to=0)
             return None
 
         return finish
 
-    def _begin_part(self, tensor: StreamedTensor) -> tuple[torch.Tensor, dist.Work | None]:
+    def _begin_part(self, tensor: HFTensor) -> tuple[torch.Tensor, dist.Work | None]:
         """The engine's part of a tensor, and what to wait for before it holds its values."""
         own = self._parts.own(tensor).to(self._dtype)
-        if tensor.entry.shard is not Shard.VOCAB or self._ours == self._theirs:
+        if tensor.entry.shard is not TPSharding.VOCAB or self._ours == self._theirs:
             return own, None
         return self._exchange(own)
 
-    def _begin_receive(self, bucket: Sequence[StreamedTensor]) -> Finish:
+    def _begin_receive(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """On the first stage: begins to take the same rank's bucket of another stage."""
         assert self._layout.pp_group is not None
         shapes = {tensor.name: self._shape(tensor, self._layout.tp_rank) for tensor in bucket}

@@ -15,16 +15,16 @@ from torch.distributed import ProcessGroup
 
 from opd_megatron.types import Bucket
 
-Finish = Callable[[], Bucket | None]
+PendingTransfer = Callable[[], Bucket | None]
 """Waits for a transfer that has begun; the bucket on the rank where it ends up, None on the others."""
 
 BUCKET_BYTES = 256 * 2**20
-UNITS = 3
+BUCKETS_IN_FLIGHT = 3
 """Parts of `bucket_bytes` that a rank holds at the worst moment: the bucket in use, the next one's shards as they
 arrived, and the tensors these are made into. So a bucket has at most a third of `bucket_bytes`."""
 
 
-def overlapped(begun: Iterator[Finish]) -> Iterator[Bucket]:
+def pipelined(begun: Iterator[PendingTransfer]) -> Iterator[Bucket]:
     """The buckets of this rank. `begun` begins one transfer each time it is advanced."""
     finish = next(begun, None)
     while finish is not None:
@@ -36,12 +36,12 @@ def overlapped(begun: Iterator[Finish]) -> Iterator[Bucket]:
         bucket = None
 
 
-def when_room(start: Callable[[], Finish], fits: bool) -> Finish:
+def when_room(start: Callable[[], PendingTransfer], fits: bool) -> PendingTransfer:
     """A transfer that begins now or, when it is larger than a bucket, once the bucket before it has been used."""
     return start() if fits else lambda: start()()
 
 
-class Outbox:
+class AsyncSender:
     """Messages to another rank, one at a time on its way."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Outbox:
 
 
 def receive(flat: torch.Tensor, group: ProcessGroup, source: int) -> dist.Work:
-    """Begins to fill `flat` from a rank of the group, which sends by `Outbox`."""
+    """Begins to fill `flat` from a rank of the group, which sends by `AsyncSender`."""
     work = dist.irecv(as_bytes(flat), group_src=source, group=group)
     assert work is not None
     return work

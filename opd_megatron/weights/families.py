@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class Shard(Enum):
+class TPSharding(Enum):
     """How tensor parallelism lays Hugging Face tensors out in one Megatron parameter."""
 
     REPLICATED = "the same on every rank"
@@ -31,13 +31,13 @@ class Shard(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParamMapping:
     """One Megatron parameter."""
 
     megatron: tuple[str, ...]
     """Its possible names; a model has exactly one of them."""
-    shard: Shard
-    hf: dict[str, tuple[str | int, ...]]
+    shard: TPSharding
+    hf_tensors: dict[str, tuple[str | int, ...]]
     """Hugging Face tensors it is made of, in Megatron's order, with their shapes as names of `Dims` fields."""
 
 
@@ -91,15 +91,15 @@ class Family:
     """The table of one model family, in the order in which weights are streamed."""
 
     name: str
-    first: tuple[Row, ...]
+    first: tuple[ParamMapping, ...]
     """On the first pipeline stage."""
-    layer: tuple[Row, ...]
+    layer: tuple[ParamMapping, ...]
     """Of every transformer layer."""
-    last: tuple[Row, ...]
+    last: tuple[ParamMapping, ...]
     """On the last pipeline stage, the output layer excepted."""
-    head: Row
+    head: ParamMapping
     """The output layer; with tied embeddings it holds the first row's tensor."""
-    experts: tuple[Row, ...] = ()
+    experts: tuple[ParamMapping, ...] = ()
     """Of every routed expert of a layer; empty in a dense family."""
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config fields of this family alone, and the values with which its table describes the model."""
@@ -126,95 +126,103 @@ class Family:
 _IN = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
 
-_EMBEDDING = Row(("embedding.word_embeddings.weight",), Shard.VOCAB, {"model.embed_tokens.weight": ("vocab", "hidden")})
-_FINAL_NORM = Row(("decoder.final_layernorm.weight",), Shard.REPLICATED, {"model.norm.weight": ("hidden",)})
-_HEAD = Row(("output_layer.weight",), Shard.VOCAB, {"lm_head.weight": ("vocab", "hidden")})
+_EMBEDDING = ParamMapping(
+    ("embedding.word_embeddings.weight",), TPSharding.VOCAB, {"model.embed_tokens.weight": ("vocab", "hidden")}
+)
+_FINAL_NORM = ParamMapping(
+    ("decoder.final_layernorm.weight",), TPSharding.REPLICATED, {"model.norm.weight": ("hidden",)}
+)
+_HEAD = ParamMapping(("output_layer.weight",), TPSharding.VOCAB, {"lm_head.weight": ("vocab", "hidden")})
 
-_INPUT_NORM = Row(
+_INPUT_NORM = ParamMapping(
     (_IN + "input_layernorm.weight", _IN + "self_attention.linear_qkv.layer_norm_weight"),
-    Shard.REPLICATED,
+    TPSharding.REPLICATED,
     {_HF + "input_layernorm.weight": ("hidden",)},
 )
-_QKV = Row(
+_QKV = ParamMapping(
     (_IN + "self_attention.linear_qkv.weight",),
-    Shard.QKV,
+    TPSharding.QKV,
     {
         _HF + "self_attn.q_proj.weight": ("q", "hidden"),
         _HF + "self_attn.k_proj.weight": ("kv", "hidden"),
         _HF + "self_attn.v_proj.weight": ("kv", "hidden"),
     },
 )
-_QKV_BIAS = Row(
+_QKV_BIAS = ParamMapping(
     (_IN + "self_attention.linear_qkv.bias",),
-    Shard.QKV,
+    TPSharding.QKV,
     {
         _HF + "self_attn.q_proj.bias": ("q",),
         _HF + "self_attn.k_proj.bias": ("kv",),
         _HF + "self_attn.v_proj.bias": ("kv",),
     },
 )
-_ATTENTION_OUT = Row(
-    (_IN + "self_attention.linear_proj.weight",), Shard.ROW, {_HF + "self_attn.o_proj.weight": ("hidden", "q")}
+_ATTENTION_OUT = ParamMapping(
+    (_IN + "self_attention.linear_proj.weight",), TPSharding.ROW, {_HF + "self_attn.o_proj.weight": ("hidden", "q")}
 )
 _QK_NORM = tuple(
-    Row(
+    ParamMapping(
         (_IN + f"self_attention.{name}_layernorm.weight",),
-        Shard.REPLICATED,
+        TPSharding.REPLICATED,
         {_HF + f"self_attn.{name}_norm.weight": ("head_dim",)},
     )
     for name in "qk"
 )
 _MLP = (
-    Row(
+    ParamMapping(
         (_IN + "pre_mlp_layernorm.weight", _IN + "mlp.linear_fc1.layer_norm_weight"),
-        Shard.REPLICATED,
+        TPSharding.REPLICATED,
         {_HF + "post_attention_layernorm.weight": ("hidden",)},
     ),
-    Row(
+    ParamMapping(
         (_IN + "mlp.linear_fc1.weight",),
-        Shard.COLUMN,
+        TPSharding.COLUMN,
         {_HF + "mlp.gate_proj.weight": ("ffn", "hidden"), _HF + "mlp.up_proj.weight": ("ffn", "hidden")},
     ),
-    Row((_IN + "mlp.linear_fc2.weight",), Shard.ROW, {_HF + "mlp.down_proj.weight": ("hidden", "ffn")}),
+    ParamMapping((_IN + "mlp.linear_fc2.weight",), TPSharding.ROW, {_HF + "mlp.down_proj.weight": ("hidden", "ffn")}),
 )
 
 _ROUTER = (
-    Row((_IN + "pre_mlp_layernorm.weight",), Shard.REPLICATED, {_HF + "post_attention_layernorm.weight": ("hidden",)}),
-    Row((_IN + "mlp.router.weight",), Shard.REPLICATED, {_HF + "mlp.gate.weight": ("experts", "hidden")}),
+    ParamMapping(
+        (_IN + "pre_mlp_layernorm.weight",),
+        TPSharding.REPLICATED,
+        {_HF + "post_attention_layernorm.weight": ("hidden",)},
+    ),
+    ParamMapping((_IN + "mlp.router.weight",), TPSharding.REPLICATED, {_HF + "mlp.gate.weight": ("experts", "hidden")}),
 )
 _SHARED_EXPERT = (
-    Row(
+    ParamMapping(
         (_IN + "mlp.shared_experts.linear_fc1.weight",),
-        Shard.COLUMN,
+        TPSharding.COLUMN,
         {
             _HF + "mlp.shared_expert.gate_proj.weight": ("shared_ffn", "hidden"),
             _HF + "mlp.shared_expert.up_proj.weight": ("shared_ffn", "hidden"),
         },
     ),
-    Row(
+    ParamMapping(
         (_IN + "mlp.shared_experts.linear_fc2.weight",),
-        Shard.ROW,
+        TPSharding.ROW,
         {_HF + "mlp.shared_expert.down_proj.weight": ("hidden", "shared_ffn")},
     ),
-    Row(
+    ParamMapping(
         (_IN + "mlp.shared_experts.gate_weight",),
-        Shard.REPLICATED,
+        TPSharding.REPLICATED,
         {_HF + "mlp.shared_expert_gate.weight": (1, "hidden")},
     ),
 )
 _EXPERT = "mlp.experts.{expert}."
 _EXPERTS = (
-    Row(
+    ParamMapping(
         (_IN + "mlp.experts.local_experts.{expert}.linear_fc1.weight", _IN + "mlp.experts.linear_fc1.weight{expert}"),
-        Shard.COLUMN,
+        TPSharding.COLUMN,
         {
             _HF + _EXPERT + "gate_proj.weight": ("expert_ffn", "hidden"),
             _HF + _EXPERT + "up_proj.weight": ("expert_ffn", "hidden"),
         },
     ),
-    Row(
+    ParamMapping(
         (_IN + "mlp.experts.local_experts.{expert}.linear_fc2.weight", _IN + "mlp.experts.linear_fc2.weight{expert}"),
-        Shard.ROW,
+        TPSharding.ROW,
         {_HF + _EXPERT + "down_proj.weight": ("hidden", "expert_ffn")},
     ),
 )
@@ -222,7 +230,7 @@ _EXPERTS = (
 _EVERY_LAYER_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 
 
-def _family(name: str, *layer: Row, **kwargs: Any) -> Family:
+def _family(name: str, *layer: ParamMapping, **kwargs: Any) -> Family:
     return Family(name, (_EMBEDDING,), layer, (_FINAL_NORM,), _HEAD, **kwargs)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from opd_megatron.errors import WeightsError
 from opd_megatron.weights.hf_reader import SafetensorsSource
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.sharding import Entry, Plan, build_plan, stage_parameters
+from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table, stage_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,7 +40,7 @@ def load_weights(
         WeightsError: a tensor is absent, damaged, of the wrong shape, or has no place in the model; or the model has
             a parameter that the checkpoint cannot fill.
     """
-    plan = build_plan(hf_config, layout)
+    plan = sharding_table(hf_config, layout)
     pairs = stage_parameters(model, plan, layout)
     with SafetensorsSource(source_dir) as source:
         _refuse_unknown(source, plan)
@@ -49,8 +49,10 @@ def load_weights(
             progress(parameter.nbytes)
 
 
-def _fill(parameter: torch.Tensor, entry: Entry, plan: Plan, layout: ShardLayout, source: SafetensorsSource) -> None:
-    for name, shape in entry.hf.items():
+def _fill(
+    parameter: torch.Tensor, entry: StageParameter, plan: ShardingTable, layout: ShardLayout, source: SafetensorsSource
+) -> None:
+    for name, shape in entry.hf_tensors.items():
         source.expect_shape(name, shape)
     pieces = plan.pieces(entry, layout, layout.tp_rank)
     if sum(piece.blocks * piece.width for piece in pieces) < parameter.shape[0]:
@@ -59,7 +61,7 @@ def _fill(parameter: torch.Tensor, entry: Entry, plan: Plan, layout: ShardLayout
         source.copy_slice(piece.name, piece.slices(), piece.of_shard(parameter))
 
 
-def _refuse_unknown(source: SafetensorsSource, plan: Plan) -> None:
+def _refuse_unknown(source: SafetensorsSource, plan: ShardingTable) -> None:
     known = plan.tensors()
     unknown = [name for name in source.names if name not in known and not _DERIVED.fullmatch(name)]
     if plan.tied:

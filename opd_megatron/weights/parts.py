@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from opd_megatron.weights.families import Shard
+from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.sharding import Entry, Piece, build_plan, stage_parameters
+from opd_megatron.weights.sharding import ShardSlice, StageParameter, sharding_table, stage_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class StreamedTensor:
+class HFTensor:
     """One Hugging Face tensor and the Megatron parameter that holds it."""
 
     name: str
     shape: tuple[int, ...]
-    entry: Entry
+    entry: StageParameter
 
     @property
     def numel(self) -> int:
@@ -43,27 +43,27 @@ class StreamedTensor:
     @property
     def replicated(self) -> bool:
         """Whether every tensor-parallel rank holds all of it."""
-        return self.entry.shard is Shard.REPLICATED
+        return self.entry.shard is TPSharding.REPLICATED
 
 
-class RankParts:
+class LocalShards:
     """One rank's parts of a model's Hugging Face tensors. No collective."""
 
     def __init__(self, model: nn.Module, hf_config: PretrainedConfig, layout: ShardLayout) -> None:
         """Raises WeightsError: see `stage_parameters`."""
         self.layout = layout
-        self.plan = build_plan(hf_config, layout)
+        self.plan = sharding_table(hf_config, layout)
         self._parameters = {entry.megatron: value for entry, value in stage_parameters(model, self.plan, layout)}
         self.tensors = [
-            StreamedTensor(name, shape, entry) for entry in self.plan.exported() for name, shape in entry.hf.items()
+            HFTensor(name, shape, entry) for entry in self.plan.exported() for name, shape in entry.hf_tensors.items()
         ]
         """All of the model's, in streaming order; the same on every rank."""
 
-    def exports(self, tensor: StreamedTensor) -> bool:
+    def exports(self, tensor: HFTensor) -> bool:
         """Whether this rank's stage and expert-parallel rank give the tensor away."""
         return tensor.owner == (self.layout.pp_rank, self.layout.ep_rank)
 
-    def contributed(self) -> list[StreamedTensor]:
+    def contributed(self) -> list[HFTensor]:
         """Tensors of which this rank gives its part away: over all ranks of a replica, every element once."""
         first = self.layout.tp_rank == 0
         return [tensor for tensor in self.tensors if self.exports(tensor) and (first or not tensor.replicated)]
@@ -72,19 +72,19 @@ class RankParts:
         """Elements of the parts that this rank gives away."""
         return sum(math.prod(self.shape(tensor, self.layout.tp_rank)) for tensor in self.contributed())
 
-    def piece(self, tensor: StreamedTensor, tp_rank: int) -> Piece | None:
+    def piece(self, tensor: HFTensor, tp_rank: int) -> ShardSlice | None:
         """What `tp_rank` holds of a tensor; None where it holds vocabulary padding alone."""
         pieces = self.plan.pieces(tensor.entry, self.layout, tp_rank)
         return next((piece for piece in pieces if piece.name == tensor.name), None)
 
-    def shape(self, tensor: StreamedTensor, tp_rank: int) -> tuple[int, ...]:
+    def shape(self, tensor: HFTensor, tp_rank: int) -> tuple[int, ...]:
         """Shape of `tp_rank`'s part."""
         piece = self.piece(tensor, tp_rank)
         if piece is None:
             return (0, *tensor.shape[1:])
         return tuple(piece.length if dim == piece.dim else size for dim, size in enumerate(tensor.shape))
 
-    def own(self, tensor: StreamedTensor) -> torch.Tensor:
+    def own(self, tensor: HFTensor) -> torch.Tensor:
         """This rank's part of a tensor that it holds: a view of the parameter, or, of what Megatron interleaves
         (queries, keys and values), a copy."""
         parameter = self._parameters[tensor.entry.megatron]
@@ -93,17 +93,15 @@ class RankParts:
             return parameter.new_empty((0, *tensor.shape[1:]))
         return piece.of_shard(parameter).flatten(0, 1)
 
-    def place(self, tensor: StreamedTensor, tp_rank: int, full: torch.Tensor) -> torch.Tensor:
+    def place(self, tensor: HFTensor, tp_rank: int, full: torch.Tensor) -> torch.Tensor:
         """View of `tp_rank`'s part within the full tensor."""
         piece = self.piece(tensor, tp_rank)
         return full[:0] if piece is None else full.narrow(piece.dim, piece.start, piece.length)
 
 
-def buckets_of(
-    tensors: Sequence[StreamedTensor], limit: int, numel: Callable[[StreamedTensor], int]
-) -> Iterator[list[StreamedTensor]]:
+def buckets_of(tensors: Sequence[HFTensor], limit: int, numel: Callable[[HFTensor], int]) -> Iterator[list[HFTensor]]:
     """Tensors of one owner at a time, at most `limit` elements together unless one alone has more."""
-    bucket: list[StreamedTensor] = []
+    bucket: list[HFTensor] = []
     size = 0
     for tensor in tensors:
         if bucket and (tensor.owner != bucket[0].owner or size + numel(tensor) > limit):

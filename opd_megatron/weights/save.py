@@ -14,7 +14,7 @@ from opd_megatron.errors import WeightsError
 from opd_megatron.types import Bucket
 from opd_megatron.weights.families import architecture_of
 from opd_megatron.weights.hf_reader import INDEX_FILE
-from opd_megatron.weights.parts import RankParts
+from opd_megatron.weights.parts import LocalShards
 from opd_megatron.weights.safetensors_writer import SafetensorsWriter, partial_folder
 from opd_megatron.weights.sharding import hf_shapes
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4 * 2**30
 # What a Hugging Face folder holds besides weights and config.json.
-_COMPANIONS = (
+_TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -51,7 +51,7 @@ def save_hf(
     try:
         with partial_folder(out_dir) as partial:
             write_hf(
-                buckets, hf_config, partial, companions=tokenizer_dir, dtype=dtype, max_shard_bytes=max_shard_bytes
+                buckets, hf_config, partial, tokenizer_files=tokenizer_dir, dtype=dtype, max_shard_bytes=max_shard_bytes
             )
             _replace(out_dir, partial)
     except OSError as error:
@@ -64,11 +64,11 @@ def write_hf(
     hf_config: PretrainedConfig,
     folder: Path,
     *,
-    companions: str | Path | None = None,
+    tokenizer_files: str | Path | None = None,
     dtype: torch.dtype,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Fills an existing empty folder: safetensors, config.json, and tokenizer and generation files of `companions`.
+    """Fills an existing empty folder: safetensors, config.json, and tokenizer and generation files of `tokenizer_files`.
 
     The stream may bring the tensors in any order; none is kept. OSError when the disk refuses.
     """
@@ -81,11 +81,13 @@ def write_hf(
                 missing.remove(name)
     assert not missing, f"tensors that never came: {sorted(missing)[:3]}"
     _write_config(hf_config, folder, dtype)
-    if companions is not None:
-        copy_companions(Path(companions), folder)
+    if tokenizer_files is not None:
+        copy_tokenizer_files(Path(tokenizer_files), folder)
 
 
-def write_parts(parts: RankParts, writer: SafetensorsWriter, progress: Callable[[int], None] = lambda _: None) -> None:
+def write_parts(
+    parts: LocalShards, writer: SafetensorsWriter, progress: Callable[[int], None] = lambda _: None
+) -> None:
     """Writes this rank's part of every Hugging Face tensor where it belongs: nothing is gathered, no tensor is built.
 
     All ranks of a layout together write everything once. `progress` is told the bytes of each part.
@@ -97,9 +99,9 @@ def write_parts(parts: RankParts, writer: SafetensorsWriter, progress: Callable[
         progress(values.nbytes)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_tokenizer_files(source: Path, folder: Path) -> None:
     """Copies what a Hugging Face folder holds besides weights and config.json."""
-    for name in _COMPANIONS:
+    for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -115,7 +117,7 @@ def _refuse_foreign(out_dir: Path) -> None:
     """Replacing a folder deletes it, so it must be an earlier export or empty."""
     if not out_dir.exists():
         return
-    ours = {"config.json", INDEX_FILE, *_COMPANIONS}
+    ours = {"config.json", INDEX_FILE, *_TOKENIZER_FILES}
     inside = list(out_dir.iterdir()) if out_dir.is_dir() else [out_dir]
     foreign = [path.name for path in inside if path.name not in ours and path.suffix != ".safetensors"]
     if foreign:

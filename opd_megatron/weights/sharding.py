@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from opd_megatron.errors import WeightsError
-from opd_megatron.weights.families import Dims, Row, Shard, family_of
+from opd_megatron.weights.families import Dims, ParamMapping, TPSharding, family_of
 from opd_megatron.weights.layout import ShardLayout
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StageParameter:
     """One Megatron parameter of one pipeline stage."""
 
     stage: int
     megatron: tuple[str, ...]
     """Its possible names on that stage."""
-    shard: Shard
-    hf: dict[str, tuple[int, ...]]
+    shard: TPSharding
+    hf_tensors: dict[str, tuple[int, ...]]
     """Full Hugging Face tensors it is made of, with their shapes."""
     tied_copy: bool = False
     """The last stage's copy of a tied embedding: loaded, but not exported a second time."""
@@ -40,11 +40,11 @@ class Entry:
     @property
     def numel(self) -> int:
         """Elements of the full Hugging Face tensors."""
-        return sum(math.prod(shape) for shape in self.hf.values())
+        return sum(math.prod(shape) for shape in self.hf_tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ShardSlice:
     """A slice of one Hugging Face tensor and its place in a rank's shard.
 
     The slice, `length` rows (dim 0) or columns (dim 1) from `start`, is cut into `blocks` of `width` rows. The shard
@@ -69,54 +69,54 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ShardingTable:
     """All parameters of a model in streaming order: embedding, layers, final norm, output layer."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[StageParameter, ...]
     dims: Dims
     tied: bool
 
-    def stage(self, pp_rank: int, ep_rank: int = 0) -> list[Entry]:
+    def stage(self, pp_rank: int, ep_rank: int = 0) -> list[StageParameter]:
         """What a rank of that stage holds."""
         return [entry for entry in self.entries if entry.stage == pp_rank and entry.expert_rank in (None, ep_rank)]
 
-    def exported(self) -> list[Entry]:
+    def exported(self) -> list[StageParameter]:
         return [entry for entry in self.entries if not entry.tied_copy]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model and its shape, in streaming order."""
-        return {name: shape for entry in self.entries for name, shape in entry.hf.items()}
+        return {name: shape for entry in self.entries for name, shape in entry.hf_tensors.items()}
 
-    def pieces(self, entry: Entry, layout: ShardLayout, tp_rank: int) -> list[Piece]:
+    def pieces(self, entry: StageParameter, layout: ShardLayout, tp_rank: int) -> list[ShardSlice]:
         """What makes up `tp_rank`'s shard of a parameter; padding rows of the vocabulary are in no piece."""
-        if entry.shard is Shard.VOCAB:
+        if entry.shard is TPSharding.VOCAB:
             return _vocab_pieces(entry, self.dims.vocab, layout.padded_vocab // layout.tp_size, tp_rank)
-        if entry.shard is Shard.ROW:
-            ((name, (rows, columns)),) = entry.hf.items()
+        if entry.shard is TPSharding.ROW:
+            ((name, (rows, columns)),) = entry.hf_tensors.items()
             part = _divide(columns, layout.tp_size)
-            return [Piece(name, 1, tp_rank * part, part, blocks=1, offset=0, width=rows)]
-        replicated = entry.shard is Shard.REPLICATED
+            return [ShardSlice(name, 1, tp_rank * part, part, blocks=1, offset=0, width=rows)]
+        replicated = entry.shard is TPSharding.REPLICATED
         split, index = (1, 0) if replicated else (layout.tp_size, tp_rank)
-        blocks = _divide(self.dims.groups, split) if entry.shard is Shard.QKV else 1
+        blocks = _divide(self.dims.groups, split) if entry.shard is TPSharding.QKV else 1
         pieces, offset = [], 0
-        for name, (rows, *_) in entry.hf.items():
+        for name, (rows, *_) in entry.hf_tensors.items():
             part = _divide(rows, split)
             width = _divide(part, blocks)
-            pieces.append(Piece(name, 0, index * part, part, blocks, offset, width))
+            pieces.append(ShardSlice(name, 0, index * part, part, blocks, offset, width))
             offset += width
         return pieces
 
-    def shard_shape(self, entry: Entry, layout: ShardLayout) -> tuple[int, ...]:
+    def shard_shape(self, entry: StageParameter, layout: ShardLayout) -> tuple[int, ...]:
         """Shape of one rank's parameter, the same on all tensor-parallel ranks."""
-        rows, rest = sum(shape[0] for shape in entry.hf.values()), next(iter(entry.hf.values()))[1:]
-        if entry.shard is Shard.VOCAB:
+        rows, rest = sum(shape[0] for shape in entry.hf_tensors.values()), next(iter(entry.hf_tensors.values()))[1:]
+        if entry.shard is TPSharding.VOCAB:
             return (_divide(layout.padded_vocab, layout.tp_size), *rest)
-        if entry.shard is Shard.ROW:
+        if entry.shard is TPSharding.ROW:
             return (rows, _divide(rest[0], layout.tp_size))
-        return (rows if entry.shard is Shard.REPLICATED else _divide(rows, layout.tp_size), *rest)
+        return (rows if entry.shard is TPSharding.REPLICATED else _divide(rows, layout.tp_size), *rest)
 
 
-def build_plan(hf_config: PretrainedConfig, layout: ShardLayout) -> Plan:
+def sharding_table(hf_config: PretrainedConfig, layout: ShardLayout) -> ShardingTable:
     """Works the family's table out for a model whose layers are spread evenly over the pipeline stages and whose
     experts are spread evenly over the expert-parallel ranks.
 
@@ -143,17 +143,23 @@ def build_plan(hf_config: PretrainedConfig, layout: ShardLayout) -> Plan:
         entries.append(_entry(family.head, dims, stages - 1))
     elif stages > 1:
         embedding = family.first[0]
-        entries.append(_entry(Row(family.head.megatron, embedding.shard, embedding.hf), dims, stages - 1, tied=True))
-    return Plan(tuple(entries), dims, tied)
+        entries.append(
+            _entry(
+                ParamMapping(family.head.megatron, embedding.shard, embedding.hf_tensors), dims, stages - 1, tied=True
+            )
+        )
+    return ShardingTable(tuple(entries), dims, tied)
 
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of a model and its shape, in streaming order."""
     dims = Dims.of(hf_config)
-    return build_plan(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers)).tensors()
+    return sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers)).tensors()
 
 
-def stage_parameters(model: nn.Module, plan: Plan, layout: ShardLayout) -> list[tuple[Entry, torch.Tensor]]:
+def stage_parameters(
+    model: nn.Module, plan: ShardingTable, layout: ShardLayout
+) -> list[tuple[StageParameter, torch.Tensor]]:
     """This rank's entries with their parameters, wrappers (`module.`) seen through. Nothing may be left over.
 
     Raises:
@@ -164,7 +170,9 @@ def stage_parameters(model: nn.Module, plan: Plan, layout: ShardLayout) -> list[
     for entry in plan.stage(layout.pp_rank, layout.ep_rank):
         names = [name for name in entry.megatron if name in parameters]
         if len(names) != 1:
-            raise WeightsError(f"the Megatron model has no parameter {entry.megatron[0]!r} for {list(entry.hf)}")
+            raise WeightsError(
+                f"the Megatron model has no parameter {entry.megatron[0]!r} for {list(entry.hf_tensors)}"
+            )
         parameter, shape = parameters.pop(names[0]), plan.shard_shape(entry, layout)
         if tuple(parameter.shape) != shape:
             raise WeightsError(
@@ -182,25 +190,29 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _entry(row: Row, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False) -> Entry:
-    hf = {name.format(layer=layer): dims.shape(shape) for name, shape in row.hf.items()}
-    return Entry(stage, tuple(name.format(layer=local) for name in row.megatron), row.shard, hf, tied)
+def _entry(
+    row: ParamMapping, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False
+) -> StageParameter:
+    hf_tensors = {name.format(layer=layer): dims.shape(shape) for name, shape in row.hf_tensors.items()}
+    return StageParameter(stage, tuple(name.format(layer=local) for name in row.megatron), row.shard, hf_tensors, tied)
 
 
-def _expert_entry(row: Row, dims: Dims, stage: int, theirs: tuple[int, int], ours: tuple[int, int], rank: int) -> Entry:
+def _expert_entry(
+    row: ParamMapping, dims: Dims, stage: int, theirs: tuple[int, int], ours: tuple[int, int], rank: int
+) -> StageParameter:
     """`theirs` and `ours` are (layer, expert), in the whole model and on the rank."""
     layer, expert = theirs
-    hf = {name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in row.hf.items()}
+    hf_tensors = {name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in row.hf_tensors.items()}
     layer, expert = ours
     megatron = tuple(name.format(layer=layer, expert=expert) for name in row.megatron)
-    return Entry(stage, megatron, row.shard, hf, expert_rank=rank)
+    return StageParameter(stage, megatron, row.shard, hf_tensors, expert_rank=rank)
 
 
-def _vocab_pieces(entry: Entry, vocab: int, rows: int, tp_rank: int) -> list[Piece]:
-    ((name, _),) = entry.hf.items()
+def _vocab_pieces(entry: StageParameter, vocab: int, rows: int, tp_rank: int) -> list[ShardSlice]:
+    ((name, _),) = entry.hf_tensors.items()
     start = tp_rank * rows
     length = min(vocab, start + rows) - start
-    return [Piece(name, 0, start, length, blocks=1, offset=0, width=length)] if length > 0 else []
+    return [ShardSlice(name, 0, start, length, blocks=1, offset=0, width=length)] if length > 0 else []
 
 
 def _divide(size: int, parts: int) -> int:

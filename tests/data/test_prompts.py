@@ -5,7 +5,7 @@ import pytest
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptDataset, PromptStream, build_train_and_eval
-from opd_megatron.data.sources import Row
+from opd_megatron.data.sources import Example
 from opd_megatron.errors import CheckpointError, DataError
 from tests.byte_tokenizer import END_OF_TEXT, TURN_END, TURN_START, save_byte_tokenizer
 
@@ -16,11 +16,11 @@ def tokenizer(tmp_path_factory):
 
 
 def rows(count, length=5):
-    return [Row(f"r:{i}", f"{i:0{length}d}", f"{i}") for i in range(count)]
+    return [Example(f"r:{i}", f"{i:0{length}d}", f"{i}") for i in range(count)]
 
 
 def test_a_chat_prompt_is_the_template_with_the_assistants_turn_opened(tokenizer):
-    (prompt,) = PromptDataset([Row("r:0", "2+3?", "5")], tokenizer, system_prompt="Add.")
+    (prompt,) = PromptDataset([Example("r:0", "2+3?", "5")], tokenizer, system_prompt="Add.")
     turn = [TURN_START, *b"system\nAdd.", TURN_END, *b"\n", TURN_START, *b"user\n2+3?", TURN_END, *b"\n"]
     assert list(prompt.token_ids) == [*turn, TURN_START, *b"assistant\n"]
     assert (prompt.id, prompt.text, prompt.answer) == ("r:0", "2+3?", "5")
@@ -28,27 +28,27 @@ def test_a_chat_prompt_is_the_template_with_the_assistants_turn_opened(tokenizer
 
 
 def test_a_raw_prompt_is_the_text_itself_and_its_answer_ends_with_end_of_sequence(tokenizer):
-    (prompt,) = PromptDataset([Row("r:0", "é", None)], tokenizer, template="raw")
+    (prompt,) = PromptDataset([Example("r:0", "é", None)], tokenizer, template="raw")
     assert prompt.token_ids == tuple("é".encode())
     assert prompt.answer_ids is None
-    (prompt,) = PromptDataset([Row("r:0", "q", "ab")], tokenizer, template="raw")
+    (prompt,) = PromptDataset([Example("r:0", "q", "ab")], tokenizer, template="raw")
     assert prompt.answer_ids == (*b"ab", END_OF_TEXT)
 
 
 def test_prompt_and_answer_ids_together_are_what_the_template_makes_of_the_whole_conversation(tokenizer):
-    (prompt,) = PromptDataset([Row("r:0", "2+3?", "5")], tokenizer)
+    (prompt,) = PromptDataset([Example("r:0", "2+3?", "5")], tokenizer)
     chat = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
     whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
     assert [*prompt.token_ids, *prompt.answer_ids] == whole[:-1]  # the template closes with a newline
 
 
 def test_a_gold_answer_is_cut_where_training_cuts_answers(tokenizer):
-    (prompt,) = PromptDataset([Row("r:0", "q", "abcdef")], tokenizer, max_answer_tokens=4)
+    (prompt,) = PromptDataset([Example("r:0", "q", "abcdef")], tokenizer, max_answer_tokens=4)
     assert prompt.answer_ids == tuple(b"abcd")
 
 
 def test_prompts_over_the_limit_are_named_at_once_or_dropped_and_counted(tokenizer):
-    data = [Row("r:0", "short", None), Row("r:1", "x" * 100, None), Row("r:2", "also short", None)]
+    data = [Example("r:0", "short", None), Example("r:1", "x" * 100, None), Example("r:2", "also short", None)]
     length = len(PromptDataset(data, tokenizer)[1].token_ids)
     assert len(PromptDataset(data, tokenizer, max_prompt_tokens=length)) == 3
     with pytest.raises(DataError, match=rf"'r:1' has {length} tokens, over data.max_prompt_tokens={length - 1}"):

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, transformer_engine: str) -> None:
     from opd_megatron.mcore.cpu.platform import device, init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.student import Student, TeacherView
+    from opd_megatron.mcore.student import Student, TeacherInputs
     from opd_megatron.models import check
     from opd_megatron.teacher import build_teachers
     from tests.mcore.test_student import STEPS, _batches, _config, _reference
@@ -30,7 +30,7 @@ def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, tr
         (teacher,) = build_teachers(config, models.teachers, grid, models.padded_vocab(1))
         for batch, (loss, _) in zip(_batches(STEPS), curve, strict=True):
             batches = batch.to(device()).micro_batches(2)
-            views = [TeacherView(teacher.hidden_states(batches), teacher.head)]
+            views = [TeacherInputs(teacher.hidden_states(batches), teacher.head)]
             result = student.update(batches, views, config.objective, models.vocab_size)
             # TF32 or Transformer Engine kernels: looser than on a CPU, tight enough for any mistake to show.
             assert result.metrics["loss"] == pytest.approx(loss, rel=5e-3)

@@ -46,8 +46,8 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     far.copy_(torch.randn(2, columns, device="cuda"))
     teacher, kernels, scale = torch.randn(2, columns, device="cuda"), TritonKernels(KINDS["gkd-0.5"], 1.0), far[:, 0]
     expected, student = torch.empty(2, columns, dtype=torch.bfloat16, device="cuda"), far.contiguous()
-    _, sums = kernels.everything(student, teacher, scale.float(), expected)
-    _, far_sums = kernels.everything(far, teacher, scale.float(), far)
+    _, sums = kernels.fused(student, teacher, scale.float(), expected)
+    _, far_sums = kernels.fused(far, teacher, scale.float(), far)
     assert torch.equal(far, expected)
     assert torch.equal(far_sums, sums)
 
@@ -56,8 +56,8 @@ def test_a_row_gets_the_same_bits_in_any_batch() -> None:
     with torch.device("cuda"):
         student, teacher = logits(300, 19008, torch.bfloat16, torch.bfloat16)
         kernels, scale = TritonKernels(KINDS["lambda_jsd-0.1"], 1.0), torch.ones(300)
-        _, alone = kernels.everything(student[7:8], teacher[7:8], scale[:1], None)
-        _, together = kernels.everything(student, teacher, scale, None)
+        _, alone = kernels.fused(student[7:8], teacher[7:8], scale[:1], None)
+        _, together = kernels.fused(student, teacher, scale, None)
     assert torch.equal(alone[:, 0], together[:, 7])
 
 

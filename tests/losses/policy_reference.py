@@ -23,7 +23,7 @@ def dense_policy_loss(
     if term.old_logprobs is not None:
         old = term.old_logprobs.double()
     else:
-        old = now if term.truncation is not None else rollout
+        old = now if term.importance_cap is not None else rollout
     advantage = torch.zeros_like(now) if term.advantages is None else term.advantages.double()
     if term.advantage == "kl":
         advantage = advantage + term.kl_coef * (logq - rollout)
@@ -35,9 +35,9 @@ def dense_policy_loss(
         m = (p + q) / 2
         share = term.lambda_coef
         jsd = share * p * (p.log() - m.log()) + (1 - share) * q * (q.log() - m.log())
-        (slope,) = torch.autograd.grad(jsd.sum(), p)
+        (df_dp,) = torch.autograd.grad(jsd.sum(), p)
         where_they_agree = (2 * share - 1) / 2  # a constant: advantages are 0 there
-        advantage = advantage - term.kl_coef * (slope - where_they_agree)
+        advantage = advantage - term.kl_coef * (df_dp - where_they_agree)
     log_ratio, log_weight = now - old, old - rollout
     if term.level == "sequence":
         log_ratio = _per_sequence(log_ratio, term.sequence_ids, kept)
@@ -45,9 +45,9 @@ def dense_policy_loss(
     # The value of the ratio with the gradient of the token's own probability.
     ratio = log_ratio.exp() * (logp - now).exp()
     weight = log_weight.exp()
-    if term.truncation is not None:
-        weight = weight.clamp(max=term.truncation)
-    gain = ratio * advantage
+    if term.importance_cap is not None:
+        weight = weight.clamp(max=term.importance_cap)
+    surrogate = ratio * advantage
     if term.clip is not None:
-        gain = torch.minimum(gain, ratio.clamp(1 - term.clip[0], 1 + term.clip[1]) * advantage)
-    return -weight * gain
+        surrogate = torch.minimum(surrogate, ratio.clamp(1 - term.clip[0], 1 + term.clip[1]) * advantage)
+    return -weight * surrogate

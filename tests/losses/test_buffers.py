@@ -6,25 +6,25 @@ import pytest
 import torch
 
 from opd_megatron.losses import linear_divergence
-from opd_megatron.losses.core.buffers import ReusedMemory, gradient_memory, release_memory
+from opd_megatron.losses.core.buffers import BufferPool, gradient_memory, release_memory
 
 CPU = torch.device("cpu")
 
 
-def _empty(memory: ReusedMemory, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def _empty(memory: BufferPool, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return memory.empty(shape, dtype, CPU)
 
 
 class TestReusedMemory:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
     def test_looks_like_an_empty_tensor(self, dtype):
-        result = _empty(ReusedMemory(keep=1, slack=1.0), 3, 5, dtype=dtype)
+        result = _empty(BufferPool(keep=1, slack=1.0), 3, 5, dtype=dtype)
         assert (result.shape, result.dtype, result.is_contiguous()) == ((3, 5), dtype, True)
         assert result.fill_(2).sum() == 30
-        assert _empty(ReusedMemory(keep=1, slack=1.0), 0, 5).shape == (0, 5)
+        assert _empty(BufferPool(keep=1, slack=1.0), 0, 5).shape == (0, 5)
 
     def test_a_freed_tensor_gives_its_memory_to_the_next(self):
-        memory = ReusedMemory(keep=1, slack=1.0)
+        memory = BufferPool(keep=1, slack=1.0)
         first = _empty(memory, 100)
         place = first.data_ptr()
         del first
@@ -32,21 +32,21 @@ class TestReusedMemory:
 
     @pytest.mark.parametrize("look", [lambda x: x[3:7], lambda x: x.detach(), lambda x: x.numpy(), lambda x: x.data])
     def test_memory_that_is_still_looked_at_is_not_lent_again(self, look):
-        memory = ReusedMemory(keep=1, slack=1.0)
+        memory = BufferPool(keep=1, slack=1.0)
         view = look(_empty(memory, 100).fill_(1))
         _empty(memory, 100).fill_(2)
         gc.collect()
         assert (view == 1).all()
 
     def test_sizes_that_waste_more_than_the_slack_get_memory_of_their_own(self):
-        memory = ReusedMemory(keep=1, slack=2.0)
+        memory = BufferPool(keep=1, slack=2.0)
         place = _empty(memory, 100).data_ptr()  # freed at once
         small, near = _empty(memory, 49), _empty(memory, 50)
         assert small.data_ptr() != place
         assert near.data_ptr() == place
 
     def test_keeps_no_more_than_it_should_and_releases_all_of_it(self):
-        memory = ReusedMemory(keep=2, slack=1.0)
+        memory = BufferPool(keep=2, slack=1.0)
         tensors = [_empty(memory, size) for size in (100, 101, 102)]
         while tensors:
             tensors.pop(0)

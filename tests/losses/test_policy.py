@@ -108,12 +108,12 @@ CLIP, CAP = (0.2, 0.28), 1.1
 OPTIONS = [
     {},
     {"clip": CLIP},
-    {"truncation": CAP},
-    {"old": True, "truncation": CAP, "clip": CLIP},
+    {"importance_cap": CAP},
+    {"old": True, "importance_cap": CAP, "clip": CLIP},
     {"old": True, "clip": CLIP, "advantage": "kl", "kl_coef": 0.5},
-    {"advantage": "lambda_jsd", "lambda_coef": 0.2, "truncation": CAP},
+    {"advantage": "lambda_jsd", "lambda_coef": 0.2, "importance_cap": CAP},
     {"level": "sequence", "clip": CLIP},
-    {"level": "sequence", "old": True, "truncation": CAP, "clip": CLIP, "advantage": "jsd", "beta": 0.3},
+    {"level": "sequence", "old": True, "importance_cap": CAP, "clip": CLIP, "advantage": "jsd", "beta": 0.3},
 ]
 
 
@@ -227,7 +227,7 @@ def test_no_tokens_at_all() -> None:
         ({"coef": math.nan}, "finite"),
         ({"beta": 1.5}, "[0, 1]"),
         ({"clip": (-0.1, 0.2)}, "clip"),
-        ({"truncation": 0.0}, "truncation"),
+        ({"importance_cap": 0.0}, "importance_cap"),
     ],
 )
 def test_bad_terms_are_refused_in_one_line(change: dict, words: str) -> None:

@@ -94,16 +94,16 @@ def test_a_policy_term_adds_its_own_figures() -> None:
     means = _means(sums)
     assert sums.names == METRIC_NAMES + POLICY_METRIC_NAMES
     ratio, advantage = (log_p - rollout).exp(), log_q - rollout
-    gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-    clipped = gain < ratio * advantage
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    clipped = surrogate < ratio * advantage
     assert 0 < clipped.sum() < 8, "the case must hold both"
     expected = {
         "divergence": terms.divergence.mean(),
-        "policy_loss": -gain.mean(),
+        "policy_loss": -surrogate.mean(),
         "advantage": advantage.mean(),
         "ratio": ratio.mean(),
         "clip_fraction": clipped.double().mean(),
-        "loss": -3 * gain.mean(),
+        "loss": -3 * surrogate.mean(),
     }
     for name, value in expected.items():
         assert means[name] == pytest.approx(value.item(), rel=1e-9), name
@@ -165,7 +165,9 @@ def _step(rows: slice, positions: list[int], kind: str) -> tuple[TokenSums, list
     targets = torch.randint(V, (SEQUENCES, LENGTH), generator=generator)[rows][:, positions]
     rollout = -3 * torch.rand(SEQUENCES, LENGTH, generator=generator, dtype=torch.float64)[rows][:, positions]
     mask = _responses()[rows][:, positions]
-    policy = PolicyTerm(rollout_logprobs=rollout[mask], advantage="jsd", truncation=2.0) if kind == "mixed" else None
+    policy = (
+        PolicyTerm(rollout_logprobs=rollout[mask], advantage="jsd", importance_cap=2.0) if kind == "mixed" else None
+    )
     terms = linear_divergence_terms(
         features[mask] @ adapter, head, [(teacher[mask], teacher_head)], targets=targets[mask], policy=policy,
         **OBJECTIVES[kind],

@@ -74,9 +74,9 @@ def test_huge_logits_and_one_hot_teachers_match_the_reference(type: str, argumen
     loss, gradient = _value_and_gradient(huge, teacher, type=type, **arguments, temperature=temperature)
     dense = huge.double().requires_grad_()
     expected = dense_divergence(dense, [teacher], type, temperature, **arguments)
-    (slope,) = torch.autograd.grad(expected.sum(), dense)
+    (df_dp,) = torch.autograd.grad(expected.sum(), dense)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), slope, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), df_dp, rtol=1e-4, atol=2e-6)
 
 
 @every_kind

@@ -227,12 +227,12 @@ def test_expected_gradient_of_an_advantage_is_that_of_the_bucketed_divergence(
     """Every token of the vocabulary is sampled once and weighs its probability."""
     student, logits = (x[:1] for x in pair())
     teacher = best_of(logits, 5, 2.0)
-    everything = TopKTeacher(teacher.ids.expand(V, -1), teacher.logprobs.expand(V, -1))
+    fused = TopKTeacher(teacher.ids.expand(V, -1), teacher.logprobs.expand(V, -1))
     log_p = (student / 2.0).log_softmax(-1)[0]
     hidden = student.expand(V, V).clone().requires_grad_()
     term = PolicyTerm(log_p, advantage=advantage, coef=1.0, **arguments)
     loss = linear_divergence_terms(
-        hidden, torch.eye(V), [everything], temperature=2.0, lambda_distill=0.0, token_weights=log_p.exp(),
+        hidden, torch.eye(V), [fused], temperature=2.0, lambda_distill=0.0, token_weights=log_p.exp(),
         targets=torch.arange(V), policy=term,
     ).loss_sum  # fmt: skip
     loss.backward()

@@ -58,7 +58,7 @@ def _exact(divergence: Divergence, temperature: float = 1.0) -> TorchKernels:
 def logits(rows: int, columns: int, *dtypes: torch.dtype) -> list[torch.Tensor]:
     """Student and teacher whose rows lie further apart than they are long, with garbage in between."""
     torch.manual_seed(columns)
-    pair = [1.5 * torch.randn(rows, columns + gap) for gap in (16, 5)]
+    pair = [1.5 * torch.randn(rows, columns + q_minus_p) for q_minus_p in (16, 5)]
     for x in pair:
         x[:, columns:] = math.nan
     return [x.to(dtype)[:, :columns] for x, dtype in zip(pair, dtypes, strict=True)]
@@ -67,11 +67,11 @@ def logits(rows: int, columns: int, *dtypes: torch.dtype) -> list[torch.Tensor]:
 def check_against_float64(
     divergence: Divergence, temperature: float, student: torch.Tensor, teacher: torch.Tensor
 ) -> None:
-    """`everything` and the three stages, these in place, against float64."""
+    """`fused` and the three stages, these in place, against float64."""
     scale, gradient = torch.linspace(0.5, -2, len(student)), torch.empty(student.shape, dtype=torch.float64)
-    statistics, sums = _exact(divergence, temperature).everything(student, teacher, scale.double(), gradient)
+    statistics, sums = _exact(divergence, temperature).fused(student, teacher, scale.double(), gradient)
     kernels, out, staged_out = _triton(divergence, temperature), torch.full_like(student, math.nan), student.clone()
-    own_statistics, own_sums = kernels.everything(student, teacher, scale, out)
+    own_statistics, own_sums = kernels.fused(student, teacher, scale, out)
     staged = kernels.statistics(student, teacher)
     staged_sums = kernels.sums(student, teacher, _normalisers(staged))
     kernels.gradient(staged_out, teacher, _normalisers(staged), scale, scale * staged_sums[-1], staged_out)
@@ -113,7 +113,7 @@ class Numbers:
 
     def test_one_column_holds_all_probability(self) -> None:
         student, teacher = logits(3, 1, torch.float32, torch.float32)
-        _, sums = _triton(KINDS["gkd-0.5"]).everything(student, teacher, torch.ones(3), student)
+        _, sums = _triton(KINDS["gkd-0.5"]).fused(student, teacher, torch.ones(3), student)
         assert (sums[:-1] == 0).all()
         assert (student == 0).all()
 
@@ -121,9 +121,9 @@ class Numbers:
         student, teacher = logits(2, 2500, torch.bfloat16, torch.bfloat16)
         before, kernels, scale = student.clone(), _triton(KINDS["lambda_jsd-0.1"]), torch.tensor([1.0, -3.0])
         out = torch.empty_like(before)
-        results = [kernels.everything(student, teacher, scale, target) for target in (out, None)]
+        results = [kernels.fused(student, teacher, scale, target) for target in (out, None)]
         assert torch.equal(student, before)
-        results.append(kernels.everything(student, teacher, scale, student))
+        results.append(kernels.fused(student, teacher, scale, student))
         assert torch.equal(student, out)
         for statistics, sums in results[1:]:
             assert torch.equal(torch.stack(statistics), torch.stack(results[0][0]))
@@ -135,8 +135,8 @@ class Numbers:
         student[0], student[1, 3], teacher[2, 1050] = math.nan, math.inf, math.nan
         scale = torch.tensor([0.0, 0.0, 0.0, 1.0])
         kernels, out, expected = _triton(divergence), torch.full_like(student, math.nan), torch.empty(4, 1100)
-        kernels.everything(student, teacher, scale, out)
-        _exact(divergence).everything(student[3:], teacher[3:], scale[3:].double(), expected[3:])
+        kernels.fused(student, teacher, scale, out)
+        _exact(divergence).fused(student[3:], teacher[3:], scale[3:].double(), expected[3:])
         staged, norm = torch.full_like(student, math.nan), _normalisers(kernels.statistics(student, teacher))
         shared = torch.where(scale == 0, 0, scale * kernels.sums(student, teacher, norm)[-1])
         kernels.gradient(student, teacher, norm, scale, shared, staged)
@@ -148,7 +148,7 @@ class Numbers:
     def test_a_nan_logit_is_not_hidden(self, divergence: Divergence) -> None:
         student, teacher = logits(3, 1100, torch.float32, torch.float32)
         student[0], teacher[1, 1050], student[2, 7] = math.nan, math.nan, math.nan
-        _, sums = _triton(divergence).everything(student, teacher, torch.ones(3), student)
+        _, sums = _triton(divergence).fused(student, teacher, torch.ones(3), student)
         assert sums[SUMS.index("value")].isnan().all()
         assert student.isnan().any(dim=1).all()
 
@@ -163,8 +163,8 @@ class Numbers:
         student[3], student[3, 1], teacher[3] = -1e4, 1e4, student[3]
         teacher[4] = student[4] = -math.inf
         scale, gradient, out = torch.ones(6), torch.empty(6, 1100).double(), torch.empty(6, 1100)
-        statistics, sums = _exact(divergence, 0.5).everything(student, teacher, scale, gradient)
-        own_statistics, own = _triton(divergence, 0.5).everything(student, teacher, scale, out)
+        statistics, sums = _exact(divergence, 0.5).fused(student, teacher, scale, gradient)
+        own_statistics, own = _triton(divergence, 0.5).fused(student, teacher, scale, out)
         torch.testing.assert_close(torch.stack(own_statistics).double(), torch.stack(statistics), rtol=1e-5, atol=0)
         torch.testing.assert_close(own.double(), sums, rtol=1e-5, atol=2e-6)
         # p (r - KL): of a KL of 2e4 nats, fp32 knows no more than this.
@@ -176,9 +176,9 @@ class Numbers:
         exact, gradient, scale, size = _exact(divergence), torch.empty(2, 2500).double(), torch.ones(2), 0.01
         for _ in range(2):  # the noise that makes a divergence of 1e-4
             teacher = student + size * noise
-            expected = exact.everything(student, teacher, scale.double(), gradient)[1][SUMS.index("value")]
+            expected = exact.fused(student, teacher, scale.double(), gradient)[1][SUMS.index("value")]
             size *= (1e-4 / expected.mean().item()) ** 0.5
-        value = _triton(divergence).everything(student, teacher, scale, student)[1][SUMS.index("value")]
+        value = _triton(divergence).fused(student, teacher, scale, student)[1][SUMS.index("value")]
         assert 5e-5 < expected.min() < expected.max() < 2e-4
         assert ((value - expected).abs() / expected).max() <= 1e-3
         assert relative_error(student, gradient) <= 1e-3
@@ -270,7 +270,7 @@ class TestWithoutTheInterpreter:
     ) -> None:
         from opd_megatron.losses.kernels.triton.ops import _code
 
-        kernel, constants = _code(divergence).everything
+        kernel, constants = _code(divergence).fused
         ptx = _compile(kernel, constants, 16, "bf16", "bf16").asm["ptx"]
         spilled = re.findall(r"(\d+) bytes spill stores", capfd.readouterr().out)
         assert spilled

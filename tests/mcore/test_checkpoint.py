@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from opd_megatron.errors import CheckpointError, MissingPathError
 from opd_megatron.mcore.checkpoint import (
-    Best,
+    BestCheckpoint,
     CheckpointSaver,
     checkpoint_path,
     choose_checkpoint,
@@ -26,7 +26,7 @@ from opd_megatron.mcore.checkpoint.manifest import read_manifest
 from opd_megatron.mcore.checkpoint.writer import ShardWriter
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.student import Student, TeacherView, UpdateResult
+from opd_megatron.mcore.student import StepOutput, Student, TeacherInputs
 from opd_megatron.models import check
 from opd_megatron.teacher import build_teachers
 from opd_megatron.types import Batch
@@ -53,15 +53,15 @@ class _Run:
             "optimizer.decay": "cosine", "optimizer.warmup_steps": 1,
         })  # fmt: skip
         self.models = check(self.config)
-        self.grid = ParallelGrid.build(tensor, pipeline, data, expert=expert)
+        self.grid = ParallelGrid.build(tensor, pipeline, data, ep_size=expert)
         padded = self.models.padded_vocab(tensor)
         self.student = Student(self.config, self.models.student, self.models.student_config, self.grid, padded)
         (self.teacher,) = build_teachers(self.config, self.models.teachers, self.grid, padded)
 
-    def step(self, batch: Batch) -> UpdateResult:
-        rows = slice(self.grid.dp_rank, None, self.grid.data)
+    def step(self, batch: Batch) -> StepOutput:
+        rows = slice(self.grid.dp_rank, None, self.grid.dp_size)
         mine = Batch(batch.tokens[rows], batch.targets[rows], batch.weights[rows]).micro_batches(2)
-        views = [TeacherView(self.teacher.hidden_states(mine), self.teacher.head, 1.0)]
+        views = [TeacherInputs(self.teacher.hidden_states(mine), self.teacher.head, 1.0)]
         return self.student.update(mine, views, self.config.objective, self.models.vocab_size)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -307,7 +307,7 @@ def _best_of(rank: int, world: int, pair: tuple[Path, Path], folder: Path) -> An
         for step, value in values.items():
             state = {"step": step, "metrics": {} if value is None else {"eval/nll": value}}
             # A saver of its own for each: what is best must be known to a run that was resumed.
-            CheckpointSaver(folder / mode, keep=2, best=Best("eval/nll", mode)).save(step, run.student, state)
+            CheckpointSaver(folder / mode, keep=2, best=BestCheckpoint("eval/nll", mode)).save(step, run.student, state)
         kept.append([step for step, _ in list_checkpoints(folder / mode)])
     names = [(folder / mode / file).read_text() for mode in ("min", "max") for file in ("best", "latest")]
     best = named_checkpoint(folder / "min", "best")

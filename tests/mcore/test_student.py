@@ -16,7 +16,7 @@ from opd_megatron.config import load_config
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.student import Student, TeacherView
+from opd_megatron.mcore.student import Student, TeacherInputs
 from opd_megatron.models import check
 from opd_megatron.teacher import build_teachers
 from opd_megatron.types import Batch
@@ -98,7 +98,7 @@ def _train(
     })  # fmt: skip
     models = check(config)
     grid = ParallelGrid.build(
-        tensor, pipeline, data, expert=config.parallel.expert, sequence_parallel=sequence_parallel
+        tensor, pipeline, data, ep_size=config.parallel.expert, sequence_parallel=sequence_parallel
     )
     padded = models.padded_vocab(tensor)
     student = Student(config, models.student, models.student_config, grid, padded)
@@ -107,7 +107,7 @@ def _train(
     for batch in _batches(STEPS):
         rows = slice(grid.dp_rank, None, data)
         mine = batch.rows(rows).micro_batches(2)
-        views = [TeacherView(teacher.hidden_states(mine), teacher.head, 1.0)]
+        views = [TeacherInputs(teacher.hidden_states(mine), teacher.head, 1.0)]
         results.append(student.update(mine, views, config.objective, models.vocab_size))
     weights = {name: tensor.clone() for bucket in student.export() for name, tensor in bucket}
     return [(r.metrics, r.tokens, r.grad_norm, r.lr) for r in results], weights
@@ -279,7 +279,7 @@ def _train_on_nan(rank: int, world: int, pair: tuple[Path, Path]) -> Any:
         states.hidden[0][0, 0] = float("nan")
     before = {name: tensor.clone() for bucket in student.export() for name, tensor in bucket}
     with pytest.raises(NonFiniteError) as caught:
-        student.update(mine, [TeacherView(states, teacher.head, 1.0)], config.objective, models.vocab_size)
+        student.update(mine, [TeacherInputs(states, teacher.head, 1.0)], config.objective, models.vocab_size)
     after = {name: tensor for bucket in student.export() for name, tensor in bucket}
     return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
 

@@ -18,7 +18,7 @@ from opd_megatron.planning import coverage
 from opd_megatron.planning.coverage import build_and_check, check_coverage
 from opd_megatron.planning.published import find_model, known_tensors
 from opd_megatron.weights import sharding as weights_plan
-from opd_megatron.weights.families import FAMILIES, LLAMA, Row, Shard, architecture_of
+from opd_megatron.weights.families import FAMILIES, LLAMA, ParamMapping, TPSharding, architecture_of
 from opd_megatron.weights.hf_reader import load_hf_config
 from tests.tiny_models import save_tiny
 
@@ -75,13 +75,13 @@ def test_a_tied_model_with_a_padded_vocabulary_is_covered(tiny: Path, tensor: in
     assert found.shards == tensor * pipeline
 
 
-def _with_rows(monkeypatch: pytest.MonkeyPatch, change: Callable[[Row], Row | None]) -> None:
+def _with_rows(monkeypatch: pytest.MonkeyPatch, change: Callable[[ParamMapping], ParamMapping | None]) -> None:
     """Llama's table with one row changed, or left out."""
     layer = tuple(row for row in map(change, LLAMA.layer) if row is not None)
     monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", dataclasses.replace(LLAMA, layer=layer))
 
 
-def _is(row: Row, name: str) -> bool:
+def _is(row: ParamMapping, name: str) -> bool:
     return row.megatron[0].endswith(name)
 
 
@@ -90,16 +90,20 @@ def _is(row: Row, name: str) -> bool:
     [
         (lambda row: None if _is(row, "linear_fc2.weight") else row, "have no place in the model"),
         (
-            lambda row: dataclasses.replace(row, shard=Shard.REPLICATED) if _is(row, "linear_fc2.weight") else row,
+            lambda row: dataclasses.replace(row, shard=TPSharding.REPLICATED) if _is(row, "linear_fc2.weight") else row,
             "has shape",
         ),
         (
-            lambda row: dataclasses.replace(row, hf={k.replace("o_proj", "out"): v for k, v in row.hf.items()}),
+            lambda row: dataclasses.replace(
+                row, hf_tensors={k.replace("o_proj", "out"): v for k, v in row.hf_tensors.items()}
+            ),
             "have no place in the model",
         ),
         (
             lambda row: (
-                dataclasses.replace(row, hf={k: v[::-1] for k, v in row.hf.items()}) if len(row.hf) == 1 else row
+                dataclasses.replace(row, hf_tensors={k: v[::-1] for k, v in row.hf_tensors.items()})
+                if len(row.hf_tensors) == 1
+                else row
             ),
             "has shape",
         ),
@@ -107,7 +111,7 @@ def _is(row: Row, name: str) -> bool:
     ids=["row missing", "wrong shard", "wrong name", "shape turned round"],
 )
 def test_a_wrong_row_of_the_table_is_found(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Row], Row | None], message: str
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[ParamMapping], ParamMapping | None], message: str
 ) -> None:
     _with_rows(monkeypatch, change)
     with pytest.raises(WeightsError, match=message):
@@ -127,16 +131,16 @@ def test_a_wrong_row_of_the_table_is_found(
 def test_a_wrong_piece_is_found(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    real = weights_plan.Plan.pieces
+    real = weights_plan.ShardingTable.pieces
 
-    def wrong(self: Any, entry: Any, layout: Any, tp_rank: int) -> list[weights_plan.Piece]:
+    def wrong(self: Any, entry: Any, layout: Any, tp_rank: int) -> list[weights_plan.ShardSlice]:
         pieces = real(self, entry, layout, tp_rank)
-        if entry.shard is not Shard.QKV or tp_rank == 0:
+        if entry.shard is not TPSharding.QKV or tp_rank == 0:
             return pieces
         values = {name: value(pieces[1]) if callable(value) else value for name, value in changes.items()}
         return [pieces[0], dataclasses.replace(pieces[1], **values), *pieces[2:]]
 
-    monkeypatch.setattr(weights_plan.Plan, "pieces", wrong)
+    monkeypatch.setattr(weights_plan.ShardingTable, "pieces", wrong)
     with pytest.raises(WeightsError, match=message):
         _check(tiny)
 

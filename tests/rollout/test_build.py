@@ -28,10 +28,10 @@ def test_a_missing_vllm_names_the_remedy(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_the_configuration_reaches_the_engine(tmp_path):
-    config = run_config(tensor=2, kv_cache_gib=0.5, start_timeout=9, dtype="fp32")
+    config = run_config(tensor=2, kv_cache_gib=0.5, request_timeout=9, dtype="fp32")
     engine = build_engine(config, tmp_path, 32, tmp_path / "log")
     assert engine.options == VLLMOptions(
-        model_dir=tmp_path, max_model_len=32, dtype="fp32", tensor=2, kv_cache_gib=0.5, seed=3, start_timeout=9,
+        model_dir=tmp_path, max_model_len=32, dtype="fp32", tensor=2, kv_cache_gib=0.5, seed=3, request_timeout=9,
         log_path=tmp_path / "log",
     )  # fmt: skip
 
@@ -57,10 +57,10 @@ def test_cpu_settings_are_for_cpus_only(tmp_path):
 def test_weights_that_share_memory_survive_the_spool():
     from safetensors.torch import load_file
 
-    from opd_megatron.weight_sync.bucket_files import Spool
+    from opd_megatron.weight_sync.bucket_files import BucketFiles
 
     tensor = torch.arange(6.0).view(2, 3)
-    with Spool(torch.bfloat16) as spool:
+    with BucketFiles(torch.bfloat16) as spool:
         path = spool.write([("a", tensor), ("b", tensor), ("c", tensor.t())])
         loaded = load_file(path)
     assert all(torch.equal(loaded[name].float(), tensor) for name in ("a", "b"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.rollout.child import Child
+from opd_megatron.rollout.child import ChildProcess
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture
 def child(tmp_path):
-    child = Child("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=20)
+    child = ChildProcess("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=20)
     yield child
     child.close()
 
@@ -58,7 +58,7 @@ def test_a_kill_names_the_signal_and_so_does_every_later_call(child):
 def test_only_the_log_of_this_start_is_quoted(tmp_path):
     log = tmp_path / "rollout.log"
     log.write_text("RuntimeError: of an earlier start\n")
-    child = Child("tests.rollout.echo_child", ENVIRONMENT, log, timeout=20)
+    child = ChildProcess("tests.rollout.echo_child", ENVIRONMENT, log, timeout=20)
     os.kill(child.process.pid, signal.SIGKILL)
     with pytest.raises(EngineDiedError) as caught:
         child.call("echo", 0)
@@ -66,7 +66,7 @@ def test_only_the_log_of_this_start_is_quoted(tmp_path):
 
 
 def test_a_call_that_takes_too_long_ends_the_child(tmp_path):
-    child = Child("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=1)
+    child = ChildProcess("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=1)
     with pytest.raises(EngineDiedError, match=r"'hang' within rollout.start_timeout=1 s"):
         child.call("hang", None)
     assert not is_running(child.process.pid)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.errors import EngineDiedError, RolloutError, StalePolicyError
-from opd_megatron.rollout.client import RolloutSampler
+from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
 from tests.ranks import run_ranks
 
@@ -79,10 +79,10 @@ def collective_export(group: Any) -> Callable[[], Iterator[Bucket]]:
     return export
 
 
-def make(group: Any, rank: int, max_restarts: int = 3, **faults: int) -> tuple[RolloutSampler, Any, list[str]]:
+def make(group: Any, rank: int, max_restarts: int = 3, **faults: int) -> tuple[RolloutClient, Any, list[str]]:
     engine = FakeEngine(**faults) if rank == 0 else None
     events: list[str] = []
-    sampler = RolloutSampler(engine, collective_export(group), group, max_restarts=max_restarts, on_event=events.append)
+    sampler = RolloutClient(engine, collective_export(group), group, max_restarts=max_restarts, on_event=events.append)
     return sampler, engine, events
 
 

@@ -8,8 +8,7 @@ from opd_megatron.errors import RolloutError
 from opd_megatron.rollout.base import RolloutEngine
 from opd_megatron.rollout.torch_engine import TorchEngine
 from opd_megatron.types import Sampling
-
-from .tiny import VOCAB, buckets_of, prompts_of, reference_logprobs, save_config, tiny_model
+from tests.rollout.tiny import VOCAB, buckets_of, prompts_of, reference_logprobs, save_config, tiny_model
 
 
 @pytest.fixture

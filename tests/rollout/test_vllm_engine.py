@@ -13,12 +13,11 @@ import signal
 import pytest
 
 from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.rollout import RolloutSampler
+from opd_megatron.rollout import RolloutClient
 from opd_megatron.rollout.base import RolloutEngine
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 from opd_megatron.types import Rollout, Sampling
-
-from .tiny import VOCAB, buckets_of, prompts_of, reference_logprobs, save_config, tiny_model
+from tests.rollout.tiny import VOCAB, buckets_of, prompts_of, reference_logprobs, save_config, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -149,7 +148,7 @@ def test_a_killed_engine_is_an_error_for_its_user_and_restarted_by_the_sampler(e
 
     events: list[str] = []
     impatient, patient = (
-        RolloutSampler(engine, lambda: buckets_of(model), None, max_restarts=n, on_event=events.append) for n in (0, 1)
+        RolloutClient(engine, lambda: buckets_of(model), None, max_restarts=n, on_event=events.append) for n in (0, 1)
     )
     with pytest.raises(EngineDiedError, match=r"died 1 times in a row.*max_restarts=0.*exit code -9"):
         impatient.push(10)

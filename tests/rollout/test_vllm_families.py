@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 from opd_megatron.types import Sampling
+from tests.rollout.tiny import VOCAB, prompts_of, reference_logprobs
 from tests.tiny_models import save_tiny
-
-from .tiny import VOCAB, prompts_of, reference_logprobs
 
 pytestmark = [
     pytest.mark.vllm,

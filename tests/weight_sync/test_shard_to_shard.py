@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from opd_megatron.rollout.client import RolloutSampler
+from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions, vocab_rows
 from opd_megatron.types import Rollout, Sampling
 from opd_megatron.weight_sync.gathered import export_weights
@@ -75,8 +75,8 @@ def _sample_both_ways(
     engine = _engine(folders[0]) if rank == 0 else None
     events: list[str] = []
 
-    def sampler(export: Any) -> RolloutSampler:
-        return RolloutSampler(engine, export, dist.group.WORLD, max_restarts=1, on_event=events.append)
+    def sampler(export: Any) -> RolloutClient:
+        return RolloutClient(engine, export, dist.group.WORLD, max_restarts=1, on_event=events.append)
 
     gathering, sharding = sampler(lambda: export_weights(model, config, layout)), sampler(shards)
     try:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from opd_megatron.weight_sync.sharded import export_shards, shards_alike
+from opd_megatron.weight_sync.sharded import export_shards, same_tp_layout
 from opd_megatron.weights.hf_reader import load_hf_config
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
@@ -93,7 +93,7 @@ def test_only_equal_tensor_parallel_sizes_are_cut_alike() -> None:
     def layout(tp: int, ep: int = 1) -> ShardLayout:
         return ShardLayout(PADDED_VOCAB, first_layer=0, num_layers=2, tp_size=tp, ep_size=ep)
 
-    assert shards_alike(layout(2), 2)
-    assert not shards_alike(layout(2), 1)
-    assert not shards_alike(layout(1), 1), "there is nothing to gather"
-    assert not shards_alike(layout(2, ep=2), 2), "an engine cuts every expert, an expert-parallel trainer does not"
+    assert same_tp_layout(layout(2), 2)
+    assert not same_tp_layout(layout(2), 1)
+    assert not same_tp_layout(layout(1), 1), "there is nothing to gather"
+    assert not same_tp_layout(layout(2, ep=2), 2), "an engine cuts every expert, an expert-parallel trainer does not"

@@ -24,10 +24,10 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from opd_megatron.errors import UnsupportedModelError
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies
-from opd_megatron.weights.families import FAMILIES, LLAMA, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, Shard, family_of
+from opd_megatron.weights.families import FAMILIES, LLAMA, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, TPSharding, family_of
 from opd_megatron.weights.hf_reader import load_hf_config
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.sharding import build_plan, hf_shapes
+from opd_megatron.weights.sharding import hf_shapes, sharding_table
 from tests.weights.checkpoints import CONFIGS, SIZES, config_of
 
 QWEN2_72B = Qwen2Config(
@@ -59,11 +59,13 @@ def test_shards_of_all_ranks_cover_every_element_once(tp: int, pp: int, padded_v
     covered = dict.fromkeys(hf_shapes(QWEN2_72B), 0)
     for pp_rank in range(pp):
         layout = ShardLayout(padded_vocab, pp_rank * 80 // pp, 80 // pp, tp_size=tp, pp_rank=pp_rank, pp_size=pp)
-        plan = build_plan(QWEN2_72B, layout)
+        plan = sharding_table(QWEN2_72B, layout)
         for entry in plan.stage(pp_rank):
-            for tp_rank in range(1 if len(plan.shard_shape(entry, layout)) == 1 and "norm" in str(entry.hf) else tp):
+            for tp_rank in range(
+                1 if len(plan.shard_shape(entry, layout)) == 1 and "norm" in str(entry.hf_tensors) else tp
+            ):
                 for piece in plan.pieces(entry, layout, tp_rank):
-                    shape = entry.hf[piece.name]
+                    shape = entry.hf_tensors[piece.name]
                     assert 0 <= piece.start < piece.start + piece.length <= shape[piece.dim]
                     covered[piece.name] += piece.length * math.prod(shape) // shape[piece.dim]
     assert covered == {name: math.prod(shape) for name, shape in hf_shapes(QWEN2_72B).items()}
@@ -77,14 +79,14 @@ def test_experts_are_held_by_one_expert_parallel_rank_each(tp: int, pp: int, ep:
         layout = ShardLayout(
             152064, pp_rank * 48 // pp, 48 // pp, tp_size=tp, pp_rank=pp_rank, pp_size=pp, ep_rank=ep_rank, ep_size=ep
         )
-        plan = build_plan(QWEN3_30B_A3B, layout)
+        plan = sharding_table(QWEN3_30B_A3B, layout)
         for entry in plan.stage(pp_rank, ep_rank):
             shared = entry.expert_rank is None
             assert shared or entry.expert_rank == ep_rank
-            ranks = 1 if entry.shard is Shard.REPLICATED else tp
+            ranks = 1 if entry.shard is TPSharding.REPLICATED else tp
             for tp_rank in range(ranks if not shared or ep_rank == 0 else 0):
                 for piece in plan.pieces(entry, layout, tp_rank):
-                    shape = entry.hf[piece.name]
+                    shape = entry.hf_tensors[piece.name]
                     covered[piece.name] += piece.length * math.prod(shape) // shape[piece.dim]
     assert covered == {name: math.prod(shape) for name, shape in hf_shapes(QWEN3_30B_A3B).items()}
     assert sum(covered.values()) == 30_532_122_624  # the model card's 30.5 billion

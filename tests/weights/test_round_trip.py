@@ -29,7 +29,7 @@ def _load(folder: Path, tp: int, pp: int, ep: int = 1, dtype: str = "fp32"):
     from opd_megatron.mcore.model import build_gpt_model
 
     init_platform()
-    grid = ParallelGrid.build(tp, pp, ep, expert=ep)
+    grid = ParallelGrid.build(tp, pp, ep, ep_size=ep)
     config = load_hf_config(folder)
     padded_vocab = max(PADDED_VOCAB, config.vocab_size)
     layout = grid.layout(config.num_hidden_layers, padded_vocab)
@@ -51,7 +51,7 @@ def _logits_error(model, grid, expected: dict[str, torch.Tensor]) -> float:
     if not grid.is_last_stage:
         return 0.0
     shard = hidden[0] @ model.head_weight.T
-    shards = [torch.empty_like(shard) for _ in range(grid.tensor)]
+    shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
     dist.all_gather(shards, shard.detach().contiguous(), group=grid.groups.tp)
     full = torch.cat(shards, dim=1)
     assert not full[:, logits.shape[-1] :].any(), "padding rows of the head are not zero"

@@ -10,12 +10,12 @@ import torch
 
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm
-from opd_megatron.losses.topk import Entries
+from opd_megatron.losses.topk import TopKEntries
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """The tensors of one `Engine.run`: T tokens, this rank's n columns."""
+class LossInputs:
+    """The tensors of one `VocabParallelLoss.run`: T tokens, this rank's n columns."""
 
     student: torch.Tensor
     """Logits [T, n]."""
@@ -28,14 +28,14 @@ class Call:
     policy: PolicyTerm | None = None
     gradient: torch.Tensor | None = None
     """[T, n] to write d sum(weights * loss) / d student to; may be `student`."""
-    described: bool = True
+    with_metrics: bool = True
     """Whether the sums that only describe the pair (KLs, entropies) are wanted."""
-    entries: Entries | None = None
-    """A top-k teacher, for `TopKEngine`; there are no `teachers` then."""
+    entries: TopKEntries | None = None
+    """A top-k teacher, for `TopKLoss`; there are no `teachers` then."""
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class PerTokenLoss:
     """Per-token results over the whole vocabulary, the same on every rank of the group."""
 
     sums: torch.Tensor
@@ -51,7 +51,7 @@ class Terms:
         return self.sums[SUMS.index("value")]
 
 
-class Merged:
+class GlobalSoftmaxStats:
     """Maxima and log sums over the whole vocabulary: row 0 is the student, the others the teacher matrices."""
 
     def __init__(self, maxima: torch.Tensor, sums: torch.Tensor, at: torch.Tensor) -> None:
@@ -60,11 +60,11 @@ class Merged:
         """[teachers, T], their logits at the student's largest."""
 
 
-class Factors(NamedTuple):
+class GradientCoefficients(NamedTuple):
     """Each [T]: the gradient is scale * pull - shared * p, and of_target more at the target."""
 
     scale: torch.Tensor
     """Weight of the divergence with respect to the logits as they came in."""
     shared: torch.Tensor
-    of_target: torch.Tensor | None
+    target_coef: torch.Tensor | None
     """Weight of the policy term, if there is one."""

@@ -10,26 +10,26 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.core.buffers import chunk_memory, gradient_memory, large_empty
+from opd_megatron.losses.core.buffers import chunk_memory, empty_huge_pages, gradient_memory
 from opd_megatron.losses.core.matmul import add_outer, times_head
-from opd_megatron.losses.core.topk_loss import TopKEngine
-from opd_megatron.losses.core.validation import Objective
-from opd_megatron.losses.core.vocab_parallel_loss import Call, Engine, Terms
+from opd_megatron.losses.core.topk_loss import TopKLoss
+from opd_megatron.losses.core.validation import LossSpec
+from opd_megatron.losses.core.vocab_parallel_loss import LossInputs, PerTokenLoss, VocabParallelLoss
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm
-from opd_megatron.losses.topk import Entries
+from opd_megatron.losses.topk import TopKEntries
 
 Projection = tuple[torch.Tensor, torch.Tensor]
 """Hidden states [T, h] and this rank's rows of the LM head [v, h]."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FusedLinearArgs:
     """The arguments of one call that autograd does not track."""
 
-    objective: Objective
+    spec: LossSpec
     teachers: Sequence[Projection]
-    entries: Entries | None
+    entries: TopKEntries | None
     """Of a top-k teacher, which is alone."""
     token_weights: torch.Tensor | None
     targets: torch.Tensor | None
@@ -37,31 +37,31 @@ class Plan:
     chunks: Sequence[slice]
     shards: int
     """Ranks that the tokens are sharded over."""
-    described: bool
+    with_metrics: bool
     hidden_grad: bool
     head_grad: bool
 
 
-class FromHidden(torch.autograd.Function):
+class FusedLinearDivergence(torch.autograd.Function):
     """Keeps d hidden [T, h] and d head [v, h], made in forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
-        chunked = _Chunked(hidden, head, plan)
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, args: FusedLinearArgs) -> tuple[torch.Tensor, ...]:
+        chunked = _ChunkLoop(hidden, head, args)
         terms = chunked.run()
         sums, extra = terms.sums, torch.stack([terms.top1, *([] if terms.logprobs is None else terms.logprobs)])
         per_token = torch.zeros_like(terms.value)  # 0 times an infinite divergence is not a NaN
-        if plan.objective.lambda_distill:
-            per_token = terms.value * plan.objective.lambda_distill
+        if args.spec.lambda_distill:
+            per_token = terms.value * args.spec.lambda_distill
         of_policy = per_token.new_zeros(0)
-        if plan.policy is not None and terms.policy is not None:
+        if args.policy is not None and terms.policy is not None:
             of_policy = torch.stack(list(terms.policy))
-            per_token = per_token + plan.policy.coef * terms.policy.loss
+            per_token = per_token + args.policy.coef * terms.policy.loss
         weighted = per_token
         if chunked.weights is not None:
             # A masked infinity is not a NaN.
             weighted = torch.where(chunked.weights == 0, 0, chunked.weights * per_token)
-        ctx.group, ctx.shards = plan.objective.group, plan.shards
+        ctx.group, ctx.shards = args.spec.group, args.shards
         ctx.save_for_backward(chunked.hidden_gradient, chunked.head_gradient_in(head.dtype))
         ctx.mark_non_differentiable(per_token, sums, extra, of_policy)
         return weighted.sum(), per_token, sums, extra, of_policy
@@ -98,69 +98,69 @@ def _summed(gradient: torch.Tensor, factor: torch.Tensor, group: dist.ProcessGro
     return total.to(gradient.dtype)
 
 
-def _gathered(hidden: torch.Tensor, plan: Plan) -> torch.Tensor:
+def _gathered(hidden: torch.Tensor, args: FusedLinearArgs) -> torch.Tensor:
     """[T, h] of all tokens."""
     hidden = hidden.detach()
-    if plan.shards == 1 or not hidden.numel():
+    if args.shards == 1 or not hidden.numel():
         return hidden
-    whole = hidden.new_empty(len(hidden) * plan.shards, hidden.shape[1])
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=plan.objective.group)
+    whole = hidden.new_empty(len(hidden) * args.shards, hidden.shape[1])
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=args.spec.group)
     return whole
 
 
-class _Chunked:
+class _ChunkLoop:
     """One forward pass over chunks of tokens, with the buffers they share."""
 
-    def __init__(self, hidden: torch.Tensor, head: torch.Tensor, plan: Plan) -> None:
-        self.plan, self.hidden = plan, _gathered(hidden, plan)
-        self.columns = plan.objective.columns
+    def __init__(self, hidden: torch.Tensor, head: torch.Tensor, args: FusedLinearArgs) -> None:
+        self.args, self.hidden = args, _gathered(hidden, args)
+        self.columns = args.spec.columns
         self.head = head.detach()[: self.columns]
-        self.teachers = [(_gathered(states, plan), weight.detach()[: self.columns]) for states, weight in plan.teachers]
-        self.tokens = max((chunk.stop - chunk.start for chunk in plan.chunks), default=0)
-        kind = Engine if plan.entries is None else TopKEngine
+        self.teachers = [(_gathered(states, args), weight.detach()[: self.columns]) for states, weight in args.teachers]
+        self.tokens = max((chunk.stop - chunk.start for chunk in args.chunks), default=0)
+        kind = VocabParallelLoss if args.entries is None else TopKLoss
         self.engine = kind(
-            plan.objective, max(self.tokens, 1), hidden.device, [states.dtype for states in self._all_hidden()]
+            args.spec, max(self.tokens, 1), hidden.device, [states.dtype for states in self._all_hidden()]
         )
-        weights = plan.token_weights
-        self.weights = None if weights is None else weights.to(plan.objective.dtype)
-        self.hidden_gradient = torch.empty_like(self.hidden) if plan.hidden_grad else None
-        self.head_gradient = self._new_head_gradient(head) if plan.head_grad else None
+        weights = args.token_weights
+        self.weights = None if weights is None else weights.to(args.spec.dtype)
+        self.hidden_gradient = torch.empty_like(self.hidden) if args.hidden_grad else None
+        self.head_gradient = self._new_head_gradient(head) if args.head_grad else None
 
-    def run(self) -> Terms:
+    def run(self) -> PerTokenLoss:
         if not len(self.hidden):
             return self._nothing()
         shape = self.tokens, self.columns
         buffers = [chunk_memory.empty(shape, states.dtype, states.device) for states in self._all_hidden()]
-        parts = [self._chunk(rows, buffers) for rows in self.plan.chunks]
+        parts = [self._chunk(rows, buffers) for rows in self.args.chunks]
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _all_hidden(self) -> list[torch.Tensor]:
         return [self.hidden, *(states for states, _ in self.teachers)]
 
-    def _nothing(self) -> Terms:
-        empty = torch.empty(0, dtype=self.plan.objective.dtype, device=self.hidden.device)
-        policy = None if self.plan.policy is None else PolicyResult(*[empty] * len(PolicyResult._fields))
-        logprobs = None if self.plan.targets is None else empty.expand(2, 0)
-        return Terms(empty.expand(len(SUMS), 0), empty, logprobs, policy)
+    def _nothing(self) -> PerTokenLoss:
+        empty = torch.empty(0, dtype=self.args.spec.dtype, device=self.hidden.device)
+        policy = None if self.args.policy is None else PolicyResult(*[empty] * len(PolicyResult._fields))
+        logprobs = None if self.args.targets is None else empty.expand(2, 0)
+        return PerTokenLoss(empty.expand(len(SUMS), 0), empty, logprobs, policy)
 
-    def _chunk(self, rows: slice, buffers: Sequence[torch.Tensor]) -> Terms:
+    def _chunk(self, rows: slice, buffers: Sequence[torch.Tensor]) -> PerTokenLoss:
         hidden = self.hidden[rows]
         logits = [buffer[: len(hidden)] for buffer in buffers]
         torch.mm(hidden, self.head.t(), out=logits[0])
         for (states, head), out in zip(self.teachers, logits[1:], strict=True):
             torch.mm(states[rows], head.t(), out=out)
-        plan = self.plan
-        wanted = plan.hidden_grad or plan.head_grad
+        args = self.args
+        wanted = args.hidden_grad or args.head_grad
         terms = self.engine.run(
-            Call(
+            LossInputs(
                 student=logits[0],
                 teachers=logits[1:],
                 weights=None if self.weights is None else self.weights[rows],
-                targets=None if plan.targets is None else plan.targets[rows],
-                policy=None if plan.policy is None else plan.policy.rows(rows),
+                targets=None if args.targets is None else args.targets[rows],
+                policy=None if args.policy is None else args.policy.rows(rows),
                 gradient=logits[0] if wanted else None,
-                described=plan.described,
-                entries=None if plan.entries is None else plan.entries.rows(rows),
+                with_metrics=args.with_metrics,
+                entries=None if args.entries is None else args.entries.rows(rows),
             )
         )
         if self.hidden_gradient is not None:
@@ -171,9 +171,9 @@ class _Chunked:
 
     def _new_head_gradient(self, head: torch.Tensor) -> torch.Tensor:
         # Products of bf16 matrices are bf16, so a sum of two needs no wider storage; a longer one does.
-        dtype = head.dtype if len(self.plan.chunks) <= 2 else torch.promote_types(head.dtype, torch.float32)
+        dtype = head.dtype if len(self.args.chunks) <= 2 else torch.promote_types(head.dtype, torch.float32)
         # A sum that is rounded at the end is not kept for the next call: both would then be there during backward.
-        empty = gradient_memory.empty if dtype == head.dtype else large_empty
+        empty = gradient_memory.empty if dtype == head.dtype else empty_huge_pages
         gradient = empty(tuple(head.shape), dtype, head.device)
         gradient[self.columns if len(self.hidden) else 0 :].zero_()
         return gradient
@@ -185,13 +185,13 @@ class _Chunked:
         return gradient_memory.empty(shape, dtype, device).copy_(self.head_gradient)
 
 
-def _joined(parts: Sequence[Terms]) -> Terms:
+def _joined(parts: Sequence[PerTokenLoss]) -> PerTokenLoss:
     policy = None
     if parts[0].policy is not None:
         fields = zip(*(part.policy for part in parts if part.policy is not None), strict=True)
         policy = PolicyResult(*(torch.cat(field) for field in fields))
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return Terms(
+    return PerTokenLoss(
         torch.cat([part.sums for part in parts], dim=1),
         torch.cat([part.top1 for part in parts]),
         torch.cat(logprobs, dim=1) if logprobs else None,

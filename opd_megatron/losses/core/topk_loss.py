@@ -2,7 +2,7 @@
 
 The passes over the vocabulary read the student's tail alone: its logits with those at entries set to -inf. What they
 leave out is added from the k entries, so that no mass is ever one minus another. The two collectives are those of
-`Engine`, whatever k is.
+`VocabParallelLoss`, whatever k is.
 
 With S = sum of pulls over entries and bucket, the gradient of an entry's column is pull_j - p_j S and that of a tail
 column its share p_j / p_tail of pull_tail - p_tail S. The latter is computed as pull_tail sum_k p - p_tail sum_k pull,
@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from opd_megatron.losses.core.calls import Call, Factors, Merged, Terms
-from opd_megatron.losses.core.validation import Objective
-from opd_megatron.losses.core.vocab_parallel_loss import Engine
+from opd_megatron.losses.core.calls import GlobalSoftmaxStats, GradientCoefficients, LossInputs, PerTokenLoss
+from opd_megatron.losses.core.validation import LossSpec
+from opd_megatron.losses.core.vocab_parallel_loss import VocabParallelLoss
 from opd_megatron.losses.divergences import FORWARD_KL
 from opd_megatron.losses.kernels import choose_kernels
 from opd_megatron.losses.kernels.base import LOG_ZERO, SUMS, Normalisers
-from opd_megatron.losses.topk import Entries
+from opd_megatron.losses.topk import TopKEntries
 
 _ENTROPY = SUMS.index("student_entropy")
 
@@ -51,31 +51,27 @@ class _Held:
     """[T] the student's logit at the target (at some column where it is another rank's)."""
 
 
-class TopKEngine(Engine):
-    """Runs calls whose teacher is their `entries`. See `Engine`."""
+class TopKLoss(VocabParallelLoss):
+    """Runs calls whose teacher is their `entries`. See `VocabParallelLoss`."""
 
-    def __init__(
-        self, objective: Objective, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()
-    ) -> None:
+    def __init__(self, spec: LossSpec, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()) -> None:
         # Over the vocabulary no divergence is computed, so it is the one that costs least.
-        super().__init__(replace(objective, divergence=FORWARD_KL), tokens, device, logits)
-        self.objective = objective
-        self._events = choose_kernels(
-            objective.divergence, 1.0, objective.dtype, device, logits, tokens * objective.columns
-        )
+        super().__init__(replace(spec, divergence=FORWARD_KL), tokens, device, logits)
+        self.spec = spec
+        self._events = choose_kernels(spec.divergence, 1.0, spec.dtype, device, logits, tokens * spec.columns)
 
-    def _at_once(self, call: Call) -> Terms:
+    def _at_once(self, call: LossInputs) -> PerTokenLoss:
         return self._in_stages(call)
 
-    def _in_stages(self, call: Call) -> Terms:
+    def _in_stages(self, call: LossInputs) -> PerTokenLoss:
         entries = call.entries
         assert entries is not None
         held = self._read(call, entries)
         best = entries.logprobs == entries.logprobs.amax(-1, keepdim=True)
         merged, of_rank = self._normalise(held, best)
         packed = self._sums_of_rank(call, held, merged, of_rank)
-        if self.objective.group is not None:
-            dist.all_reduce(packed, group=self.objective.group)
+        if self.spec.group is not None:
+            dist.all_reduce(packed, group=self.spec.group)
         sums, of_entries, at_target = packed[: len(SUMS)], packed[len(SUMS)], packed[len(SUMS) + 1]
         log_p = (merged.maxima[1] - merged.maxima[0]) + (merged.log_sums[1] - merged.log_sums[0])
         bucket = self._bucket(log_p, entries)
@@ -83,29 +79,29 @@ class TopKEngine(Engine):
         sums = sums + bucket
         logprobs = None if call.targets is None else _with_teacher(entries, call.targets, at_target, log_p)
         policy = None if logprobs is None else self._policy(call, logprobs)
-        if call.gradient is not None and self.objective.columns:
+        if call.gradient is not None and self.spec.columns:
             factors = self._factors(call, sums[-1], policy)
             of_tail = torch.where(factors.scale == 0, 0, factors.scale * tail_pull)
-            if factors.of_target is not None:
-                of_tail = of_tail - factors.of_target * log_p.exp()
+            if factors.target_coef is not None:
+                of_tail = of_tail - factors.target_coef * log_p.exp()
             self._write_tail(call.gradient, held, merged, of_tail)
             self._write_entries(call.gradient, held, merged, factors)
             if logprobs is not None:
                 self._write_targets(call, factors, logprobs)
-        return Terms(sums, (merged.at[0] >= merged.maxima[0]).to(self.objective.dtype), logprobs, policy)
+        return PerTokenLoss(sums, (merged.at[0] >= merged.maxima[0]).to(self.spec.dtype), logprobs, policy)
 
     # The student's statistics
 
-    def _read(self, call: Call, entries: Entries) -> _Held:
+    def _read(self, call: LossInputs, entries: TopKEntries) -> _Held:
         """The pass over the vocabulary. Its copy of the logits takes the memory of `call.gradient`."""
-        none = call.student.new_zeros(len(call.student), dtype=self.objective.dtype)
+        none = call.student.new_zeros(len(call.student), dtype=self.spec.dtype)
         inside = self._held(entries.ids)
         where = inside.nonzero(as_tuple=True)
-        places = where[0], entries.ids[where] - self.objective.first_column
+        places = where[0], entries.ids[where] - self.spec.first_column
         student, teacher = torch.full_like(entries.logprobs, LOG_ZERO), entries.logprobs.masked_fill(~inside, LOG_ZERO)
-        if self.objective.columns == 0:
+        if self.spec.columns == 0:
             return _Held(call.student, none + LOG_ZERO, none, none, student, teacher, places, where, none)
-        scaled = call.student[places].to(self.objective.dtype) / self.objective.temperature
+        scaled = call.student[places].to(self.spec.dtype) / self.spec.temperature
         student[where] = scaled.clamp_(min=LOG_ZERO)
         at_targets = self._at_targets(call.targets, call.student, call.student)
         if call.gradient is None:
@@ -113,13 +109,13 @@ class TopKEngine(Engine):
         else:
             tail = call.gradient if call.gradient is call.student else call.gradient.copy_(call.student)
         tail[places] = -math.inf
-        parts = [self.kernels.everything(tail[rows], tail[rows], none[rows], None) for rows in self._blocks(len(tail))]
+        parts = [self.kernels.fused(tail[rows], tail[rows], none[rows], None) for rows in self._blocks(len(tail))]
         maxima, totals = (torch.cat([statistics[i] for statistics, _ in parts]) for i in (0, 1))
         entropy = torch.cat([sums[_ENTROPY] for _, sums in parts])
         target = none if at_targets is None else at_targets[0]
         return _Held(tail, maxima, totals, entropy, student, teacher, places, where, target)
 
-    def _normalise(self, held: _Held, best: torch.Tensor) -> tuple[Merged, torch.Tensor]:
+    def _normalise(self, held: _Held, best: torch.Tensor) -> tuple[GlobalSoftmaxStats, torch.Tensor]:
         """Of the whole vocabulary: row 0 is the student, row 1 its tail, `at` its logit at the `best` entries.
 
         And of this rank's entries, [2, T]: the student's largest logit, and the sum of exp(logit - largest).
@@ -134,10 +130,12 @@ class TopKEngine(Engine):
 
     # Sums over entries and bucket
 
-    def _sums_of_rank(self, call: Call, held: _Held, merged: Merged, of_rank: torch.Tensor) -> torch.Tensor:
+    def _sums_of_rank(
+        self, call: LossInputs, held: _Held, merged: GlobalSoftmaxStats, of_rank: torch.Tensor
+    ) -> torch.Tensor:
         """[len(SUMS) + 2, T]: `SUMS` but for the bucket, sum_k p, and the target's log-probability."""
         packed = torch.zeros_like(merged.maxima[:1]).repeat(len(SUMS) + 2, 1)
-        if self.objective.columns == 0:
+        if self.spec.columns == 0:
             return packed
         normalisers = self._of_entries(merged)
         for rows in self._event_blocks(held):
@@ -152,7 +150,7 @@ class TopKEngine(Engine):
             packed[len(SUMS) + 1] = torch.where(self._held(call.targets), held.target - top - log_sum, 0)
         return packed
 
-    def _bucket(self, log_p: torch.Tensor, entries: Entries) -> torch.Tensor:
+    def _bucket(self, log_p: torch.Tensor, entries: TopKEntries) -> torch.Tensor:
         """`SUMS` of the bucket, but for the student's entropy, which is exact column by column."""
         events = log_p.unsqueeze(-1), entries.log_tail.unsqueeze(-1)
         sums = self._events.sums(*events, Normalisers(*[torch.zeros_like(log_p)] * 4))
@@ -160,7 +158,7 @@ class TopKEngine(Engine):
         sums[_ENTROPY] = 0
         return sums
 
-    def _of_entries(self, merged: Merged) -> Normalisers:
+    def _of_entries(self, merged: GlobalSoftmaxStats) -> Normalisers:
         zero = torch.zeros_like(merged.maxima[0])
         return Normalisers(merged.maxima[0], merged.log_sums[0], zero, zero)
 
@@ -172,7 +170,7 @@ class TopKEngine(Engine):
 
     # The gradient
 
-    def _write_tail(self, out: torch.Tensor, held: _Held, merged: Merged, of_tail: torch.Tensor) -> None:
+    def _write_tail(self, out: torch.Tensor, held: _Held, merged: GlobalSoftmaxStats, of_tail: torch.Tensor) -> None:
         """out = of_tail * p / p_tail."""
         share = merged.maxima[1], merged.log_sums[1]
         none = torch.zeros_like(of_tail)
@@ -180,7 +178,9 @@ class TopKEngine(Engine):
             normalisers = Normalisers(*(x[rows] for x in (*share, *share)))
             self.kernels.gradient(held.tail[rows], held.tail[rows], normalisers, none[rows], -of_tail[rows], out[rows])
 
-    def _write_entries(self, out: torch.Tensor, held: _Held, merged: Merged, factors: Factors) -> None:
+    def _write_entries(
+        self, out: torch.Tensor, held: _Held, merged: GlobalSoftmaxStats, factors: GradientCoefficients
+    ) -> None:
         normalisers, gradient = self._of_entries(merged), torch.empty_like(held.student)
         for rows in self._event_blocks(held):
             block = Normalisers(*(x[rows] for x in normalisers))
@@ -191,7 +191,7 @@ class TopKEngine(Engine):
 
 
 def _with_teacher(
-    entries: Entries, targets: torch.Tensor, logprobs: torch.Tensor, log_p_tail: torch.Tensor
+    entries: TopKEntries, targets: torch.Tensor, logprobs: torch.Tensor, log_p_tail: torch.Tensor
 ) -> torch.Tensor:
     """[2, T]: the student's log-probabilities of the targets and the teacher's, in the tail by the student's shape."""
     sampled = entries.ids == targets.unsqueeze(-1)

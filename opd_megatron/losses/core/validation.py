@@ -16,7 +16,7 @@ COMBINATIONS = ("logit_mean", "prob_mean")
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class LossSpec:
     """What one call computes, and the columns of the vocabulary that this rank computes it on."""
 
     divergence: Divergence
@@ -42,7 +42,7 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class LossArguments:
     """The scalar arguments of both forms, as the caller gave them."""
 
     type: str = "reverse_kl"
@@ -57,20 +57,20 @@ class Choices:
     lambda_distill: float = 1.0
 
 
-def make_objective(choices: Choices, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> Objective:
+def make_spec(arguments: LossArguments, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> LossSpec:
     """Checks the scalars; `widths` and `dtypes` are the shard's columns and type of the student, then the teachers."""
-    _check_scalars(choices)
-    ranks, rank = _group_shape(choices.group)
-    vocab_size = _check_vocabulary(choices.vocab_size, widths, ranks)
+    _check_scalars(arguments)
+    ranks, rank = _group_shape(arguments.group)
+    vocab_size = _check_vocabulary(arguments.vocab_size, widths, ranks)
     first = rank * widths[0]
-    family = DIVERGENCES[choices.type]
-    return Objective(
-        divergence=family.make(float(getattr(choices, family.argument)) if family.argument else 0.0),
-        lambda_distill=float(choices.lambda_distill),
-        temperature=float(choices.temperature),
-        teacher_weights=_normalised(choices.teacher_weights, len(widths) - 1),
-        combine=choices.combine,
-        group=choices.group if ranks > 1 else None,
+    family = DIVERGENCES[arguments.type]
+    return LossSpec(
+        divergence=family.make(float(getattr(arguments, family.argument)) if family.argument else 0.0),
+        lambda_distill=float(arguments.lambda_distill),
+        temperature=float(arguments.temperature),
+        teacher_weights=_normalised(arguments.teacher_weights, len(widths) - 1),
+        combine=arguments.combine,
+        group=arguments.group if ranks > 1 else None,
         first_column=first,
         columns=min(max(vocab_size - first, 0), widths[0]),
         vocab_size=vocab_size,
@@ -78,30 +78,30 @@ def make_objective(choices: Choices, widths: Sequence[int], dtypes: Sequence[tor
     )
 
 
-def _check_scalars(choices: Choices) -> None:
-    if choices.type not in DIVERGENCES:
-        raise ConfigError(f"type={choices.type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
+def _check_scalars(arguments: LossArguments) -> None:
+    if arguments.type not in DIVERGENCES:
+        raise ConfigError(f"type={arguments.type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
     meanings = {
         "beta": "0 is forward KL, 1 is reverse KL",
         "alpha": "0 is the plain KL, 0.1 is usual",
         "lambda_coef": "0.5 is the Jensen-Shannon divergence",
     }
     for name, meaning in meanings.items():
-        if not 0 <= getattr(choices, name) <= 1:
-            raise ConfigError(f"{name}={getattr(choices, name)} must lie in [0, 1]: {meaning}")
-    if choices.alpha == 1:
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ConfigError(f"{name}={getattr(arguments, name)} must lie in [0, 1]: {meaning}")
+    if arguments.alpha == 1:
         raise ConfigError("alpha=1 compares a distribution with itself and is always 0: use less, 0.1 is usual")
-    if not (math.isfinite(choices.temperature) and choices.temperature > 0):
+    if not (math.isfinite(arguments.temperature) and arguments.temperature > 0):
         raise ConfigError(
-            f"temperature={choices.temperature} must be a positive finite number: use 1 for plain softmax"
+            f"temperature={arguments.temperature} must be a positive finite number: use 1 for plain softmax"
         )
-    if not (math.isfinite(choices.lambda_distill) and choices.lambda_distill >= 0):
+    if not (math.isfinite(arguments.lambda_distill) and arguments.lambda_distill >= 0):
         raise ConfigError(
-            f"lambda_distill={choices.lambda_distill} must be finite and not negative: 0 leaves the divergence out"
+            f"lambda_distill={arguments.lambda_distill} must be finite and not negative: 0 leaves the divergence out"
         )
-    if choices.combine not in COMBINATIONS:
+    if arguments.combine not in COMBINATIONS:
         raise ConfigError(
-            f"combine={choices.combine!r} is not a way to mix teachers: use one of {', '.join(COMBINATIONS)}"
+            f"combine={arguments.combine!r} is not a way to mix teachers: use one of {', '.join(COMBINATIONS)}"
         )
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from opd_megatron.losses.core.calls import Call, Factors, Merged, Terms
+from opd_megatron.losses.core.calls import GlobalSoftmaxStats, GradientCoefficients, LossInputs, PerTokenLoss
 from opd_megatron.losses.core.ensemble import mean_logits, mean_probabilities
-from opd_megatron.losses.core.validation import Objective
+from opd_megatron.losses.core.validation import LossSpec
 from opd_megatron.losses.kernels import choose_kernels
 from opd_megatron.losses.kernels.base import LOG_ZERO, SUMS, Normalisers, Statistics
 from opd_megatron.losses.policy import PolicyResult, policy_loss
@@ -30,65 +30,63 @@ _ENSEMBLE_ELEMENTS_GPU = 2**26
 _TIE = 1e-5
 
 
-class Engine:
+class VocabParallelLoss:
     """Runs one objective on calls of at most `tokens` tokens."""
 
-    def __init__(
-        self, objective: Objective, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()
-    ) -> None:
-        self.objective = objective
-        mixed = [objective.dtype] if objective.teachers > 1 else []
-        elements = tokens * objective.columns
+    def __init__(self, spec: LossSpec, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()) -> None:
+        self.spec = spec
+        mixed = [spec.dtype] if spec.teachers > 1 else []
+        elements = tokens * spec.columns
         self.kernels = choose_kernels(
-            objective.divergence, objective.temperature, objective.dtype, device, [*logits, *mixed], elements
+            spec.divergence, spec.temperature, spec.dtype, device, [*logits, *mixed], elements
         )
         bounds = [self.kernels.block_elements]
-        if objective.teachers > 1:
+        if spec.teachers > 1:
             bounds.append(_ENSEMBLE_ELEMENTS.get(device.type, _ENSEMBLE_ELEMENTS_GPU))
-        limits = [bound // max(objective.columns, 1) for bound in bounds if bound is not None]
+        limits = [bound // max(spec.columns, 1) for bound in bounds if bound is not None]
         self._block_rows = max(1, min([tokens, *limits]))
 
-    def run(self, call: Call) -> Terms:
+    def run(self, call: LossInputs) -> PerTokenLoss:
         """All terms of the call, and its gradient where one is asked for."""
-        if self.objective.group is None and call.policy is None and self.objective.teachers == 1:
+        if self.spec.group is None and call.policy is None and self.spec.teachers == 1:
             terms = self._at_once(call)
         else:
             terms = self._in_stages(call)
         finite = torch.where(terms.sums.abs() > _INFINITE, terms.sums.sign() * math.inf, terms.sums)
-        return Terms(finite, terms.top1, terms.logprobs, terms.policy)
+        return PerTokenLoss(finite, terms.top1, terms.logprobs, terms.policy)
 
     # The whole vocabulary, one teacher: every block goes through all passes before the next.
 
-    def _at_once(self, call: Call) -> Terms:
+    def _at_once(self, call: LossInputs) -> PerTokenLoss:
         scale = self._scale(call)
         at_targets = self._at_targets(call.targets, call.student, call.teachers[0])
         parts = []
         for rows in self._blocks(len(call.student)):
             out = None if call.gradient is None else call.gradient[rows]
             parts.append(
-                self.kernels.everything(call.student[rows], call.teachers[0][rows], scale[rows], out, call.described)
+                self.kernels.fused(call.student[rows], call.teachers[0][rows], scale[rows], out, call.with_metrics)
             )
         local = Statistics(*(torch.cat(field) for field in zip(*(statistics for statistics, _ in parts), strict=True)))
         logprobs = None
         if at_targets is not None:
             maxima = torch.stack([local.student_max, local.teacher_max])
             logprobs = at_targets - maxima - torch.stack([local.student_sum, local.teacher_sum]).log()
-        top1 = (local.teacher_at_student_max >= local.teacher_max).to(self.objective.dtype)
-        return Terms(torch.cat([sums for _, sums in parts], dim=1), top1, logprobs)
+        top1 = (local.teacher_at_student_max >= local.teacher_max).to(self.spec.dtype)
+        return PerTokenLoss(torch.cat([sums for _, sums in parts], dim=1), top1, logprobs)
 
     # Any group, any teachers: every pass over all blocks, so that a call makes two collectives whatever its size.
 
-    def _in_stages(self, call: Call) -> Terms:
+    def _in_stages(self, call: LossInputs) -> PerTokenLoss:
         blocks = self._blocks(len(call.student))
         local = torch.cat([self._statistics(call, rows) for rows in blocks], dim=1)
         merged = self._merge(local)
         packed = torch.cat([self._sums(call, rows, merged) for rows in blocks], dim=1)
-        if self.objective.group is not None:
-            dist.all_reduce(packed, group=self.objective.group)
+        if self.spec.group is not None:
+            dist.all_reduce(packed, group=self.spec.group)
         sums, above, at_targets = packed[: len(SUMS)], packed[len(SUMS)], packed[len(SUMS) + 1 :]
         logprobs = None if call.targets is None else at_targets
         policy = self._policy(call, at_targets)
-        if call.gradient is not None and self.objective.columns:
+        if call.gradient is not None and self.spec.columns:
             factors = self._factors(call, sums[-1], policy)
             for rows in blocks:
                 self.kernels.gradient(
@@ -96,16 +94,16 @@ class Engine:
                     factors.scale[rows], factors.shared[rows], call.gradient[rows],
                 )  # fmt: skip
             self._write_targets(call, factors, at_targets)
-        return Terms(sums, (above == 0).to(self.objective.dtype), logprobs, policy)
+        return PerTokenLoss(sums, (above == 0).to(self.spec.dtype), logprobs, policy)
 
-    def _statistics(self, call: Call, rows: slice) -> torch.Tensor:
+    def _statistics(self, call: LossInputs, rows: slice) -> torch.Tensor:
         """[2 + 3 teacher matrices, R]: (max, sum) of the student, then (max, sum, at the student's max) of each."""
         student = call.student[rows]
         matrices = [teacher[rows] for teacher in call.teachers]
-        if self.objective.teachers > 1 and self.objective.combine == "logit_mean":
-            matrices = [mean_logits(matrices, self.objective.teacher_weights, self.objective.dtype)]
-        if self.objective.columns == 0:
-            empty = student.new_full((2 + 3 * len(matrices), len(student)), LOG_ZERO, dtype=self.objective.dtype)
+        if self.spec.teachers > 1 and self.spec.combine == "logit_mean":
+            matrices = [mean_logits(matrices, self.spec.teacher_weights, self.spec.dtype)]
+        if self.spec.columns == 0:
+            empty = student.new_full((2 + 3 * len(matrices), len(student)), LOG_ZERO, dtype=self.spec.dtype)
             empty[1] = 0
             empty[3::3] = 0
             return empty
@@ -115,9 +113,9 @@ class Engine:
             fields += [statistics.teacher_max, statistics.teacher_sum, statistics.teacher_at_student_max]
         return torch.stack(fields)
 
-    def _merge(self, local: torch.Tensor) -> Merged:
+    def _merge(self, local: torch.Tensor) -> GlobalSoftmaxStats:
         """First collective."""
-        group = self.objective.group
+        group = self.spec.group
         ranks = 1 if group is None else dist.get_world_size(group)
         everyone = local.unsqueeze(0)
         if group is not None:
@@ -131,21 +129,21 @@ class Engine:
         total = (sums * (maxima - top).exp()).sum(dim=0)
         first = maxima[:, 0].argmax(dim=0)  # the rank whose student maximum is the largest
         at = teachers[:, :, 2].gather(0, first.expand(1, teachers.shape[1], -1)).squeeze(0)
-        return Merged(top, total, at)
+        return GlobalSoftmaxStats(top, total, at)
 
-    def _teacher(self, call: Call, rows: slice, merged: Merged) -> torch.Tensor:
+    def _teacher(self, call: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
         """The teacher's logits of a block, mixed from several where there are several."""
         blocks = [teacher[rows] for teacher in call.teachers]
-        weights, dtype = self.objective.teacher_weights, self.objective.dtype
-        if self.objective.teachers == 1:
+        weights, dtype = self.spec.teacher_weights, self.spec.dtype
+        if self.spec.teachers == 1:
             return blocks[0]
-        if self.objective.combine == "logit_mean":
+        if self.spec.combine == "logit_mean":
             return mean_logits(blocks, weights, dtype)
         return mean_probabilities(
-            blocks, weights, self.objective.temperature, merged.maxima[1:, rows], merged.log_sums[1:, rows], dtype
+            blocks, weights, self.spec.temperature, merged.maxima[1:, rows], merged.log_sums[1:, rows], dtype
         )
 
-    def _normalisers(self, rows: slice, merged: Merged) -> Normalisers:
+    def _normalisers(self, rows: slice, merged: GlobalSoftmaxStats) -> Normalisers:
         student = merged.maxima[0, rows], merged.log_sums[0, rows]
         if self._mixes_probabilities:
             zero = torch.zeros_like(student[0])
@@ -154,13 +152,13 @@ class Engine:
 
     @property
     def _mixes_probabilities(self) -> bool:
-        return self.objective.teachers > 1 and self.objective.combine == "prob_mean"
+        return self.spec.teachers > 1 and self.spec.combine == "prob_mean"
 
-    def _sums(self, call: Call, rows: slice, merged: Merged) -> torch.Tensor:
+    def _sums(self, call: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
         """This rank's part of `SUMS`, of how many columns the teacher prefers, and of the targets' logprobs."""
         student, normalisers = call.student[rows], self._normalisers(rows, merged)
         packed = normalisers.student_max.new_zeros(len(SUMS) + 3, len(student))
-        if self.objective.columns == 0:
+        if self.spec.columns == 0:
             return packed
         teacher = self._teacher(call, rows, merged)
         packed[: len(SUMS)] = self.kernels.sums(student, teacher, normalisers)
@@ -173,49 +171,49 @@ class Engine:
             packed[len(SUMS) + 1 :] = torch.where(self._held(call.targets[rows]), logprobs, 0)
         return packed
 
-    def _preferred(self, teacher: torch.Tensor, rows: slice, merged: Merged) -> torch.Tensor:
+    def _preferred(self, teacher: torch.Tensor, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
         """How many of this rank's columns the teacher likes better than the student's favourite."""
         if not self._mixes_probabilities:
             # The maximum is known: one rank says so.
-            ahead = (merged.at[0, rows] < merged.maxima[1, rows]).to(self.objective.dtype)
-            return ahead if self.objective.first_column == 0 else torch.zeros_like(ahead)
-        log_weights = torch.tensor(self.objective.teacher_weights, device=teacher.device, dtype=teacher.dtype).log()
+            ahead = (merged.at[0, rows] < merged.maxima[1, rows]).to(self.spec.dtype)
+            return ahead if self.spec.first_column == 0 else torch.zeros_like(ahead)
+        log_weights = torch.tensor(self.spec.teacher_weights, device=teacher.device, dtype=teacher.dtype).log()
         log_q = merged.at[:, rows] - merged.maxima[1:, rows] - merged.log_sums[1:, rows] + log_weights.unsqueeze(-1)
-        favourite = (log_q.logsumexp(0) + _TIE) * self.objective.temperature
-        return (teacher > favourite.unsqueeze(-1)).sum(-1).to(self.objective.dtype)
+        favourite = (log_q.logsumexp(0) + _TIE) * self.spec.temperature
+        return (teacher > favourite.unsqueeze(-1)).sum(-1).to(self.spec.dtype)
 
-    def _policy(self, call: Call, logprobs: torch.Tensor) -> PolicyResult | None:
+    def _policy(self, call: LossInputs, logprobs: torch.Tensor) -> PolicyResult | None:
         """Of the targets' `logprobs`, [2, T]."""
         if call.policy is None:
             return None
         kept = None if call.weights is None else call.weights != 0
         return policy_loss(call.policy, logprobs[0], logprobs[1], kept)
 
-    def _factors(self, call: Call, pulls: torch.Tensor, policy: PolicyResult | None) -> Factors:
+    def _factors(self, call: LossInputs, pulls: torch.Tensor, policy: PolicyResult | None) -> GradientCoefficients:
         scale = self._scale(call)
         # A masked token's sums may be infinite.
         shared = torch.where(scale == 0, 0, scale * pulls)
         if policy is None or call.policy is None:
-            return Factors(scale, shared, None)
+            return GradientCoefficients(scale, shared, None)
         weights = torch.ones_like(scale) if call.weights is None else call.weights
-        of_target = torch.where(weights == 0, 0, weights * policy.slope) * (
-            call.policy.coef / self.objective.temperature
+        target_coef = torch.where(weights == 0, 0, weights * policy.dloss_dlogp) * (
+            call.policy.coef / self.spec.temperature
         )
-        return Factors(scale, shared + of_target, of_target)
+        return GradientCoefficients(scale, shared + target_coef, target_coef)
 
-    def _write_targets(self, call: Call, factors: Factors, logprobs: torch.Tensor) -> None:
+    def _write_targets(self, call: LossInputs, factors: GradientCoefficients, logprobs: torch.Tensor) -> None:
         """The sampled tokens' own entries, from scratch: of_target (1 - p) would be lost in a rounded -of_target p."""
-        scale, shared, of_target = factors
-        if of_target is None:
+        scale, shared, target_coef = factors
+        if target_coef is None:
             return
         assert call.targets is not None
         assert call.gradient is not None
         p, q, r = logprobs[0].exp(), logprobs[1].exp(), logprobs[0] - logprobs[1]
-        pull = self.objective.divergence.pull(p, q, r, self.objective.divergence.parameter)
-        entry = torch.where(scale == 0, 0, scale * pull) - shared * p + of_target
-        held = self._held(call.targets) & ((scale != 0) | (of_target != 0))
+        weighted_grad = self.spec.divergence.weighted_grad(p, q, r, self.spec.divergence.parameter)
+        entry = torch.where(scale == 0, 0, scale * weighted_grad) - shared * p + target_coef
+        held = self._held(call.targets) & ((scale != 0) | (target_coef != 0))
         rows = held.nonzero().squeeze(-1)
-        columns = call.targets[rows] - self.objective.first_column
+        columns = call.targets[rows] - self.spec.first_column
         call.gradient[rows, columns] = entry[rows].to(call.gradient.dtype)
 
     # One number per token
@@ -224,16 +222,16 @@ class Engine:
         size = self._block_rows
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def _scale(self, call: Call) -> torch.Tensor:
+    def _scale(self, call: LossInputs) -> torch.Tensor:
         """[T]: weight of the divergence's gradient with respect to the student's logits as they came in."""
-        factor = self.objective.lambda_distill / self.objective.temperature
+        factor = self.spec.lambda_distill / self.spec.temperature
         if call.weights is None:
-            return torch.full((len(call.student),), factor, dtype=self.objective.dtype, device=call.student.device)
+            return torch.full((len(call.student),), factor, dtype=self.spec.dtype, device=call.student.device)
         return call.weights * factor
 
     def _held(self, targets: torch.Tensor) -> torch.Tensor:
-        column = targets - self.objective.first_column
-        return (column >= 0) & (column < self.objective.columns)
+        column = targets - self.spec.first_column
+        return (column >= 0) & (column < self.spec.columns)
 
     def _at_targets(
         self, targets: torch.Tensor | None, student: torch.Tensor, teacher: torch.Tensor
@@ -241,6 +239,6 @@ class Engine:
         """[2, T] logits over the temperature at the targets (of some column where this rank does not hold them)."""
         if targets is None:
             return None
-        column = (targets - self.objective.first_column).clamp(0, self.objective.columns - 1).unsqueeze(-1)
-        chosen = [logits.gather(1, column).squeeze(-1).to(self.objective.dtype) for logits in (student, teacher)]
-        return (torch.stack(chosen) / self.objective.temperature).clamp_(min=LOG_ZERO)
+        column = (targets - self.spec.first_column).clamp(0, self.spec.columns - 1).unsqueeze(-1)
+        chosen = [logits.gather(1, column).squeeze(-1).to(self.spec.dtype) for logits in (student, teacher)]
+        return (torch.stack(chosen) / self.spec.temperature).clamp_(min=LOG_ZERO)

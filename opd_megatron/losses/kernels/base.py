@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 SUMS = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "value", "pull")
-"""Per-token sums over the vocabulary: both KLs, both entropies, the divergence, and the sum of its `pull`."""
+"""Per-token sums over the vocabulary: both KLs, both entropies, the divergence, and the sum of its `weighted_grad`."""
 
 # Stands for log 0, so that 0 * log 0 is 0.
 LOG_ZERO = -1e30
@@ -65,15 +65,15 @@ class Kernels(Protocol):
         """out = scale * pull - shared * p, rows where both [R] factors are 0 exactly 0."""
         ...
 
-    def everything(
+    def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
         scale: torch.Tensor,
         out: torch.Tensor | None,
-        described: bool = True,
+        with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         """All of it where the columns are the whole vocabulary: statistics, sums, and out = scale * d value / d logits
-        (with respect to the logits over the temperature). Without `described` the sums that only describe the pair,
+        (with respect to the logits over the temperature). Without `with_metrics` the sums that only describe the pair,
         the first four, may be left 0."""
         ...

@@ -9,12 +9,12 @@ load.py        the newest checkpoint that is whole, and what it must agree with
 """
 
 from opd_megatron.mcore.checkpoint.agreement import all_ranks_max, raise_together
-from opd_megatron.mcore.checkpoint.folder import Best, checkpoint_path, list_checkpoints
+from opd_megatron.mcore.checkpoint.folder import BestCheckpoint, checkpoint_path, list_checkpoints
 from opd_megatron.mcore.checkpoint.loader import FoundCheckpoint, choose_checkpoint, load_checkpoint, named_checkpoint
 from opd_megatron.mcore.checkpoint.saver import CheckpointSaver
 
 __all__ = [
-    "Best",
+    "BestCheckpoint",
     "CheckpointSaver",
     "FoundCheckpoint",
     "all_ranks_max",

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpo
 
 from opd_megatron.errors import CheckpointError
 
-Problems = (
+IO_ERRORS = (
     OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, CheckpointingException,
     TorchCheckpointException,
 )  # fmt: skip

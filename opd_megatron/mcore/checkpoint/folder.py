@@ -26,7 +26,7 @@ _LEFTOVER = re.compile(r"\.step_\d{8}\.(partial|deleted)")
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
+class BestCheckpoint:
     """Which checkpoint is never pruned: the one whose `metric` (a key of metrics.jsonl) is lowest or highest."""
 
     metric: str
@@ -92,7 +92,7 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def prune(folder: Path, newest: int, keep: int, best: Best | None) -> None:
+def prune(folder: Path, newest: int, keep: int, best: BestCheckpoint | None) -> None:
     """Renews `latest` and `best`, then removes all but those and the last `keep` up to step `newest`.
 
     Later ones were found damaged when the run was resumed from an earlier one: they go too.

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_megatron.errors import CheckpointError, MissingPathError
-from opd_megatron.mcore.checkpoint.agreement import Problems, one_line
+from opd_megatron.mcore.checkpoint.agreement import IO_ERRORS, one_line
 from opd_megatron.mcore.checkpoint.folder import BEST, list_checkpoints, read_state
 from opd_megatron.mcore.checkpoint.manifest import find_damage
 from opd_megatron.mcore.checkpoint.state import load_state
@@ -65,7 +65,7 @@ def load_checkpoint(path: Path, student: Student, identity: dict[str, Any] | Non
     _check_identity(state.get("identity", {}), identity or {}, path)
     try:
         same_layout = load_state(path, student)
-    except Problems as problem:
+    except IO_ERRORS as problem:
         raise CheckpointError(
             f"checkpoint {str(path)!r} cannot be loaded ({one_line(problem)}): it is damaged or belongs to another "
             "model; remove it to resume from the one before"

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from opd_megatron.mcore.checkpoint import folder as files
-from opd_megatron.mcore.checkpoint.agreement import Problems, raise_together
+from opd_megatron.mcore.checkpoint.agreement import IO_ERRORS, raise_together
 from opd_megatron.mcore.checkpoint.manifest import MANIFEST, write_manifest
 from opd_megatron.mcore.checkpoint.state import state_to_save
 from opd_megatron.mcore.checkpoint.writer import ShardWriter
@@ -41,7 +41,7 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, folder: Path, *, keep: int = 1, best: files.Best | None = None, asynchronous: bool = False
+        self, folder: Path, *, keep: int = 1, best: files.BestCheckpoint | None = None, asynchronous: bool = False
     ) -> None:
         self.folder, self._keep, self._best, self._asynchronous = folder, keep, best, asynchronous
         self._in_flight: _InFlight | None = None
@@ -96,7 +96,7 @@ class CheckpointSaver:
         if dist.get_rank() == 0:
             try:
                 self._publish(current, written)
-            except Problems as problem:
+            except IO_ERRORS as problem:
                 error = problem
         raise_together(error, _not_written(current.final))
 

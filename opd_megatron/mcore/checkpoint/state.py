@@ -24,12 +24,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from opd_megatron.mcore.checkpoint.rng import rng_state, set_rng_state
 from opd_megatron.mcore.student import Student
 
-_Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
+_CheckpointTensor: TypeAlias = ShardedTensor | ShardedTensorFactory
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
-class _Shared:
+class _OptimizerShard:
     """One parameter of a distributed optimizer and who holds which part of it."""
 
     parameter: torch.nn.Parameter
@@ -99,7 +99,9 @@ def _load(state: ShardedStateDict, path: Path) -> dict[str, Any]:
     return dist_checkpointing.load(state, str(path), validate_access_integrity=False)
 
 
-def _load_optimizer_state(path: Path, student: Student, entries: dict[torch.Tensor, _Entry], name: str) -> None:
+def _load_optimizer_state(
+    path: Path, student: Student, entries: dict[torch.Tensor, _CheckpointTensor], name: str
+) -> None:
     wanted: dict[str, ShardedBase] = {}
     places: dict[str, tuple[torch.Tensor, range]] = {}
     for part in student.optimizer.chained_optimizers:
@@ -127,7 +129,7 @@ def _model_entries(student: Student) -> ShardedStateDict:
     return student.model.sharded_state_dict(metadata={"dp_cp_group": student.grid.groups.dp_cp})
 
 
-def _by_parameter(model: ShardedStateDict) -> dict[torch.Tensor, _Entry]:
+def _by_parameter(model: ShardedStateDict) -> dict[torch.Tensor, _CheckpointTensor]:
     tensors, _ = extract_sharded_tensors_and_factories(model)
     return {entry.data: entry for entry in nested_values(tensors)}
 
@@ -136,13 +138,13 @@ def _is_one_of(entry: Any, tensors: set[torch.Tensor]) -> bool:
     return isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data in tensors
 
 
-def _with_data(entry: _Entry, key: str, data: torch.Tensor, **changes: Any) -> ShardedBase:
+def _with_data(entry: _CheckpointTensor, key: str, data: torch.Tensor, **changes: Any) -> ShardedBase:
     if isinstance(entry, ShardedTensor):
         changes["dtype"] = data.dtype
     return replace(entry, key=key, data=data, **changes)
 
 
-def _state_key(name: str, entry: _Entry) -> str:
+def _state_key(name: str, entry: _CheckpointTensor) -> str:
     return f"optimizer.state.{name}.{entry.key}"
 
 
@@ -151,7 +153,7 @@ def _state_names(parameter: torch.Tensor) -> tuple[str, ...]:
     return _MOMENTS if parameter.dtype == torch.float32 else ("param", *_MOMENTS)
 
 
-def _shared_parameters(part: DistributedOptimizer) -> Iterator[_Shared]:
+def _shared_parameters(part: DistributedOptimizer) -> Iterator[_OptimizerShard]:
     """Every parameter of `part`, in the same order on all its data-parallel ranks."""
     ranks = part.data_parallel_group.size()
     for buffer in part.buffers:
@@ -163,7 +165,7 @@ def _shared_parameters(part: DistributedOptimizer) -> Iterator[_Shared]:
                 first = bucket.offset + rank * share
                 low, high = max(first, start), min(first + share, stop)
                 spans.append(range(low - start, max(low, high) - start))
-            yield _Shared(parameter, spans)
+            yield _OptimizerShard(parameter, spans)
 
 
 def _local_state(part: DistributedOptimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor | None:
@@ -174,7 +176,7 @@ def _local_state(part: DistributedOptimizer, parameter: torch.nn.Parameter, name
     return state.detach()
 
 
-def _gather(mine: torch.Tensor | None, shared: _Shared, group: dist.ProcessGroup) -> torch.Tensor | None:
+def _gather(mine: torch.Tensor | None, shared: _OptimizerShard, group: dist.ProcessGroup) -> torch.Tensor | None:
     """The flattened whole on its owner, None elsewhere. Every rank walks the parameters in the same order."""
     span = shared.spans[group.rank()]
     if shared.owner != group.rank():

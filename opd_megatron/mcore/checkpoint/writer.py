@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from opd_megatron.mcore.checkpoint.agreement import Problems
+from opd_megatron.mcore.checkpoint.agreement import IO_ERRORS
 from opd_megatron.mcore.cpu.platform import release_memory
 
 
@@ -74,7 +74,7 @@ class ShardWriter(FileSystemWriterAsync):
         try:
             if self._items:
                 self._write_file()
-        except Problems as problem:
+        except IO_ERRORS as problem:
             self.error = problem
         finally:
             self._items.clear()

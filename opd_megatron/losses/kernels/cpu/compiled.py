@@ -34,7 +34,7 @@ class CompiledKernels:
     block_elements: int | None = None
 
     def __init__(self, divergence: Divergence, temperature: float) -> None:
-        self._loops = loops_of(divergence.value, divergence.pull)
+        self._loops = loops_of(divergence.value, divergence.weighted_grad)
         self._scale, self._parameter = np.float32(1 / temperature), np.float32(divergence.parameter)
 
     def statistics(self, student: torch.Tensor, teacher: torch.Tensor) -> Statistics:
@@ -61,17 +61,17 @@ class CompiledKernels:
             self._loops.gradient, student, teacher, self._parameter, _rows(normalisers), factors, *_flat(out)
         )
 
-    def everything(
+    def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
         scale: torch.Tensor,
         out: torch.Tensor | None,
-        described: bool = True,
+        with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         statistics, sums = torch.empty(len(student), 5), torch.empty(len(student), len(SUMS))
         target = student[:0] if out is None else out
-        loop = self._loops.everything if described else self._loops.undescribed
+        loop = self._loops.fused if with_metrics else self._loops.undescribed
         self._share_out(
             loop, student, teacher, self._parameter, statistics.numpy(), sums.numpy(),
             scale.float().contiguous().numpy(), out is not None, *_flat(target),

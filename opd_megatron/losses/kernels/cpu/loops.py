@@ -143,10 +143,10 @@ def statistics_of_row(s, t, scale, kept_s, kept_t, tops, result):
 
 
 @_loop
-def store(out, p, pull, scale, shared):
+def store(out, p, weighted_grad, scale, shared):
     own_function()
     for j in range(out.shape[0]):
-        out[j] = rounded(scale * pull[j] - shared * p[j], out[j])
+        out[j] = rounded(scale * weighted_grad[j] - shared * p[j], out[j])
 
 
 @_loop
@@ -170,10 +170,10 @@ def statistics(lo, hi, s, s_step, t, t_step, columns, scale, result, scratch):
         statistics_of_row(a, b, scale, none, none, tops, result[i])
 
 
-def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, described: bool) -> Any:
+def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, with_metrics: bool) -> Any:
     """The loop that adds one tile's `SUMS` to `total`; which of its parts are compiled is decided here.
 
-    With `kept`, p_of and q_of times their factors are p and q, and q_of is overwritten by the pull. Without `described`
+    With `kept`, p_of and q_of times their factors are p and q, and q_of is overwritten by the pull. Without `with_metrics`
     the sums that only describe the pair (both KLs, both entropies) stay as they are.
     """
 
@@ -189,17 +189,17 @@ def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, described: bool) -> A
             else:
                 p, q = exp(_difference(a, s_log)), exp(_difference(b, t_log))
             r = _log_ratio(a, b, shift)
-            if described:
+            if with_metrics:
                 terms = _describing_terms(p, q, r, _difference(a, s_log), _difference(b, t_log))
                 reverse += terms[0]
                 forward += terms[1]
                 of_student -= terms[2]
                 of_teacher -= terms[3]
             value += value_of(p, q, r, parameter)
-            pull = pull_of(p, q, r, parameter)
-            pulls += pull
+            weighted_grad = pull_of(p, q, r, parameter)
+            pulls += weighted_grad
             if kept:
-                q_of[j] = pull
+                q_of[j] = weighted_grad
         total[0] += reverse
         total[1] += forward
         total[2] += of_student
@@ -214,7 +214,7 @@ def _whole_rows(add_sums: Any) -> Any:
     """The loop over rows that makes all passes over one before the next."""
 
     @_loop
-    def everything(
+    def fused(
         lo, hi, s, s_step, t, t_step, columns, scale, parameter, stats, result, weights, wanted, out, step, scratch
     ):
         of_s, of_t = scratch[0], scratch[1]
@@ -243,18 +243,18 @@ def _whole_rows(add_sums: Any) -> Any:
                 p_factor = exp(tops[0, k] - norm[0]) / stats[i, 1]
                 store(target[x:y], of_s[x:y], of_t[x:y], weights[i], _f(weights[i] * total[5]) * p_factor)
 
-    return everything
+    return fused
 
 
 @functools.lru_cache(maxsize=64)
-def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
+def loops_of(value: Elementwise, weighted_grad: Elementwise) -> SimpleNamespace:
     """The loops over rows of one divergence. Each is compiled when it is first called (about a second).
 
     All take (first row, last row, student, its row stride, teacher, its row stride, columns, 1 / temperature,
     parameter), then what is theirs, and last a scratch buffer [2, columns].
     """
-    value_of, pull_of = (rebind(f, _NAMES, _in_single) for f in (value, pull))
-    add_sums = _sums_of_tile(value_of, pull_of, kept=False, described=True)
+    value_of, pull_of = (rebind(f, _NAMES, _in_single) for f in (value, weighted_grad))
+    add_sums = _sums_of_tile(value_of, pull_of, kept=False, with_metrics=True)
 
     @_loop
     def sums(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, result, scratch):
@@ -294,6 +294,6 @@ def loops_of(value: Elementwise, pull: Elementwise) -> SimpleNamespace:
     return SimpleNamespace(
         sums=sums,
         gradient=gradient,
-        everything=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, described=True)),
-        undescribed=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, described=False)),
+        fused=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, with_metrics=True)),
+        undescribed=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, with_metrics=False)),
     )

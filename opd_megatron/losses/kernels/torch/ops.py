@@ -40,7 +40,7 @@ class TorchKernels:
             -p * log_p,
             -q * log_q,
             self.divergence.value(p, q, r, self.divergence.parameter),
-            self.divergence.pull(p, q, r, self.divergence.parameter),
+            self.divergence.weighted_grad(p, q, r, self.divergence.parameter),
         ]
         return torch.stack([x.sum(-1) for x in elements])
 
@@ -55,18 +55,18 @@ class TorchKernels:
     ) -> None:
         log_p, log_q = self._log_probabilities(student, teacher, normalisers)
         p = log_p.exp()
-        pull = self.divergence.pull(p, log_q.exp(), log_p.sub_(log_q), self.divergence.parameter)
-        result = pull.mul_(scale.unsqueeze(-1)).sub_(p.mul_(shared.unsqueeze(-1)))
+        weighted_grad = self.divergence.weighted_grad(p, log_q.exp(), log_p.sub_(log_q), self.divergence.parameter)
+        result = weighted_grad.mul_(scale.unsqueeze(-1)).sub_(p.mul_(shared.unsqueeze(-1)))
         # Selection, not multiplication: an infinity of a masked token must not become a NaN.
         out.copy_(result.masked_fill_(((scale == 0) & (shared == 0)).unsqueeze(-1), 0))
 
-    def everything(
+    def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
         scale: torch.Tensor,
         out: torch.Tensor | None,
-        described: bool = True,
+        with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         local = self.statistics(student, teacher)
         normalisers = Normalisers(

@@ -117,7 +117,7 @@ def _probabilities(s_row, t_row, columns, n, inverse, norm, masked: tl.constexpr
 
 @triton.jit
 def _add_sums(
-    sums, s_row, t_row, start, n, inverse, norm, value: tl.constexpr, pull: tl.constexpr, parameter: tl.constexpr,
+    sums, s_row, t_row, start, n, inverse, norm, value: tl.constexpr, weighted_grad: tl.constexpr, parameter: tl.constexpr,
     lanes: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     log_p, log_q, p, q = _probabilities(s_row, t_row, _columns(start, lanes), n, inverse, norm, masked)
@@ -128,13 +128,13 @@ def _add_sums(
         sums[2] - tl.sum(p * log_p, axis=1),
         sums[3] - tl.sum(q * log_q, axis=1),
         sums[4] + tl.sum(value(p, q, r, parameter), axis=1),
-        sums[5] + tl.sum(pull(p, q, r, parameter), axis=1),
+        sums[5] + tl.sum(weighted_grad(p, q, r, parameter), axis=1),
     )
 
 
 @triton.jit
 def _sums(
-    s_row, t_row, n, inverse, norm, value: tl.constexpr, pull: tl.constexpr, parameter: tl.constexpr,
+    s_row, t_row, n, inverse, norm, value: tl.constexpr, weighted_grad: tl.constexpr, parameter: tl.constexpr,
     lanes: tl.constexpr,
 ):  # fmt: skip
     """Each of `SUMS` of one row, from its end to its start: what the pass before read last is still in the caches."""
@@ -143,10 +143,10 @@ def _sums(
     zeros = tl.zeros([lanes], tl.float32)
     sums = (zeros, zeros, zeros, zeros, zeros, zeros)
     for start in range(whole, n, tile):
-        sums = _add_sums(sums, s_row, t_row, start, n, inverse, norm, value, pull, parameter, lanes, True)
+        sums = _add_sums(sums, s_row, t_row, start, n, inverse, norm, value, weighted_grad, parameter, lanes, True)
     for done in range(0, whole, tile):
         start = whole - tile - done
-        sums = _add_sums(sums, s_row, t_row, start, n, inverse, norm, value, pull, parameter, lanes, False)
+        sums = _add_sums(sums, s_row, t_row, start, n, inverse, norm, value, weighted_grad, parameter, lanes, False)
     return (
         tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0), tl.sum(sums[2], axis=0),
         tl.sum(sums[3], axis=0), tl.sum(sums[4], axis=0), tl.sum(sums[5], axis=0),
@@ -155,12 +155,12 @@ def _sums(
 
 @triton.jit
 def _store_gradient(
-    out_row, s_row, t_row, start, n, inverse, norm, scale, shared, pull: tl.constexpr, parameter: tl.constexpr,
+    out_row, s_row, t_row, start, n, inverse, norm, scale, shared, weighted_grad: tl.constexpr, parameter: tl.constexpr,
     lanes: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     columns = _columns(start, lanes)
     log_p, log_q, p, q = _probabilities(s_row, t_row, columns, n, inverse, norm, masked)
-    gradient = scale * pull(p, q, log_p - log_q, parameter) - shared * p
+    gradient = scale * weighted_grad(p, q, log_p - log_q, parameter) - shared * p
     if masked:
         tl.store(out_row + columns, gradient, mask=columns < n)
     else:
@@ -169,7 +169,7 @@ def _store_gradient(
 
 @triton.jit
 def _gradient(
-    out_row, s_row, t_row, n, inverse, norm, scale, shared, pull: tl.constexpr, parameter: tl.constexpr,
+    out_row, s_row, t_row, n, inverse, norm, scale, shared, weighted_grad: tl.constexpr, parameter: tl.constexpr,
     lanes: tl.constexpr,
 ):  # fmt: skip
     tile: tl.constexpr = lanes * _LINE
@@ -177,10 +177,12 @@ def _gradient(
     if (scale != 0) | (shared != 0):
         for start in range(0, whole, tile):
             _store_gradient(
-                out_row, s_row, t_row, start, n, inverse, norm, scale, shared, pull, parameter, lanes, False
+                out_row, s_row, t_row, start, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes, False
             )
         for start in range(whole, n, tile):
-            _store_gradient(out_row, s_row, t_row, start, n, inverse, norm, scale, shared, pull, parameter, lanes, True)
+            _store_gradient(
+                out_row, s_row, t_row, start, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes, True
+            )
     else:  # whatever the logits are: an infinity of a masked token must not become a NaN
         for start in range(0, n, tile):
             columns = _columns(start, lanes)
@@ -209,38 +211,38 @@ def statistics_kernel(student, s_stride, teacher, t_stride, result, rows, n, inv
 @triton.jit(do_not_specialize=["rows"])
 def sums_kernel(
     student, s_stride, teacher, t_stride, norms, result, rows, n, inverse,
-    value: tl.constexpr, pull: tl.constexpr, parameter: tl.constexpr, lanes: tl.constexpr,
+    value: tl.constexpr, weighted_grad: tl.constexpr, parameter: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     """result [6, rows] from norms [4, rows]."""
     s_row, t_row, norm = _row(student, s_stride), _row(teacher, t_stride), _load_row_values(norms, rows)
-    values = _sums(s_row, t_row, n, inverse, norm, value, pull, parameter, lanes)
+    values = _sums(s_row, t_row, n, inverse, norm, value, weighted_grad, parameter, lanes)
     _store_results(result, rows, values, 6)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
     student, s_stride, teacher, t_stride, norms, factors, out, out_stride, rows, n, inverse,
-    pull: tl.constexpr, parameter: tl.constexpr, lanes: tl.constexpr,
+    weighted_grad: tl.constexpr, parameter: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     """out from norms [4, rows] and factors (scale, shared) [2, rows]."""
     s_row, t_row, norm = _row(student, s_stride), _row(teacher, t_stride), _load_row_values(norms, rows)
     scale, shared = tl.load(factors + tl.program_id(0)), tl.load(factors + rows + tl.program_id(0))
-    _gradient(_row(out, out_stride), s_row, t_row, n, inverse, norm, scale, shared, pull, parameter, lanes)
+    _gradient(_row(out, out_stride), s_row, t_row, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def everything_kernel(
     student, s_stride, teacher, t_stride, scales, out, out_stride, result, rows, n, inverse,
-    value: tl.constexpr, pull: tl.constexpr, parameter: tl.constexpr, write: tl.constexpr, lanes: tl.constexpr,
+    value: tl.constexpr, weighted_grad: tl.constexpr, parameter: tl.constexpr, write: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     """result [11, rows], the statistics and then the sums, and out if `write`, from scales [rows]."""
     s_row, t_row = _row(student, s_stride), _row(teacher, t_stride)
     statistics = _statistics(s_row, t_row, n, inverse, lanes)
     norm = (statistics[0], tl.log(statistics[1]), statistics[2], tl.log(statistics[3]))
-    sums = _sums(s_row, t_row, n, inverse, norm, value, pull, parameter, lanes)
+    sums = _sums(s_row, t_row, n, inverse, norm, value, weighted_grad, parameter, lanes)
     _store_results(result, rows, statistics, 5)
     _store_results(result + 5 * rows, rows, sums, 6)
     if write:
         scale = tl.load(scales + tl.program_id(0))
         shared = tl.where(scale == 0, 0.0, scale * sums[5])
-        _gradient(_row(out, out_stride), s_row, t_row, n, inverse, norm, scale, shared, pull, parameter, lanes)
+        _gradient(_row(out, out_stride), s_row, t_row, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes)

@@ -1,6 +1,6 @@
 """The GPU backend: Triton kernels that read a row of logits from memory once and write its gradient once.
 
-`everything` is one launch in which a program owns a row: its second and third pass over it are served by the caches.
+`fused` is one launch in which a program owns a row: its second and third pass over it are served by the caches.
 With a tensor-parallel group in between, the three passes are kernels of their own.
 
 A row is never shared out over programs: by its count of instructions a lone one is through 150k columns in a tenth of
@@ -53,16 +53,16 @@ class TritonKernels:
         arguments = (*_flat(student), *_flat(teacher), _stacked(normalisers), factors, *_flat(out))
         self._run(self._code.gradient, student, arguments)
 
-    def everything(
+    def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
         scale: torch.Tensor,
         out: torch.Tensor | None,
-        described: bool = True,
+        with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         result = _results(_STATISTICS + len(SUMS), student)
-        code = self._code.values if out is None else self._code.everything
+        code = self._code.values if out is None else self._code.fused
         target = student if out is None else out
         scales = scale.float().contiguous()
         self._run(code, student, (*_flat(student), *_flat(teacher), scales, *_flat(target), result))
@@ -111,21 +111,21 @@ class _Code(NamedTuple):
     statistics: tuple[Any, dict[str, Any]]
     sums: tuple[Any, dict[str, Any]]
     gradient: tuple[Any, dict[str, Any]]
-    everything: tuple[Any, dict[str, Any]]
+    fused: tuple[Any, dict[str, Any]]
     values: tuple[Any, dict[str, Any]]
-    """`everything` without a gradient."""
+    """`fused` without a gradient."""
 
 
 @functools.lru_cache(maxsize=64)
 def _code(divergence: Divergence) -> _Code:
     from opd_megatron.losses.kernels.triton import kernels as kernels
 
-    pull = {"pull": kernels.in_triton(divergence.pull), "parameter": divergence.parameter}
-    both = {"value": kernels.in_triton(divergence.value), **pull}
+    weighted_grad = {"pull": kernels.in_triton(divergence.weighted_grad), "parameter": divergence.parameter}
+    both = {"value": kernels.in_triton(divergence.value), **weighted_grad}
     return _Code(
         (kernels.statistics_kernel, {}),
         (kernels.sums_kernel, both),
-        (kernels.gradient_kernel, pull),
+        (kernels.gradient_kernel, weighted_grad),
         (kernels.everything_kernel, {**both, "write": True}),
         (kernels.everything_kernel, {**both, "write": False}),
     )
