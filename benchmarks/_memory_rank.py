@@ -51,12 +51,12 @@ def _train(folder: str, overrides: Mapping[str, Any], steps: int) -> None:
     from opd_megatron.config import load_config
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.student import Student, TeacherInputs
-    from opd_megatron.models import check
+    from opd_megatron.run.checks import check_run
     from opd_megatron.teacher import build_teachers
 
     paths = {"student.path": f"{folder}/student", "teachers.0.path": f"{folder}/teacher"}
     config = load_config(None, [f"{key}={value}" for key, value in {**paths, **overrides}.items()])
-    models, parallel = check(config), config.parallel
+    models, parallel = check_run(config), config.parallel
     grid = ParallelGrid.build(
         parallel.tensor, parallel.pipeline, models.data_parallel, sequence_parallel=parallel.sequence_parallel
     )
@@ -94,7 +94,7 @@ def _compile_losses(dtype: str, sharded: bool) -> None:
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     for group in [None, dist.group.WORLD] if sharded else [None]:
         hidden, head = (torch.zeros(rows, 16, dtype=kind, requires_grad=True) for rows in (512, 8192))
-        columns = 8192 * (1 if group is None else dist.get_world_size())
-        terms = linear_divergence_terms(hidden, head, [(hidden, head)], vocab_size=columns, group=group)
+        vocab_per_rank = 8192 * (1 if group is None else dist.get_world_size())
+        terms = linear_divergence_terms(hidden, head, [(hidden, head)], vocab_size=vocab_per_rank, group=group)
         terms.loss_sum.backward()
     release_memory()

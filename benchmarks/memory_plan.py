@@ -24,9 +24,9 @@ import _memory_rank
 from harness import BenchmarkError, Check, Report, main
 
 from opd_megatron.config import load_config
-from opd_megatron.models import check
+from opd_megatron.models.sizes import RunSizes
 from opd_megatron.planning.memory import RankMemory, rank_memory
-from opd_megatron.planning.sizes import RunSizes
+from opd_megatron.run.checks import check_run
 from tests.tiny_models import save_tiny
 
 LIMIT = 0.15
@@ -119,7 +119,7 @@ def planned(run: Run, folder: Path) -> list[RankMemory]:
     """Of every stage."""
     paths = {"student.path": folder / "real" / "student", "teachers.0.path": folder / "real" / "teacher"}
     config = load_config(None, [f"{key}={value}" for key, value in {**paths, **run.overrides}.items()])
-    sizes = RunSizes(config, check(config))
+    sizes = RunSizes(config, check_run(config))
     return [rank_memory(sizes, stage, gpu=False) for stage in range(run.pipeline)]
 
 

@@ -49,7 +49,9 @@ def _evaluate(argv: list[str]) -> int:
 
 def _export(argv: list[str]) -> int:
     def export(trainer: OPDTrainer) -> list[str]:
-        return [f"student   {trainer.parts.export_hf()}"]
+        from opd_megatron.run.export import export_hf
+
+        return [f"student   {export_hf(trainer)}"]
 
     description = "Write the newest weights as a Hugging Face folder, output_dir/hf. CONFIG may be a run directory."
     return _on_newest_weights("export", description, argv, export, scoring=False)
@@ -65,16 +67,16 @@ def _on_newest_weights(
     )
     arguments = parse_run(parser, argv)
     config = arguments.config
-    check(config)
+    models = check(config)
     if arguments.dry_run:
-        print(describe(config))
+        print(describe(config, models))
         return 0
     if launcher.needs_launch(config):
         return launcher.launch("opd_megatron.cli", [command, *argv], config.world_size)
     from opd_megatron.trainer import OPDTrainer
 
     launcher.leave_cleanly_on_sigterm()
-    with OPDTrainer.from_config(config, sampling=False, scoring=scoring) as trainer:
+    with OPDTrainer.from_config(config, models, sampling=False, scoring=scoring) as trainer:
         trainer.restore(arguments.checkpoint)
         lines = action(trainer)
     if launcher.is_first_rank():

@@ -10,48 +10,52 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import parse_run, run_parser
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.system import signals
 
+if TYPE_CHECKING:
+    from opd_megatron.models import ResolvedModels
 
-def run_training(config: RunConfig) -> None:
+
+def run_training(config: RunConfig, models: ResolvedModels) -> None:
     """Trains on the ranks that exist. Every rank of the run calls it."""
     from opd_megatron.trainer import OPDTrainer
 
-    with OPDTrainer.from_config(config) as trainer:
+    with OPDTrainer.from_config(config, models) as trainer:
         trainer.train()
 
 
-def check(config: RunConfig) -> None:
-    """Every rule that can be checked before a process group or a model exists; WORLD_SIZE's under torchrun too."""
-    config.require_available()
-    from opd_megatron import models
+def check(config: RunConfig) -> ResolvedModels:
+    """Checks every rule that needs no process group and no weights; WORLD_SIZE's under torchrun too."""
+    from opd_megatron.run.checks import check_run
 
-    models.check(config)
+    return check_run(config)
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: RunConfig, models: ResolvedModels) -> str:
     """What `--dry-run` prints: the resolved configuration, the process layout and the memory per rank."""
     from opd_megatron.planning import run_plan
 
-    return f"{dump_config(config)}\n{run_plan.describe(config)}"
+    return f"{dump_config(config)}\n{run_plan.describe(config, models)}"
 
 
 def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
-    """The `train` command; returns an exit code, raises OPDError for what a user can mend."""
+    """Runs the `train` command; returns an exit code, raises OPDError for what a user can mend."""
     description = "Distil teachers into a student on the student's own samples."
     arguments = parse_run(run_parser(prog, description), argv)
-    check(arguments.config)
+    config = arguments.config
+    models = check(config)
     if arguments.dry_run:
-        print(describe(arguments.config))
+        print(describe(config, models))
         return 0
-    if launcher.needs_launch(arguments.config):
-        return launcher.launch("opd_megatron.train", argv, arguments.config.world_size)
+    if launcher.needs_launch(config):
+        return launcher.launch("opd_megatron.train", argv, config.world_size)
     signals.note_stop_signals()
-    run_training(arguments.config)
+    run_training(config, models)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What flows between the rooms, in the order in which it is made.
 
-    Prompt -> Rollout -> Batch -> TeacherStates -> StepMetrics
+    Prompt -> SampleRequest -> Rollout -> Batch -> TeacherInputs -> StepOutput -> StepMetrics
 
 Legend for shapes: B sequences, S padded sequence length, T packed response tokens, h hidden size.
 """
@@ -8,12 +8,16 @@ Legend for shapes: B sequences, S padded sequence length, T packed response toke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
 NamedTensor = tuple[str, torch.Tensor]
 """A Hugging Face parameter name and its value: whole, unless the text says shards."""
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Names of number formats in configurations and on command lines."""
 
 Bucket = Sequence[NamedTensor]
 """A bounded group of named tensors: the unit in which weights leave the trainer."""
@@ -32,7 +36,6 @@ class Prompt:
     """The gold answer, where the task has one."""
     answer_ids: tuple[int, ...] | None = None
     """The gold answer as response tokens (end-of-turn included); held-out evaluation scores them."""
-    task: str = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +48,37 @@ class Sampling:
     top_k: int = 0
     """0 keeps the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-    """Seed of the whole call; sequence i of the call samples with `seed + i`."""
 
 
 @dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One answer to sample."""
+
+    prompt: Prompt
+    seed: int | None = None
+    """Of this sequence alone, so that its answer depends neither on the engine nor on the other requests."""
+    group: int = 0
+    """Answers of one group answer the same prompt: its index in the step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One answer sampled by the student."""
 
     prompt: Prompt
-    response_ids: tuple[int, ...]
-    """Sampled tokens, the stop token included when one was sampled."""
-    logprobs: tuple[float, ...]
-    """Log-probability of each sampled token under the policy that drew it, in nats: after temperature, top-p and top-k,
-    so with the last two switched off that of softmax(logits / temperature)."""
+    response_ids: torch.Tensor
+    """[n] int64: sampled tokens, the stop token included when one was sampled."""
+    logprobs: torch.Tensor | None
+    """[n] float32: log-probability of each sampled token under the policy that drew it, in nats: after temperature, top-p
+    and top-k, so with the last two switched off that of softmax(logits / temperature). None for a gold answer."""
     policy_version: int
     """How many optimizer steps the weights that sampled it had seen."""
     finish_reason: str = "length"
     """`stop` or `length`."""
+    group: int = 0
+    """The request's."""
+    advantage: float | None = None
+    """From rewards, where a stage between sampling and batching has given one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +86,8 @@ class Batch:
     """One data-parallel rank's sequences, right-padded to one length.
 
     Position i of a sequence predicts token i + 1, so `weights[b, i]` is 1 exactly where `tokens[b, i + 1]` is a
-    response token; prompt and padding positions are 0.
+    response token; prompt and padding positions are 0. Where a token stands and which sequence it belongs to is said by
+    the batch alone: nothing else derives it from rows and columns.
     """
 
     tokens: torch.Tensor
@@ -81,6 +98,21 @@ class Batch:
     """[B, S] float32: 1 where the target is a response token."""
     rollout_logprobs: torch.Tensor | None = None
     """[B, S] float32: `Rollout.logprobs` of the targets, 0 where `weights` is; None where nothing was sampled."""
+    advantages: torch.Tensor | None = None
+    """[B, S] float32: `Rollout.advantage` at every target, 0 where `weights` is; None where nothing was scored."""
+    position_ids: torch.Tensor = field(default=None)  # type: ignore[assignment]  # derived below
+    """[B, S] int64: each token's position in its sequence; 0, 1, .. along every row by default."""
+    sequence_ids: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    """[B, S] int64, non-decreasing in reading order: which sequence a position belongs to; the row by default."""
+
+    def __post_init__(self) -> None:
+        rows, length = self.tokens.shape
+        if self.position_ids is None:
+            positions = torch.arange(length, device=self.tokens.device)
+            object.__setattr__(self, "position_ids", positions.expand_as(self.tokens))
+        if self.sequence_ids is None:
+            sequences = torch.arange(rows, device=self.tokens.device)
+            object.__setattr__(self, "sequence_ids", sequences.unsqueeze(1).expand_as(self.tokens))
 
     def micro_batches(self, size: int) -> list[Batch]:
         """Splits along B; `size` must divide it."""
@@ -88,15 +120,19 @@ class Batch:
         return [self.rows(slice(start, start + size)) for start in range(0, len(self.tokens), size)]
 
     def to(self, device: torch.device) -> Batch:
+        """Copies every tensor to the device."""
         return self._map(lambda values: values.to(device))
 
     def rows(self, rows: slice) -> Batch:
-        """Some of the sequences."""
+        """Selects some of the sequences."""
         return self._map(lambda values: values[rows])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        logprobs = None if self.rollout_logprobs is None else change(self.rollout_logprobs)
-        return Batch(change(self.tokens), change(self.targets), change(self.weights), logprobs)
+        changed: dict[str, Any] = {}
+        for column in fields(self):
+            value = getattr(self, column.name)
+            changed[column.name] = None if value is None else change(value)
+        return Batch(**changed)
 
     @property
     def num_tokens(self) -> int:
@@ -105,14 +141,24 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherStates:
-    """One teacher's final hidden states at the response positions of each micro batch.
+class TeacherInputs:
+    """What the loss takes of one teacher for the micro batches that it was given."""
 
-    Only ranks of the student's last pipeline stage hold any; elsewhere the list is empty.
-    """
+    outputs: Sequence[Any] = ()
+    """One `losses.TeacherOutput` a micro batch ((hidden states, head), or top-k entries), which only the loss opens; empty
+    except on the student's last pipeline stage."""
+    weight: float = 1.0
+    """Share in an ensemble; all shares sum to one."""
 
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    """One [T, h] tensor a micro batch, rows in the order of `weights.nonzero()`."""
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one optimizer step yields, the same on every rank. Means are over all response tokens of the step."""
+
+    metrics: dict[str, float]
+    tokens: int
+    grad_norm: float
+    lr: float
 
 
 @dataclass(slots=True)

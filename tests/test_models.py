@@ -9,7 +9,7 @@ import pytest
 
 from opd_megatron.config import RunConfig, load_config
 from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError, OPDError
-from opd_megatron.models import check
+from opd_megatron.run.checks import check_run
 from tests.tiny_models import save_tiny
 
 
@@ -34,7 +34,7 @@ def _config(pair: tuple[Path, Path], **values: Any) -> RunConfig:
 
 
 def test_a_fitting_layout_resolves_both_models(pair: tuple[Path, Path]) -> None:
-    models = check(_config(pair, **{"parallel.tensor": 2, "parallel.pipeline": 2}))
+    models = check_run(_config(pair, **{"parallel.tensor": 2, "parallel.pipeline": 2}))
     assert models.data_parallel == 1
     assert models.vocab_size == 250, "columns that only one model has are padding"
     assert models.padded_vocab(2) == 272
@@ -56,7 +56,7 @@ def test_a_broken_rule_is_one_line_with_value_and_remedy(
     pair: tuple[Path, Path], values: dict[str, Any], error: type[OPDError], parts: list[str]
 ) -> None:
     with pytest.raises(error) as caught:
-        check(_config(pair, **values))
+        check_run(_config(pair, **values))
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
@@ -75,7 +75,7 @@ def test_a_model_of_experts_on_either_side_may_be_split_over_expert_parallel_ran
     paths = {"student.path": experts, "teachers.0.path": experts} | ({dense: pair[0]} if dense else {})
     config = _config(pair, **{"parallel.expert": 4, **paths})
     assert config.world_size == 4
-    assert check(config).data_parallel == 4
+    assert check_run(config).data_parallel == 4
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_model_of_experts_on_either_side_may_be_split_over_expert_parallel_ran
 def test_rules_of_experts(pair: tuple[Path, Path], experts: Path, values: dict[str, Any], parts: list[str]) -> None:
     settings = {"rollout.prompts_per_step": 12, "rollout.samples_per_prompt": 1, "student.path": experts}
     with pytest.raises(ConfigError) as caught:
-        check(_config(pair, **settings, **values))
+        check_run(_config(pair, **settings, **values))
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
@@ -103,10 +103,10 @@ def test_expert_parallel_needs_experts_and_ranks_to_hold_them(
     pair: tuple[Path, Path], experts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"parallel.expert=2 needs a model of experts"):
-        check(_config(pair, **{"parallel.expert": 2}))
+        check_run(_config(pair, **{"parallel.expert": 2}))
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match=r"parallel.expert=2 must divide data-parallel size 1"):
-        check(_config(pair, **{"parallel.expert": 2, "student.path": experts}))
+        check_run(_config(pair, **{"parallel.expert": 2, "student.path": experts}))
 
 
 def test_world_size_that_does_not_match_names_both_numbers(
@@ -114,8 +114,8 @@ def test_world_size_that_does_not_match_names_both_numbers(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"world size 3 must be a multiple of parallel.tensor 2"):
-        check(_config(pair, **{"parallel.tensor": 2}))
+        check_run(_config(pair, **{"parallel.tensor": 2}))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert check(_config(pair, **{"parallel.tensor": 2})).data_parallel == 2
+    assert check_run(_config(pair, **{"parallel.tensor": 2})).data_parallel == 2
     with pytest.raises(ConfigError, match=r"world size 4 must equal .*parallel.data 1"):
-        check(_config(pair, **{"parallel.tensor": 2, "parallel.data": 1}))
+        check_run(_config(pair, **{"parallel.tensor": 2, "parallel.data": 1}))

@@ -19,8 +19,8 @@ from opd_megatron.config.sections import (
     RolloutConfig,
     Section,
     StudentConfig,
-    TeacherConfig,
 )
+from opd_megatron.config.teachers import StudentRanksTeacherConfig, TeacherConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "StudentConfig",
+    "StudentRanksTeacherConfig",
     "TeacherConfig",
     "build_config",
     "dump_config",

@@ -16,9 +16,13 @@ from opd_megatron.config.sections import (
     RolloutConfig,
     Section,
     StudentConfig,
-    TeacherConfig,
 )
+from opd_megatron.config.teachers import AnyTeacherConfig, StudentRanksTeacherConfig, TeacherConfig
 from opd_megatron.errors import ConfigError, NotAvailableError
+
+
+def _default_teacher() -> TeacherConfig:
+    return StudentRanksTeacherConfig(path="teacher")
 
 
 class RunConfig(Section):
@@ -34,7 +38,7 @@ class RunConfig(Section):
     """Let a tokenizer run code that came with it. Only for sources you have read."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     """The model that is trained."""
-    teachers: list[TeacherConfig] = Field(default_factory=lambda: [TeacherConfig(path="teacher")], min_length=1)
+    teachers: list[AnyTeacherConfig] = Field(default_factory=lambda: [_default_teacher()], min_length=1)
     """The models it learns from."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Prompts."""

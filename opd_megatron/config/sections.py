@@ -33,15 +33,6 @@ class StudentConfig(Section):
     """`auto` uses Transformer Engine layers on a GPU where it is installed."""
 
 
-class TeacherConfig(Section):
-    path: str
-    """Hugging Face folder or hub id."""
-    weight: PositiveFloat = 1.0
-    """Share in an ensemble; shares are normalised to sum to one."""
-    dtype: Dtype = "bf16"
-    """Arithmetic of the teacher's forward pass."""
-
-
 class DataConfig(Section):
     source: str = "gsm_symbolic"
     """`gsm_symbolic` (made offline), a .jsonl file, or the hub id of a data set such as openai/gsm8k."""

@@ -1,89 +1,88 @@
-"""Rollouts to padded batches: which sequence goes to which rank, how long a batch is, which positions count."""
+"""Rollouts to padded micro batches: which sequence goes to which rank, how long a batch is, which positions count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from opd_megatron.errors import DataError
-from opd_megatron.types import Batch, Prompt, Rollout
+from opd_megatron.types import Batch, Rollout
 
-TokenPair = tuple[Sequence[int], Sequence[int]]
-"""Prompt ids and response ids."""
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchBuilder:
+    """Makes one data-parallel rank's micro batches. Every rank must pass the same rollouts in the same order."""
+
+    dp_rank: int
+    dp_size: int
+    size: int
+    """Sequences in a micro batch, at most."""
+    one_length: bool
+    """Pad all sequences of all ranks to one length, because pipeline stages exchange tensors of one shape. Otherwise
+    each micro batch is as long as its longest sequence."""
+    multiple_of: int
+    """Lengths are rounded up to a multiple of this (sequence parallelism needs the tensor-parallel size)."""
+    device: torch.device
+
+    def build(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+        """Micro batches of `size` from this rank's balanced share of a step (`shard_rollouts`)."""
+        return self._batches(shard_rollouts(rollouts, self.dp_rank, self.dp_size), self.size, rollouts)
+
+    def build_any_number(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+        """The same for a number that need not divide, for evaluation: some are repeated until every rank has equally
+        many, and a micro batch has the largest size up to `size` that divides them."""
+        padded = [*rollouts, *rollouts[: -len(rollouts) % self.dp_size]]
+        padded += padded[:1] * (-len(padded) % self.dp_size)  # fewer rollouts than ranks
+        mine = sorted(padded[self.dp_rank :: self.dp_size], key=_length)
+        return self._batches(mine, max(n for n in range(1, self.size + 1) if len(mine) % n == 0), padded)
+
+    def _batches(self, mine: Sequence[Rollout], size: int, everyones: Sequence[Rollout]) -> list[Batch]:
+        assert len(mine) % size == 0, f"{len(mine)} sequences do not split into micro batches of {size}"
+        length = max(_length(rollout) for rollout in everyones) if self.one_length else None
+        return [
+            make_batch(mine[start : start + size], multiple_of=self.multiple_of, length=length).to(self.device)
+            for start in range(0, len(mine), size)
+        ]
 
 
 def make_batch(
-    sequences: Sequence[TokenPair],
-    *,
-    logprobs: Sequence[Sequence[float]] | None = None,
-    multiple_of: int = 1,
-    length: int | None = None,
-    pad_id: int = 0,
+    rollouts: Sequence[Rollout], *, multiple_of: int = 1, length: int | None = None, pad_id: int = 0
 ) -> Batch:
-    """(prompt ids, response ids) pairs as one right-padded batch.
+    """One right-padded batch of the rollouts in their order.
 
     Position i predicts token i + 1, so a response of r tokens after a prompt of p tokens has weight 1 at the
     positions p - 1 .. p + r - 2 and 0 elsewhere: the last prompt position predicts the first response token.
 
     Args:
-        logprobs: of every response token under the policy that sampled it, where one did; they lie where weights do.
-        multiple_of: S is rounded up to a multiple of this (sequence parallelism needs tensor-parallel size).
+        multiple_of: S is rounded up to a multiple of this.
         length: S before rounding; the longest sequence by default.
     """
-    assert sequences, "a batch needs at least one sequence"
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    assert rollouts, "a batch needs at least one sequence"
+    longest = max(_length(rollout) for rollout in rollouts)
     assert length is None or length >= longest, f"length {length} does not hold a sequence of {longest} tokens"
     size = round_up(longest if length is None else length, multiple_of)
-    tokens = torch.full((len(sequences), size), pad_id, dtype=torch.int64)
+    tokens = torch.full((len(rollouts), size), pad_id, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
-    weights = torch.zeros(tokens.shape, dtype=torch.float32)
-    for row, (prompt, response) in enumerate(sequences):
-        assert len(prompt) > 0, "a response needs a prompt position that predicts its first token"
-        end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor([*prompt, *response], dtype=torch.int64)
+    weights, logprobs, advantages = (torch.zeros(tokens.shape, dtype=torch.float32) for _ in range(3))
+    for row, rollout in enumerate(rollouts):
+        start, end = len(rollout.prompt.token_ids), _length(rollout)
+        assert start > 0, "a response needs a prompt position that predicts its first token"
+        tokens[row, :start] = torch.tensor(rollout.prompt.token_ids, dtype=torch.int64)
+        tokens[row, start:end] = rollout.response_ids
         targets[row, : end - 1] = tokens[row, 1:end]
-        weights[row, len(prompt) - 1 : end - 1] = 1.0
-    return Batch(tokens, targets, weights, None if logprobs is None else _at_weights(weights, sequences, logprobs))
-
-
-def _at_weights(
-    weights: torch.Tensor, sequences: Sequence[TokenPair], logprobs: Sequence[Sequence[float]]
-) -> torch.Tensor:
-    for (_, response), own in zip(sequences, logprobs, strict=True):
-        assert len(own) == len(response), f"{len(own)} log-probabilities for a response of {len(response)} tokens"
-    placed = torch.zeros_like(weights)
-    placed[weights > 0] = torch.tensor([value for own in logprobs for value in own], dtype=weights.dtype)
-    return placed
-
-
-def make_micro_batches(
-    pairs: Sequence[TokenPair],
-    size: int,
-    *,
-    logprobs: Sequence[Sequence[float]] | None = None,
-    length: int | None,
-    multiple_of: int,
-    device: torch.device,
-) -> list[Batch]:
-    """`make_batch` of `size` pairs at a time, in order. Without `length` each is as long as its longest sequence, so
-    pairs sorted by length leave little padding."""
-    assert len(pairs) % size == 0, f"{len(pairs)} sequences do not split into micro batches of {size}"
-    batches = []
-    for start in range(0, len(pairs), size):
-        rows = slice(start, start + size)
-        own = None if logprobs is None else logprobs[rows]
-        batches.append(make_batch(pairs[rows], logprobs=own, length=length, multiple_of=multiple_of).to(device))
-    return batches
-
-
-def rollouts_to_batch(
-    rollouts: Sequence[Rollout], *, multiple_of: int = 1, length: int | None = None, pad_id: int = 0
-) -> Batch:
-    """`make_batch` of the rollouts and their log-probabilities, in their order."""
-    pairs = [(rollout.prompt.token_ids, rollout.response_ids) for rollout in rollouts]
-    logprobs = [rollout.logprobs for rollout in rollouts]
-    return make_batch(pairs, logprobs=logprobs, multiple_of=multiple_of, length=length, pad_id=pad_id)
+        weights[row, start - 1 : end - 1] = 1.0
+        if rollout.logprobs is not None:
+            assert len(rollout.logprobs) == end - start, (
+                f"{len(rollout.logprobs)} log-probabilities for a response of {end - start} tokens"
+            )
+            logprobs[row, start - 1 : end - 1] = rollout.logprobs
+        if rollout.advantage is not None:
+            advantages[row, start - 1 : end - 1] = rollout.advantage
+    sampled, scored = rollouts[0].logprobs is not None, rollouts[0].advantage is not None
+    assert all((rollout.logprobs is not None) == sampled for rollout in rollouts), "some were sampled, some were not"
+    assert all((rollout.advantage is not None) == scored for rollout in rollouts), "some have an advantage, some none"
+    return Batch(tokens, targets, weights, logprobs if sampled else None, advantages if scored else None)
 
 
 def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> list[Rollout]:
@@ -101,23 +100,6 @@ def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> l
         shares[rank].append(index)
         loads[rank] += _length(rollouts[index])
     return [rollouts[index] for index in shares[dp_rank]]
-
-
-def global_length(rollouts: Sequence[Rollout], multiple_of: int = 1) -> int:
-    """Padded length that holds every rollout of the step, the same on all ranks (all know all rollouts)."""
-    return round_up(max(_length(rollout) for rollout in rollouts), multiple_of)
-
-
-def check_context(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> None:
-    """Raises DataError when a prompt and its longest answer do not fit into the model's positions."""
-    for prompt in prompts:
-        total = len(prompt.token_ids) + max_new_tokens
-        if total > max_positions:
-            raise DataError(
-                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, with rollout.max_new_tokens="
-                f"{max_new_tokens} that is {total}, over the model's {max_positions} positions: lower "
-                "rollout.max_new_tokens or data.max_prompt_tokens"
-            )
 
 
 def round_up(value: int, multiple_of: int) -> int:

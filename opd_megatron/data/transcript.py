@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.types import Rollout
 
 
-def readable_sample(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, step: int | None = None, max_chars: int = 600
-) -> str:
+def readable_sample(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, max_chars: int = 600) -> str:
     """Question, the student's answer and the gold one, each cut to `max_chars` with its middle left out.
 
     Special tokens of the answer are shown: whether it ended by itself is worth seeing. Plain text, no markup.
     """
-    answer = tokenizer.decode(list(rollout.response_ids), skip_special_tokens=False)
+    answer = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=False)
     count = len(rollout.response_ids)
-    where = "" if step is None else f"step {step} | "
-    nll = -math.fsum(rollout.logprobs) / count if count else 0.0
+    nll = 0.0 if rollout.logprobs is None or not count else -float(rollout.logprobs.double().mean())
     lines = [
-        f"{where}{rollout.prompt.id} | policy {rollout.policy_version} | {count} tokens, {rollout.finish_reason}"
+        f"{rollout.prompt.id} | policy {rollout.policy_version} | {count} tokens, {rollout.finish_reason}"
         f" | {nll:.2f} nats/token",
         f"  question: {_trim(rollout.prompt.text, max_chars)}",
         f"  student:  {_trim(answer, max_chars)}",

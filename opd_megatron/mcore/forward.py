@@ -15,7 +15,9 @@ from opd_megatron.mcore.model import HiddenStatesModel
 from opd_megatron.types import Batch
 
 LossFunction = Callable[[int, torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
-"""(micro batch index, response rows [T, h], micro batch) -> Megatron's (loss_sum, num_tokens, anything)."""
+"""(micro batch index, response rows, micro batch) -> Megatron's (loss_sum, num_tokens, anything). The rows are hidden
+states [T, h] at the response positions, in the order of `weights.nonzero()`; under sequence parallelism this rank's [R, h]
+of them, see `HiddenStatesModel.response_rows`."""
 
 
 def run_schedule(
@@ -36,11 +38,10 @@ def run_schedule(
 
     def forward_step(batches: Iterator[tuple[int, Batch]], chunk: torch.nn.Module, *_: Any) -> tuple[Any, Any]:
         index, batch = next(batches)
-        position_ids = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-        hidden = chunk(input_ids=batch.tokens, position_ids=position_ids, attention_mask=None)
+        hidden = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            return loss_function(index, core.token_hidden(output, batch.weights > 0), batch)
+            return loss_function(index, core.response_rows(output, batch.weights > 0), batch)
 
         return hidden, loss
 
@@ -61,7 +62,7 @@ def run_schedule(
 
 @torch.no_grad()
 def response_hidden(model: HiddenStatesModel, grid: ParallelGrid, micro_batches: list[Batch]) -> list[torch.Tensor]:
-    """Final hidden states at the response positions, one [T, h] tensor a micro batch; last stage only."""
+    """Runs the model forward and returns the response rows (`LossFunction`) of every micro batch; last stage only."""
 
     def keep(_: int, hidden: torch.Tensor, __: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return hidden.sum(), torch.zeros((), dtype=torch.int, device=hidden.device), hidden

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import PretrainedConfig
@@ -18,9 +17,8 @@ from opd_megatron.mcore.cpu.platform import device, has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies, rope_theta
 from opd_megatron.mcore.spec import block_spec
+from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, Family, family_of
-
-DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class HiddenStatesModel(GPTModel):
@@ -62,17 +60,39 @@ class HiddenStatesModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def token_hidden(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Rows of `hidden_states` [S, B, h] (or a sequence-parallel shard of it) where `mask` [B, S]: [T, h].
+    def response_rows(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Selects the rows of `hidden_states` [S, B, h] where `mask` [B, S]: [T, h] in the order of `mask.nonzero()`.
 
-        Rows come in the order of `mask.nonzero()`. Gradients flow back to the shard.
+        Under sequence parallelism `hidden_states` is this rank's [S / tp, B, h], and so is what is returned: its rows,
+        [R, h], padded with zeros to the number R of the rank that has most. `gather_index` says where each token's row
+        is. Only response rows ever travel, when the loss gathers them.
         """
-        if self.config.sequence_parallel:
-            # The divergence already sums d hidden over the tensor-parallel ranks, so the backward only splits.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        return hidden_states.transpose(0, 1)[mask]
+        hidden_states = hidden_states.transpose(0, 1)
+        if not self.config.sequence_parallel:
+            return hidden_states[mask]
+        group = self.pg_collection.tp
+        masks = _by_sequence_shard(mask, group.size())
+        rows = hidden_states[masks[group.rank()].view(len(mask), -1)]
+        return F.pad(rows, (0, 0, 0, int(masks.sum(1).max()) - len(rows)))
+
+    def gather_index(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Where the row of each token of `mask` [B, S] is among all ranks' `response_rows` one after another: [T] int64.
+        None without sequence parallelism, where every rank has all of them in order."""
+        if not self.config.sequence_parallel:
+            return None
+        ranks = self.pg_collection.tp.size()
+        masks = _by_sequence_shard(mask, ranks)
+        counts = masks.cumsum(1)
+        most = counts[:, -1].max()
+        places = counts - 1 + most * torch.arange(ranks, device=mask.device).unsqueeze(1)
+        batch, length = mask.shape
+        return places.view(ranks, batch, length // ranks).transpose(0, 1).reshape(batch, length)[mask]
+
+
+def _by_sequence_shard(mask: torch.Tensor, ranks: int) -> torch.Tensor:
+    """[B, S] -> [ranks, B * S / ranks]: the part of the mask that each sequence-parallel rank has positions of."""
+    batch, length = mask.shape
+    return mask.view(batch, ranks, length // ranks).transpose(0, 1).reshape(ranks, -1)
 
 
 def transformer_config(

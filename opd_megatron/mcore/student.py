@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +21,9 @@ from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
 from opd_megatron.mcore.optimizer import build_optimizer, build_scheduler, clip_and_step, wrap_ddp
 from opd_megatron.mcore.spec import use_transformer_engine
-from opd_megatron.types import Batch, Bucket, TeacherStates
-from opd_megatron.weight_sync.gathered import export_weights
-from opd_megatron.weight_sync.sharded import export_shards
+from opd_megatron.types import Batch, StepOutput, TeacherInputs
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherInputs:
-    """What the student's last stage needs of one teacher for one batch."""
-
-    states: TeacherStates
-    head: torch.Tensor | None
-    """[v, h] rows of the teacher's head for this tensor-parallel rank; None off the last stage."""
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Global figures of one optimizer step, the same on every rank. Means are over all response tokens."""
-
-    metrics: dict[str, float]
-    tokens: int
-    grad_norm: float
-    lr: float
 
 
 class Student:
@@ -57,7 +33,6 @@ class Student:
         self, config: RunConfig, source: Path, hf_config: PretrainedConfig, grid: ParallelGrid, padded_vocab: int
     ) -> None:
         self.hf_config, self.grid = hf_config, grid
-        self._bucket_bytes = config.rollout.bucket_mib * 2**20
         self.layout: ShardLayout = grid.layout(hf_config.num_hidden_layers, padded_vocab)
         self.model: HiddenStatesModel = build_gpt_model(
             hf_config,
@@ -110,27 +85,6 @@ class Student:
         sums = run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True)
         return self._global_means(sums, objective)[0]
 
-    def export(self) -> Iterator[Bucket]:
-        """Full HF tensors in bounded buckets, on global rank 0 alone; every rank must exhaust the iterator.
-
-        The first replica (the data-parallel ranks that share the experts out) does the work (`weights.export`); the
-        others hold the same weights.
-        """
-        if self.grid.dp_rank >= self.grid.ep_size:
-            return iter(())
-        return export_weights(self.model, self.hf_config, self.layout, bucket_bytes=self._bucket_bytes)
-
-    def export_shards(self, vocab_rows: int) -> Iterator[Bucket]:
-        """This rank's part of every HF tensor, on the ranks of the first stage; every rank must exhaust the iterator.
-
-        `vocab_rows`: see `weights.shards.export_shards`. The first data-parallel replica does the work.
-        """
-        if self.grid.dp_rank > 0:
-            return iter(())
-        return export_shards(
-            self.model, self.hf_config, self.layout, vocab_rows=vocab_rows, bucket_bytes=self._bucket_bytes
-        )
-
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -142,12 +96,12 @@ class Student:
             terms = linear_divergence_terms(
                 hidden,
                 self.model.head_weight,
-                [(view.states.hidden[index], _head(view)) for view in teachers],
+                [teacher.outputs[index] for teacher in teachers],
                 **_divergence(objective),
                 temperature=objective.temperature,
                 vocab_size=vocab_size,
                 group=self.grid.groups.tp if self.grid.tp_size > 1 else None,
-                teacher_weights=[view.weight for view in teachers] if len(teachers) > 1 else None,
+                teacher_weights=[teacher.weight for teacher in teachers] if len(teachers) > 1 else None,
                 combine=objective.combine,
                 token_weights=token_weights,
                 chunk_tokens=objective.chunk_tokens,
@@ -166,11 +120,6 @@ class Student:
         names = METRIC_NAMES + (POLICY_METRIC_NAMES if objective.is_sampled else ())
         means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device, names)
         return dict(zip(names, means, strict=True)), tokens
-
-
-def _head(view: TeacherInputs) -> torch.Tensor:
-    assert view.head is not None
-    return view.head
 
 
 def _divergence(objective: ObjectiveConfig) -> dict[str, Any]:
@@ -208,5 +157,5 @@ def _policy_term(objective: ObjectiveConfig, batch: Batch, mask: torch.Tensor) -
         clip=objective.clip,
         importance_cap=objective.truncation,
         level=objective.ratio_level,
-        sequence_ids=mask.nonzero()[:, 0] if objective.ratio_level == "sequence" else None,
+        sequence_ids=batch.sequence_ids[mask] if objective.ratio_level == "sequence" else None,
     )

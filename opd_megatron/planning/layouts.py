@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from opd_megatron.config import RunConfig, build_config
 from opd_megatron.errors import ConfigError
 from opd_megatron.models import check_divisible
+from opd_megatron.models.sizes import RunSizes
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import RankMemory, rank_memory
-from opd_megatron.planning.sizes import RunSizes
 from opd_megatron.planning.timing import step_seconds
 from opd_megatron.planning.traffic import traffic
 from opd_megatron.weights.families import family_of
@@ -36,7 +36,7 @@ class Suggestion:
 def stage_memories(sizes: RunSizes, gpu: Gpu | None) -> list[RankMemory]:
     """Of one rank of every stage."""
     device = gpu.memory_bytes if gpu else 0.0
-    return [rank_memory(sizes, stage, gpu=gpu is not None, device_bytes=device) for stage in range(sizes.pipeline)]
+    return [rank_memory(sizes, stage, gpu=gpu is not None, device_bytes=device) for stage in range(sizes.pp_size)]
 
 
 def usable(gpu: Gpu) -> float:

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from opd_megatron.losses.core.chunks import default_chunk
 from opd_megatron.mcore.cpu.attention import SCORES_AT_ONCE
-from opd_megatron.planning.sizes import LayerSizes, RunSizes, StageShard, parameters
+from opd_megatron.models.sizes import LayerSizes, RunSizes, StageShard, parameters
+from opd_megatron.teacher import teacher_costs
 
 GIB = 2**30
 # What a process holds on a GPU before the first tensor: CUDA context, kernels, NCCL's buffers.
@@ -50,14 +51,14 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
     `device_bytes` is the memory of the GPU, of which the rollout engine takes its share on the first stage.
     """
     student = sizes.stage(sizes.models.student_config, stage)
-    last = stage == sizes.pipeline - 1
+    last = stage == sizes.pp_size - 1
     kept = _activations(sizes, stage, recompute=sizes.config.student.recompute)
     chunk, head_gradient = _loss(sizes, student, gpu) if last else (0.0, 0.0)
     parts = {
-        "weights": student.parameters * sizes.width,
+        "weights": student.parameters * sizes.bytes_per_element,
         "gradients": student.parameters * 4,  # fp32 buffer of the distributed optimizer's DDP
         # fp32 main weights (where the weights are not), both moments.
-        "optimizer": (12 if sizes.width == 2 else 8) * optimizer_share(sizes, student),
+        "optimizer": (12 if sizes.bytes_per_element == 2 else 8) * optimizer_share(sizes, student),
         **_teachers(sizes, stage),
         "activations": kept,
         "loss chunks": chunk,
@@ -72,7 +73,7 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
     """Elements whose optimizer state a rank keeps: shared out over the ranks that have copies of them."""
-    return (student.parameters - student.experts + student.experts * sizes.expert) / sizes.data
+    return (student.parameters - student.experts + student.experts * sizes.ep_size) / sizes.dp_size
 
 
 def activation_bytes(sizes: RunSizes, stage: int) -> tuple[float, float]:
@@ -88,73 +89,75 @@ def layer_elements(layer: LayerSizes, tensor: int, shards: int) -> float:
     activation, the up half's copy and their product.
     """
     attention = 4 * layer.query + 3 * layer.key
-    copies = 2 * layer.routed * layer.hidden  # tokens sent to experts, and what comes back
+    copies = 2 * layer.experts_per_token * layer.hidden  # tokens sent to experts, and what comes back
     return 4 * layer.hidden / shards + (attention + 5 * layer.ffn) / tensor + copies / shards
 
 
 def _activations(sizes: RunSizes, stage: int, *, recompute: bool) -> float:
-    hf_config, width, shards = sizes.models.student_config, sizes.width, sizes.sequence_shards
-    layer, layers = LayerSizes.of(hf_config), hf_config.num_hidden_layers // sizes.pipeline
-    whole = (layer_elements(layer, sizes.tensor, shards) * width + _per_token(layer, sizes)) * sizes.tokens
-    row = layer.hidden * width * sizes.tokens / shards
-    in_flight = min(sizes.pipeline - stage, sizes.micro_batches)
-    if stage < sizes.pipeline - 1:
+    hf_config, bytes_per_element, shards = sizes.models.student_config, sizes.bytes_per_element, sizes.sequence_shards
+    layer, layers = LayerSizes.of(hf_config), hf_config.num_hidden_layers // sizes.pp_size
+    whole = (layer_elements(layer, sizes.tp_size, shards) * bytes_per_element + _per_token(layer, sizes)) * sizes.tokens
+    row = layer.hidden * bytes_per_element * sizes.tokens / shards
+    in_flight = min(sizes.pp_size - stage, sizes.micro_batches)
+    if stage < sizes.pp_size - 1:
         return in_flight * (layers * (row if recompute else whole) + row) + whole * recompute
-    rows = layer.hidden * sizes.responses * (width + 4 + width)  # the objective's rows, d of them in fp32 and back
-    gathered = layer.hidden * width * sizes.tokens if shards > 1 else 0.0
+    rows = (
+        layer.hidden * sizes.response_tokens * (bytes_per_element + 4 + bytes_per_element)
+    )  # the objective's rows, d of them in fp32 and back
+    gathered = layer.hidden * bytes_per_element * sizes.tokens if shards > 1 else 0.0
     return layers * (row if recompute else whole) + whole * recompute + 2 * row + rows + gathered
 
 
 def _per_token(layer: LayerSizes, sizes: RunSizes) -> float:
     """Bytes beside the large tensors: cosines and sines of query and key, one fp32 number a norm."""
-    return 4 * layer.head_dim * sizes.width / sizes.micro_size + 2 * 4 / sizes.sequence_shards
+    return 4 * layer.head_dim * sizes.bytes_per_element / sizes.micro_size + 2 * 4 / sizes.sequence_shards
 
 
 def _teachers(sizes: RunSizes, stage: int) -> dict[str, float]:
-    """Frozen weights on the student's ranks; on the last stage their heads and the hidden states of a whole step."""
-    body = heads = states = 0.0
-    for hf_config, width in sizes.teachers:
-        shard = sizes.stage(hf_config, stage)
-        heads += 0 if shard.tied else shard.head * width
-        body += (shard.parameters - (0 if shard.tied else shard.head)) * width
-        if stage == sizes.pipeline - 1:
-            states += sizes.responses * sizes.micro_batches * hf_config.hidden_size * width
-    return {"teachers": body, "teacher heads": heads, "teacher states": states}
+    """Sums what the teachers hold on a rank of the stage."""
+    held = {"teachers": 0.0, "teacher heads": 0.0, "teacher states": 0.0}
+    for cost in teacher_costs(sizes, stage):
+        for name, size in cost.memory.items():
+            held[name] = held.get(name, 0.0) + size
+    return held
 
 
 def _loss(sizes: RunSizes, student: StageShard, gpu: bool) -> tuple[float, float]:
     """Logits of a chunk of tokens for student and teachers, and d head. Both are kept for the next call."""
     device = "cuda" if gpu else "cpu"
-    tokens = sizes.responses
-    size = sizes.config.objective.chunk_tokens or default_chunk(tokens, sizes.columns * sizes.width, device)
-    widths = [sizes.width, *(width for _, width in sizes.teachers)]
-    chunk = min(size, tokens) * sizes.columns * sum(widths)
+    tokens = sizes.response_tokens
+    size = sizes.config.objective.chunk_tokens or default_chunk(
+        tokens, sizes.vocab_per_rank * sizes.bytes_per_element, device
+    )
+    of_student = sizes.vocab_per_rank * sizes.bytes_per_element
+    of_teachers = sum(cost.logits_bytes for cost in teacher_costs(sizes, sizes.pp_size - 1))
+    chunk = min(size, tokens) * (of_student + of_teachers)
     # More than two chunks are summed in fp32 and rounded at the end (`losses.linear_pass`).
-    summed = 4 if sizes.width < 4 and -(-tokens // size) > 2 else 0
-    return chunk, student.head * (sizes.width + summed)
+    summed = 4 if sizes.bytes_per_element < 4 and -(-tokens // size) > 2 else 0
+    return chunk, student.head * (sizes.bytes_per_element + summed)
 
 
 def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
     """Temporaries: of one layer's backward pass, and of the largest matrices of parameters."""
-    layer, width = LayerSizes.of(sizes.models.student_config), sizes.width
+    layer, bytes_per_element = LayerSizes.of(sizes.models.student_config), sizes.bytes_per_element
     of_layer = _layer_temporaries(layer, sizes, gpu)
     # A gradient in the weights' dtype is there until it has been added; a CPU widens it to fp32 to do so.
-    cast = 4 if width < 4 and not gpu else 0
+    cast = 4 if bytes_per_element < 4 and not gpu else 0
     # A tied embedding's two gradients are summed; d head alone is counted already.
-    matrix = student.largest * (width * (2 if student.tied else 1) + cast)
-    return of_layer + max(matrix, student.largest * 4 / sizes.data)  # or the copy that clipping makes
+    matmul_params = student.largest * (bytes_per_element * (2 if student.tied else 1) + cast)
+    return of_layer + max(matmul_params, student.largest * 4 / sizes.dp_size)  # or the copy that clipping makes
 
 
 def _layer_temporaries(layer: LayerSizes, sizes: RunSizes, gpu: bool) -> float:
     """Of the feed-forward part (six of its width) or of attention, whose scores a CPU makes again if they are few."""
-    scores = sizes.micro_size * layer.heads / sizes.tensor * sizes.length**2
-    attention = 6 * layer.query / sizes.tensor * sizes.tokens
+    scores = sizes.micro_size * layer.heads / sizes.tp_size * sizes.length**2
+    attention = 6 * layer.query / sizes.tp_size * sizes.tokens
     if not gpu and scores <= SCORES_AT_ONCE:
         attention += 3 * scores
-    feed_forward = 6 * layer.ffn / sizes.tensor * sizes.tokens
-    return (max(attention, feed_forward) + 4 * layer.hidden * sizes.tokens) * sizes.width
+    feed_forward = 6 * layer.ffn / sizes.tp_size * sizes.tokens
+    return (max(attention, feed_forward) + 4 * layer.hidden * sizes.tokens) * sizes.bytes_per_element
 
 
-def weights_bytes(hf_config: PretrainedConfig, width: int) -> float:
+def weights_bytes(hf_config: PretrainedConfig, bytes_per_element: int) -> float:
     """Of a whole model."""
-    return parameters(hf_config) * width
+    return parameters(hf_config) * bytes_per_element

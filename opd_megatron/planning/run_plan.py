@@ -10,15 +10,16 @@ from typing import Any
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.cpu.platform import has_gpu
-from opd_megatron.models import ResolvedModels, check
+from opd_megatron.models import ResolvedModels
+from opd_megatron.models.sizes import BYTES_PER_ELEMENT, RunSizes
 from opd_megatron.planning.coverage import Coverage, build_and_check
 from opd_megatron.planning.gpus import Gpu
 from opd_megatron.planning.layouts import Suggestion, stage_memories, suggestions, usable
 from opd_megatron.planning.memory import GIB, RankMemory, activation_bytes, rank_memory, weights_bytes
 from opd_megatron.planning.published import find_model, known_tensors
-from opd_megatron.planning.sizes import WIDTH, RunSizes
 from opd_megatron.planning.timing import ASSUMPTIONS, step_seconds
 from opd_megatron.planning.traffic import Traffic, traffic
+from opd_megatron.run.checks import check_run
 
 
 @dataclass(slots=True)
@@ -58,9 +59,9 @@ def make_plan(config: RunConfig, gpu: Gpu | None = None, folders: Sequence[Path]
     """Builds every distinct shard, checks it and works everything out. No weights, GPU or other process is needed.
 
     Raises:
-        OPDError: what `layout.check` finds, or a model whose tensors are not covered (`coverage.check_coverage`).
+        OPDError: what `check_run` finds, or a model whose tensors are not covered (`coverage.check_coverage`).
     """
-    models = check(config, lambda path: find_model(path, folders))
+    models = check_run(config, lambda path: find_model(path, folders))
     sizes = RunSizes(config, models)
     moved = traffic(sizes)
     plan = RunPlan(sizes, _check_models(config, models), stage_memories(sizes, gpu), moved, gpu)
@@ -81,11 +82,11 @@ def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Covera
     }
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: RunConfig, models: ResolvedModels) -> str:
     """Process layout and memory of each rank, for `--dry-run`: the models' configs are read, nothing is built."""
-    sizes = RunSizes(config, check(config))
+    sizes = RunSizes(config, models)
     gpu = has_gpu()
-    lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pipeline)])]
+    lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)])]
     return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)}, in a process of its own beside rank 0"])
 
 
@@ -112,7 +113,7 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
     sizes = plan.sizes
     return {
         "ranks": sizes.ranks,
-        "parallel": {"tensor": sizes.tensor, "pipeline": sizes.pipeline, "data": sizes.data, "expert": sizes.expert},
+        "parallel": {"tensor": sizes.tp_size, "pipeline": sizes.pp_size, "data": sizes.dp_size, "expert": sizes.ep_size},
         "models": {path: asdict(found) for path, found in plan.coverage.items()},
         "stages": [
             {
@@ -132,14 +133,14 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
 
 
 def _layout_lines(sizes: RunSizes) -> list[str]:
-    padded = sizes.models.padded_vocab(sizes.tensor)
+    padded = sizes.models.padded_vocab(sizes.tp_size)
     sequences = sizes.micro_batches * sizes.micro_size
     return [
-        f"ranks            {sizes.ranks} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}"
-        + (f", experts over {sizes.expert}" if sizes.expert > 1 else ""),
+        f"ranks            {sizes.ranks} = tensor {sizes.tp_size} x pipeline {sizes.pp_size} x data {sizes.dp_size}"
+        + (f", experts over {sizes.ep_size}" if sizes.ep_size > 1 else ""),
         f"step             {sizes.config.sequences_per_step} sequences, {sequences} a data-parallel rank in "
         f"{sizes.micro_batches} micro batches of {sizes.micro_size}, {sizes.length} tokens each",
-        f"vocabulary       {sizes.models.vocab_size} shared, padded to {padded}, {sizes.columns} columns a rank",
+        f"vocabulary       {sizes.models.vocab_size} shared, padded to {padded}, {sizes.vocab_per_rank} columns a rank",
     ]
 
 
@@ -174,6 +175,6 @@ def _engine(sizes: RunSizes, gpu: bool) -> str:
     rollout = sizes.config.rollout
     if gpu:
         return f"{rollout.gpu_memory_utilization:.0%} of the memory of {rollout.tensor} GPU(s)"
-    width = WIDTH[rollout.dtype or sizes.config.student.dtype]
-    weights = weights_bytes(sizes.models.student_config, width) / GIB
+    bytes_per_element = BYTES_PER_ELEMENT[rollout.dtype or sizes.config.student.dtype]
+    weights = weights_bytes(sizes.models.student_config, bytes_per_element) / GIB
     return f"{weights:.2f} GiB of weights, {rollout.kv_cache_gib:.2f} GiB of key-value cache"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
+from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import optimizer_share, weights_bytes
-from opd_megatron.planning.sizes import WIDTH, LayerSizes, RunSizes
 from opd_megatron.planning.traffic import Traffic
+from opd_megatron.teacher import teacher_costs
 
 _FLOPS_USED, _BANDWIDTH_USED = 0.4, 0.6
 _SEQUENCES_AT_ONCE = 256  # of vLLM, by default
@@ -26,47 +25,36 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     """Seconds of the phases of one step, one after the other."""
     student = sizes.models.student_config
     flops = gpu.bf16_flops * _FLOPS_USED
-    bubble = 1 + (sizes.pipeline - 1) / sizes.micro_batches
+    bubble = 1 + (sizes.pp_size - 1) / sizes.micro_batches
     passes = 4 if sizes.config.student.recompute else 3
-    of_student = passes * _body_flops(student, sizes) + 3 * _head_flops(student, sizes)
-    of_teachers = sum(_body_flops(hf_config, sizes) + _head_flops(hf_config, sizes) for hf_config, _ in sizes.teachers)
-    updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pipeline))
+    of_student = passes * sizes.body_flops(student) + 3 * sizes.head_flops(student)
+    of_teachers = sum(cost.flops for cost in teacher_costs(sizes, stage=0))
+    updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pp_size))
     return {
         "rollout": _rollout(sizes, gpu),
         "teacher": of_teachers / sizes.ranks / flops * bubble,
         "student": of_student / sizes.ranks / flops * bubble,
-        "tensor collectives": moved.tensor / _link(sizes.tensor, gpu),
+        "tensor collectives": moved.tensor / _link(sizes.tp_size, gpu),
         "pipeline transfers": moved.pipeline / _link(sizes.ranks, gpu),
-        "expert transfers": moved.expert / _link(sizes.tensor * sizes.expert, gpu),
-        "data collectives": moved.data / _link(sizes.tensor * sizes.data, gpu),
+        "expert transfers": moved.expert / _link(sizes.tp_size * sizes.ep_size, gpu),
+        "data collectives": moved.data / _link(sizes.tp_size * sizes.dp_size, gpu),
         # Gradient, main weight and both moments read, three of them and the weight written.
         "optimizer": updated * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
         "weight push": moved.weight_push / gpu.network,
     }
 
 
-def _body_flops(hf_config: PretrainedConfig, sizes: RunSizes) -> float:
-    """Of one forward pass over a step's tokens through all layers."""
-    layer, tokens = LayerSizes.of(hf_config), sizes.config.sequences_per_step * sizes.length
-    return hf_config.num_hidden_layers * tokens * (2 * layer.matrix + 2 * sizes.length * layer.query)
-
-
-def _head_flops(hf_config: PretrainedConfig, sizes: RunSizes) -> float:
-    responses = sizes.config.sequences_per_step * sizes.config.rollout.max_new_tokens
-    return 2.0 * responses * hf_config.vocab_size * hf_config.hidden_size
-
-
 def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
     """Prefill, then one pass over weights, keys and values for each new token of all sequences at once."""
     hf_config, rollout = sizes.models.student_config, sizes.config.rollout
-    width = WIDTH[rollout.dtype or sizes.config.student.dtype]
+    bytes_per_element = BYTES_PER_ELEMENT[rollout.dtype or sizes.config.student.dtype]
     waves = -(-sizes.config.sequences_per_step // _SEQUENCES_AT_ONCE)
     batch = sizes.config.sequences_per_step / waves
-    cached = batch * sizes.length * 2 * LayerSizes.of(hf_config).key * hf_config.num_hidden_layers * width
+    cached = batch * sizes.length * 2 * LayerSizes.of(hf_config).key * hf_config.num_hidden_layers * bytes_per_element
     rate = gpu.memory_bandwidth * _BANDWIDTH_USED * rollout.tensor
-    decode = waves * rollout.max_new_tokens * (weights_bytes(hf_config, width) + cached) / rate
+    decode = waves * rollout.max_new_tokens * (weights_bytes(hf_config, bytes_per_element) + cached) / rate
     share = sizes.config.data.max_prompt_tokens / sizes.length
-    return decode + _body_flops(hf_config, sizes) * share / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor)
+    return decode + sizes.body_flops(hf_config) * share / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor)
 
 
 def _link(ranks: int, gpu: Gpu) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
 from opd_megatron.planning.memory import weights_bytes
-from opd_megatron.planning.sizes import WIDTH, LayerSizes, RunSizes
+from opd_megatron.teacher import teacher_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +33,25 @@ def traffic(sizes: RunSizes) -> Traffic:
     recompute = sizes.config.student.recompute
     # Two all-reduces a layer in each direction; under sequence parallelism the backward pass gathers inputs again.
     passes = 4 + 2 * recompute + (1 if sizes.sequence_shards > 1 else 0)
-    row = student.hidden_size * sizes.width
+    row = student.hidden_size * sizes.bytes_per_element
     inside = passes * student.num_hidden_layers * row
     between = 2 * row
-    for hf_config, width in sizes.teachers:
-        inside += 2 * hf_config.num_hidden_layers * hf_config.hidden_size * width
-        between += hf_config.hidden_size * width
+    costs = teacher_costs(sizes, stage=0)
+    inside += sum(cost.tensor_bytes for cost in costs)
+    between += sum(cost.pipeline_bytes for cost in costs)
     tokens = sizes.tokens * sizes.micro_batches
-    rollout = WIDTH[sizes.config.rollout.dtype or sizes.config.student.dtype]
-    shards = [sizes.stage(student, stage) for stage in range(sizes.pipeline)]
-    copies = sizes.data // sizes.expert  # of an expert
+    rollout = BYTES_PER_ELEMENT[sizes.config.rollout.dtype or sizes.config.student.dtype]
+    shards = [sizes.stage(student, stage) for stage in range(sizes.pp_size)]
+    copies = sizes.dp_size // sizes.ep_size  # of an expert
     synchronised = max(
-        _ring(sizes.data) * (shard.parameters - shard.experts) + _ring(copies) * shard.experts for shard in shards
+        _ring(sizes.dp_size) * (shard.parameters - shard.experts) + _ring(copies) * shard.experts for shard in shards
     )
     return Traffic(
-        tensor=2 * _ring(sizes.tensor) * inside / sizes.pipeline * tokens,
-        pipeline=between * tokens / sizes.sequence_shards if sizes.pipeline > 1 else 0.0,
-        expert=_ring(sizes.expert) * _to_experts(sizes) * tokens,
-        data=synchronised * (4 + sizes.width),
-        teacher_states=0.0,
+        tensor=2 * _ring(sizes.tp_size) * inside / sizes.pp_size * tokens,
+        pipeline=between * tokens / sizes.sequence_shards if sizes.pp_size > 1 else 0.0,
+        expert=_ring(sizes.ep_size) * _to_experts(sizes) * tokens,
+        data=synchronised * (4 + sizes.bytes_per_element),
+        teacher_states=sum(cost.states_bytes for cost in costs),
         weight_push=weights_bytes(student, rollout),
     )
 
@@ -59,11 +60,15 @@ def _to_experts(sizes: RunSizes) -> float:
     """Bytes that a token sends and gets back on a rank's layers: forward and backward, and once more to recompute."""
     hf_config, passes = sizes.models.student_config, 3 if sizes.config.student.recompute else 2
     bytes_ = (
-        passes * 2 * LayerSizes.of(hf_config).routed * hf_config.hidden_size * hf_config.num_hidden_layers * sizes.width
+        passes
+        * 2
+        * LayerSizes.of(hf_config).experts_per_token
+        * hf_config.hidden_size
+        * hf_config.num_hidden_layers
+        * sizes.bytes_per_element
     )
-    for teacher, width in sizes.teachers:
-        bytes_ += 2 * LayerSizes.of(teacher).routed * teacher.hidden_size * teacher.num_hidden_layers * width
-    return bytes_ / sizes.pipeline / sizes.tensor
+    bytes_ += sum(cost.expert_bytes for cost in teacher_costs(sizes, stage=0))
+    return bytes_ / sizes.pp_size / sizes.tp_size
 
 
 def _ring(ranks: int) -> float:

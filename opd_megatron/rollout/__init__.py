@@ -1,14 +1,36 @@
-"""Sampling from the student: the engine protocol, vLLM in its own process, a plain torch engine, the sampler."""
+"""Sampling from the student.
+
+base.py           RolloutEngine, the seam
+client.py         RolloutClient: one engine, on one rank, looks the same on all
+vllm_engine.py    vLLM in a process of its own (vllm_server.py), with our hands in its workers (vllm_worker.py)
+torch_engine.py   a plain transformers engine, for tests
+child.py          a watched child process
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from opd_megatron.config import RunConfig
 from opd_megatron.rollout.base import RolloutEngine
 from opd_megatron.rollout.client import RolloutClient
+from opd_megatron.types import DTYPES
+from opd_megatron.weight_sync.format import WeightFormat
 
-__all__ = ["RolloutClient", "RolloutEngine", "build_engine"]
+__all__ = ["RolloutClient", "RolloutEngine", "build_engine", "weight_format"]
+
+
+def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightFormat:
+    """What the engine that `config.rollout` names takes as weights, for ranks that have no engine too."""
+    rollout = config.rollout
+    dtype = DTYPES[rollout.dtype or config.student.dtype]
+    if rollout.engine == "torch" or not rollout.shard_to_shard:
+        return WeightFormat(dtype, rollout.tensor)
+    from opd_megatron.rollout.vllm_engine import vocab_rows
+
+    return WeightFormat(dtype, rollout.tensor, vocab_rows(hf_config.vocab_size, rollout.tensor))
 
 
 def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> RolloutEngine:
@@ -25,11 +47,9 @@ def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_pat
     rollout = config.rollout
     dtype = rollout.dtype or config.student.dtype
     if rollout.engine == "torch":
-        import torch
-
         from opd_megatron.rollout.torch_engine import TorchEngine
 
-        return TorchEngine(model_dir, max_model_len, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        return TorchEngine(model_dir, max_model_len, DTYPES[dtype])
     from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 
     return VLLMEngine(

@@ -1,8 +1,8 @@
 """Makes one engine, on one rank, look the same on all: samples and errors are shared, a dead engine is replaced.
 
-    sampler.start(version)          bring the engine up, push the weights
-    sampler.sample(prompts, how)    -> the same list of rollouts on every rank, all from the version last pushed
-    sampler.push(version)           after every optimizer step
+    client.start(version)           bring the engine up, give it the weights
+    client.sample(requests, how)    -> the same list of rollouts on every rank, all from the version last synced
+    client.sync_weights(version)    after every optimizer step
 
 Each call is a collective over `group`. Whatever happens to the engine, rank 0 tells the others before anyone acts
 on it, so that all ranks raise, restart or go on together.
@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import EngineDiedError, OPDError, RolloutError, StalePolicyError
-from opd_megatron.rollout.base import RolloutEngine, WeightPayload
-from opd_megatron.types import Prompt, Rollout, Sampling
+from opd_megatron.rollout.base import RolloutEngine
+from opd_megatron.types import Rollout, SampleRequest, Sampling
+from opd_megatron.weight_sync.format import WeightPayload
 
 Result = TypeVar("Result")
 _Packed = tuple[list[int], torch.Tensor, torch.Tensor, list[str], int]
+"""Lengths, all tokens (int32), all logprobs, finish reasons, policy version."""
 
 
 class RolloutClient:
@@ -31,7 +33,7 @@ class RolloutClient:
     def __init__(
         self,
         engine: RolloutEngine | None,
-        export_weights: Callable[[], Iterator[WeightPayload]],
+        weights: Callable[[], Iterator[WeightPayload]],
         group: ProcessGroup | None,
         *,
         max_restarts: int,
@@ -40,8 +42,8 @@ class RolloutClient:
         """
         Args:
             engine: the engine on rank 0 of `group`, None on the others.
-            export_weights: called on every rank; a collective generator whose shipments come out on rank 0 (what
-                the others get is ignored). It is always exhausted on every rank.
+            weights: called on every rank; a collective generator of the current weights whose payloads come out on
+                rank 0 (`weight_sync.WeightPublisher.stream`). It is always exhausted on every rank.
             group: a gloo group of all ranks that sample (objects travel over it, so NCCL will not do); None for
                 a single process.
             max_restarts: how often in a row a dead engine is replaced.
@@ -50,36 +52,37 @@ class RolloutClient:
         self._is_host = group is None or dist.get_rank(group) == 0
         assert (engine is not None) == self._is_host, "the engine belongs on rank 0 of the group, and only there"
         self._engine = engine
-        self._export = export_weights
+        self._weights = weights
         self._group = group
         self._max_restarts = max_restarts
         self._on_event = on_event
         self._version = -1
 
     def start(self, version: int) -> None:
-        """Brings the engine up and pushes the current weights as `version`."""
+        """Brings the engine up and gives it the current weights as `version`."""
         self._version = version
         self._with_restarts(self._restart, again=self._restart)
 
-    def push(self, version: int) -> None:
-        """Pushes the current weights as `version`.
+    def sync_weights(self, version: int) -> None:
+        """Gives the engine the current weights as `version`.
 
         Raises, on all ranks (as `start` and `sample` do):
             EngineDiedError: the engine died more than `max_restarts` times in a row.
             OPDError: whatever else the engine on rank 0 raised, with its type and message.
         """
         self._version = version
-        self._with_restarts(self._push, again=self._restart)
+        self._with_restarts(self._sync, again=self._restart)
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """One answer per prompt (the same list on every rank), in order, on every rank.
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
+        """Samples one answer a request, in order; every rank passes the same list and gets the same rollouts.
 
-        Raises StalePolicyError when the engine samples from other weights than the ones last pushed, and what
-        `push` raises.
+        Raises StalePolicyError when the engine samples from other weights than the ones last synced, and what
+        `sync_weights` raises.
         """
 
         def generate() -> list[Rollout]:
-            return _unpack(prompts, self._on_host(lambda engine: _pack(self._sample_fresh(engine, prompts, sampling))))
+            packed = self._on_host(lambda engine: _pack(self._sample_fresh(engine, requests, sampling)))
+            return _unpack(requests, packed)
 
         def bring_up_and_generate() -> list[Rollout]:
             self._restart()
@@ -93,7 +96,7 @@ class RolloutClient:
             self._engine.close()
 
     def _with_restarts(self, first: Callable[[], Result], again: Callable[[], Result]) -> Result:
-        """`first()`, or `again()` as often as the engine dies on the way and restarts are left."""
+        """Runs `first()`, then `again()` as often as the engine dies on the way and restarts are left."""
         deaths = 0
         while True:
             try:
@@ -109,24 +112,26 @@ class RolloutClient:
                     self._on_event(f"{error}; restarting {deaths}/{self._max_restarts}")
 
     def _restart(self) -> None:
-        self._on_host(lambda engine: engine.start())
-        self._push()
+        self._on_host(lambda engine: engine.wait_ready())
+        self._sync()
 
-    def _push(self) -> None:
-        shipments = iter(self._export())
+    def _sync(self) -> None:
+        payloads = iter(self._weights())
 
         def update(engine: RolloutEngine) -> None:
             try:
-                engine.update_weights(shipments, self._version)
+                engine.update_weights(payloads, self._version)
             finally:
-                _exhaust(shipments)  # also when the engine stopped reading: the other ranks are in these collectives
+                _exhaust(payloads)  # also when the engine stopped reading: the other ranks are in these collectives
 
         if not self._is_host:
-            _exhaust(shipments)
+            _exhaust(payloads)
         self._on_host(update)
 
-    def _sample_fresh(self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        rollouts = engine.generate(prompts, sampling)
+    def _sample_fresh(
+        self, engine: RolloutEngine, requests: Sequence[SampleRequest], sampling: Sampling
+    ) -> list[Rollout]:
+        rollouts = engine.generate(requests, sampling)
         stale = next((r for r in rollouts if r.policy_version != self._version), None)
         if stale is not None:
             raise StalePolicyError(
@@ -161,20 +166,19 @@ def _exhaust(iterator: Iterable[Any]) -> None:
 
 
 def _pack(rollouts: Sequence[Rollout]) -> _Packed:
-    """Lengths, all tokens, all logprobs, reasons, version: prompts stay home, every rank has them."""
+    """Joins the responses into two tensors. Requests stay at home: every rank has them."""
+    sampled = [rollout.logprobs for rollout in rollouts if rollout.logprobs is not None]
+    assert len(sampled) == len(rollouts), "an engine gives the logprobs of what it sampled"
     return (
-        [len(r.response_ids) for r in rollouts],
-        torch.tensor([token for r in rollouts for token in r.response_ids], dtype=torch.int32),
-        torch.tensor([logprob for r in rollouts for logprob in r.logprobs], dtype=torch.float32),
-        [r.finish_reason for r in rollouts],
-        rollouts[0].policy_version if rollouts else -1,
+        [len(rollout.response_ids) for rollout in rollouts],
+        torch.cat([rollout.response_ids for rollout in rollouts]).to(torch.int32),
+        torch.cat(sampled),
+        [rollout.finish_reason for rollout in rollouts],
+        rollouts[0].policy_version,
     )
 
 
-def _unpack(prompts: Sequence[Prompt], packed: _Packed) -> list[Rollout]:
+def _unpack(requests: Sequence[SampleRequest], packed: _Packed) -> list[Rollout]:
     lengths, tokens, logprobs, reasons, version = packed
-    pieces = zip(prompts, tokens.split(lengths), logprobs.split(lengths), reasons, strict=True)
-    return [
-        Rollout(prompt, tuple(ids.tolist()), tuple(values.tolist()), version, reason)
-        for prompt, ids, values, reason in pieces
-    ]
+    pieces = zip(requests, tokens.to(torch.int64).split(lengths), logprobs.split(lengths), reasons, strict=True)
+    return [Rollout(r.prompt, ids, values, version, reason, group=r.group) for r, ids, values, reason in pieces]

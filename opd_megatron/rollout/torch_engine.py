@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from opd_megatron.errors import RolloutError
-from opd_megatron.rollout.base import ShardFiles, WeightPayload
-from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+from opd_megatron.types import Bucket, Rollout, SampleRequest, Sampling
+from opd_megatron.weight_sync.format import ShardFiles, WeightPayload
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -28,10 +28,10 @@ class TorchEngine:
         self._dtype = dtype
         self._model: Any = None
 
-    def launch(self) -> None:
-        """Nothing to begin with: there is no process."""
+    def spawn(self) -> None:
+        """Does nothing: there is no process."""
 
-    def start(self) -> None:
+    def wait_ready(self) -> None:
         """Builds the model with weights that no method will use."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,10 +39,10 @@ class TorchEngine:
         self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
         self.policy_version = -1
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """One answer per prompt. Raises RolloutError before the first update and for a prompt that is too long."""
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
+        """Samples one answer a request. Raises RolloutError before the first update, or for a prompt too long."""
         self._check_ready()
-        return [self._answer(prompt, sampling, i) for i, prompt in enumerate(prompts)]
+        return [self._answer(request, sampling) for request in requests]
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -56,14 +56,14 @@ class TorchEngine:
         return result
 
     @torch.no_grad()
-    def update_weights(self, shipments: Iterable[WeightPayload], version: int) -> None:
+    def update_weights(self, payloads: Iterable[WeightPayload], version: int) -> None:
         """Copies full HF tensors in. Raises RolloutError when one is missing, unknown or of the wrong shape."""
         if self._model is None:
-            raise RolloutError("the rollout engine is not running: call start first")
+            raise RolloutError("the rollout engine is not running: call wait_ready first")
         self.policy_version = -1
         state = self._model.state_dict()
         filled: Counter[int] = Counter()
-        for name, tensor in (pair for bucket in shipments for pair in _whole(bucket)):
+        for name, tensor in (pair for bucket in payloads for pair in _whole(bucket)):
             target = _parameter(state, name)
             if target is None or target.shape != tensor.shape:
                 expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
@@ -90,7 +90,8 @@ class TorchEngine:
             raise RolloutError("the rollout engine has no weights yet (policy version -1): call update_weights first")
 
     @torch.no_grad()
-    def _answer(self, prompt: Prompt, sampling: Sampling, index: int) -> Rollout:
+    def _answer(self, request: SampleRequest, sampling: Sampling) -> Rollout:
+        prompt = request.prompt
         if len(prompt.token_ids) + sampling.max_new_tokens > self._max_model_len:
             raise RolloutError(
                 f"prompt {prompt.id!r}: {len(prompt.token_ids)} tokens + max_new_tokens={sampling.max_new_tokens} is "
@@ -98,10 +99,10 @@ class TorchEngine:
                 "shorten data.max_prompt_tokens or rollout.max_new_tokens"
             )
         generator = torch.Generator()
-        if sampling.seed is None:
+        if request.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(sampling.seed + index)
+            generator.manual_seed(request.seed)
         ids: list[int] = []
         logprobs: list[float] = []
         inputs, cache = torch.tensor([prompt.token_ids]), None
@@ -114,12 +115,14 @@ class TorchEngine:
             logprobs.append(float(policy[token]))
             inputs = torch.tensor([[token]])
         reason = "stop" if ids and ids[-1] in sampling.stop_token_ids else "length"
-        return Rollout(prompt, tuple(ids), tuple(logprobs), self.policy_version, reason)
+        return Rollout(
+            prompt, torch.tensor(ids), torch.tensor(logprobs), self.policy_version, reason, group=request.group
+        )
 
 
-def _whole(shipment: WeightPayload) -> Bucket:
-    assert not isinstance(shipment, ShardFiles), "this engine is one process: it takes full tensors"
-    return shipment
+def _whole(payload: WeightPayload) -> Bucket:
+    assert not isinstance(payload, ShardFiles), "this engine is one process: it takes full tensors"
+    return payload
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.rollout.base import ShardFiles, WeightPayload
 from opd_megatron.rollout.child import ChildProcess
-from opd_megatron.types import Prompt, Rollout, Sampling
+from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.bucket_files import BucketFiles
+from opd_megatron.weight_sync.format import ShardFiles, WeightPayload
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TORCHRUN_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
@@ -130,9 +129,9 @@ class VLLMEngine:
         """Process id of the engine; None when it is not running."""
         return self._child.process.pid if self._child else None
 
-    def launch(self) -> None:
+    def spawn(self) -> None:
         """Starts the process without waiting, so that its imports (most of the start) run while the trainer builds
-        its models. Optional; `start` launches what is not there."""
+        its models. Optional; `wait_ready` spawns what is not there."""
         self.close()
         self._child = ChildProcess(
             "opd_megatron.rollout.vllm_server",
@@ -141,15 +140,15 @@ class VLLMEngine:
             self.options.request_timeout,
         )
 
-    def start(self) -> None:
-        """Ends the process that is there, if any, and brings up a new one.
+    def wait_ready(self) -> None:
+        """Ends the process that is in use, if any, and brings up a new one.
 
         Raises:
             RolloutError: vLLM does not take the model or the sizes asked for.
             EngineDiedError: the process ended, or took longer than `request_timeout`.
         """
         if self._child is None or self._started:
-            self.launch()
+            self.spawn()
         child = self._running()
         self._started = True
         try:
@@ -162,29 +161,36 @@ class VLLMEngine:
             self.close()
             raise RolloutError(f"vLLM could not start: {error}{hint}") from None
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """One answer per prompt. Raises RolloutError before the first `update_weights`, or for a prompt that is
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
+        """Samples one answer a request. Raises RolloutError before the first `update_weights`, or for a prompt that is
         too long; EngineDiedError when the process ended."""
         if self.policy_version < 0:
             raise RolloutError("the rollout engine has no weights yet (policy version -1): call update_weights first")
-        for prompt in prompts:
+        for prompt in (request.prompt for request in requests):
             self._check_length(len(prompt.token_ids) + sampling.max_new_tokens, f"prompt {prompt.id!r}: "
                 f"{len(prompt.token_ids)} tokens + max_new_tokens={sampling.max_new_tokens}")  # fmt: skip
         request = {
-            "prompts": [list(prompt.token_ids) for prompt in prompts],
+            "prompts": [list(request.prompt.token_ids) for request in requests],
+            "seeds": [request.seed for request in requests],
             "sampling": {
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "stop_token_ids": list(sampling.stop_token_ids),
-                "seed": sampling.seed,
             },
         }
         answers = self._running().call("generate", request)
         return [
-            Rollout(prompt, tuple(ids), tuple(logprobs), self.policy_version, reason)
-            for prompt, (ids, logprobs, reason) in zip(prompts, answers, strict=True)
+            Rollout(
+                request.prompt,
+                torch.tensor(ids),
+                torch.tensor(logprobs),
+                self.policy_version,
+                reason,
+                group=request.group,
+            )
+            for request, (ids, logprobs, reason) in zip(requests, answers, strict=True)
         ]
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -195,7 +201,7 @@ class VLLMEngine:
             self._check_length(len(sequence) + 1, f"sequence {i}: {len(sequence)} tokens + 1")
         return self._running().call("token_logprobs", {"sequences": [list(ids) for ids in sequences]})
 
-    def update_weights(self, shipments: Iterable[WeightPayload], version: int) -> None:
+    def update_weights(self, payloads: Iterable[WeightPayload], version: int) -> None:
         """Streams weights through files, two buckets at a time, and drops cached prefixes.
 
         Full HF tensors go through files of this process, which every worker reads and takes its part of. ShardFiles
@@ -209,7 +215,7 @@ class VLLMEngine:
         self.policy_version = -1
         child.call("begin_update", {})
         try:
-            self._stream(child, shipments)
+            self._stream(child, payloads)
             missing = child.call("end_update", {})
         except _BadTensorError as error:
             self.close()
@@ -221,7 +227,7 @@ class VLLMEngine:
             )
         self.policy_version = version
 
-    def _stream(self, child: ChildProcess, shipments: Iterable[WeightPayload]) -> None:
+    def _stream(self, child: ChildProcess, payloads: Iterable[WeightPayload]) -> None:
         """Sends every bucket; the engine loads one while the trainer gathers and writes the next."""
         loading = False
 
@@ -233,10 +239,10 @@ class VLLMEngine:
                 if problem:
                     raise _BadTensorError(problem)
 
-        with BucketFiles(_DTYPES[self.options.dtype]) as spool:
+        with BucketFiles(DTYPES[self.options.dtype]) as spool:
             try:
-                for shipment in shipments:
-                    paths = shipment.paths if isinstance(shipment, ShardFiles) else (spool.write(shipment),)
+                for payload in payloads:
+                    paths = payload.paths if isinstance(payload, ShardFiles) else (spool.write(payload),)
                     loaded()
                     child.send("load", {"paths": [str(path) for path in paths]})
                     loading = True
@@ -253,7 +259,7 @@ class VLLMEngine:
 
     def _running(self) -> ChildProcess:
         if self._child is None:
-            raise RolloutError("the rollout engine is not running: call start first")
+            raise RolloutError("the rollout engine is not running: call wait_ready first")
         return self._child
 
     def _check_length(self, tokens: int, what: str) -> None:

@@ -27,20 +27,21 @@ class Server:
 
         self.llm = LLM(**options)
 
-    def generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[tuple[list[int], list[float], str]]:
-        """(sampled tokens, their logprobs under the sampling policy, finish reason) for each prompt."""
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int | None], sampling: dict[str, Any]
+    ) -> list[tuple[list[int], list[float], str]]:
+        """Returns (sampled tokens, their logprobs under the sampling policy, finish reason) of each prompt."""
         from vllm import SamplingParams
 
-        seed = sampling.pop("seed")
         parameters = [
             SamplingParams(
                 **sampling,
-                seed=None if seed is None else seed + i,
+                seed=seed,
                 logprobs=0,
                 ignore_eos=True,  # only `stop_token_ids` end an answer
                 detokenize=False,
             )
-            for i in range(len(prompts))
+            for seed in seeds
         ]
         outputs = [result.outputs[0] for result in self._run(prompts, parameters)]
         return [

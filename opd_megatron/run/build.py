@@ -1,123 +1,96 @@
-"""Making the parts of a run, in an order that finds mistakes early: sizes, data, process groups, models, engine."""
+"""Builds the parts of a run, in an order that finds mistakes early: sizes, data, process groups, models, engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.batching import MicroBatchBuilder
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
+from opd_megatron.data.stages import RolloutStage
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
-from opd_megatron.errors import OPDError
-from opd_megatron.mcore.checkpoint import (
-    BestCheckpoint,
-    CheckpointSaver,
-    FoundCheckpoint,
-    choose_checkpoint,
-    raise_together,
-)
+from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
 from opd_megatron.mcore.cpu.platform import device, init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.model import DTYPES
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
-from opd_megatron.models import ResolvedModels, check
-from opd_megatron.rollout import RolloutEngine, build_engine
+from opd_megatron.models import ResolvedModels
+from opd_megatron.rollout import RolloutEngine, build_engine, weight_format
 from opd_megatron.rollout.client import RolloutClient
+from opd_megatron.run.checks import check_run
 from opd_megatron.run.evaluation import Evaluator
-from opd_megatron.run.identity import identity_of
 from opd_megatron.run.run_dir import RunDir
-from opd_megatron.teacher import build_teachers
-from opd_megatron.teacher.base import Teacher
+from opd_megatron.teacher import Teacher, build_teachers
 from opd_megatron.types import Prompt
-from opd_megatron.weight_sync.publisher import weight_stream
-from opd_megatron.weights.save import save_hf
+from opd_megatron.weight_sync.publisher import WeightPublisher
 
-_ARCHITECTURE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "vocab_size", "tie_word_embeddings",
-)  # fmt: skip
-"""Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
+_EVALUATED_WITHOUT_DATA = 8
+"""Training prompts that stand in for held-out ones where there are none."""
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True)
 class RunParts:
-    """Everything a run is made of, on this rank."""
+    """The parts of a run on this rank. `OPDTrainer` is one, so that these are its own attributes."""
 
     config: RunConfig
     models: ResolvedModels
+    """Where the models lie and what their configs say."""
     run_dir: RunDir
     tokenizer: Any
+    """The student's."""
     prompts: PromptStream
+    """Endless; knows where it is, so that a run resumes at the right prompt."""
+    rollout_client: RolloutClient
+    """Samples from the student's current weights; looks the same on every rank."""
+    stages: tuple[RolloutStage, ...] = ()
+    """What happens to rollouts between sampling and batching; nothing today."""
+    batches: MicroBatchBuilder
     student: Student
     teachers: list[Teacher]
-    sampler: RolloutClient
     evaluator: Evaluator
-    found: FoundCheckpoint | None
-    """What the run goes on from."""
+    resume_from: FoundCheckpoint | None
+    """The newest whole checkpoint of the run directory; None at the start of a run."""
     saver: CheckpointSaver
     display: NullDisplay
     """The terminal on rank 0; shows nothing elsewhere."""
-    device: torch.device
-    length_multiple: int
     stop_token_ids: tuple[int, ...]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.models.vocab_size
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be one of this run: the settings that make it, and its model."""
-        hf_config = self.models.student_config
-        return identity_of(self.config.model_dump(mode="json")) | {
-            f"model.{name}": getattr(hf_config, name, None) for name in _ARCHITECTURE
-        }
-
-    def export_hf(self) -> Path:
-        """Writes the student as a Hugging Face folder. Collective over all ranks.
-
-        Raises OPDError on every rank when rank 0 cannot write; an earlier export is left as it was.
-        """
-        buckets = self.student.export()
-        failure: Exception | None = None
-        if dist.get_rank() == 0:
-            dtype = DTYPES[self.config.student.dtype]
-            try:
-                save_hf(
-                    buckets,
-                    self.student.hf_config,
-                    self.run_dir.hf_dir,
-                    tokenizer_dir=self.models.tokenizer,
-                    dtype=dtype,
-                )
-            except (OPDError, OSError) as error:
-                failure = error
-        for _ in buckets:  # the export is collective: also when nobody reads it, or its reader failed
-            pass
-        raise_together(failure, f"the student was not exported to {str(self.run_dir.hf_dir)!r}")
-        return self.run_dir.hf_dir
+    """Tokens that end an answer."""
 
     def close(self) -> None:
-        """Ends the engine, the display and the process group. Safe after a failure on some ranks only."""
-        self.sampler.close()
+        """Ends the engine, the teachers, the display and the process group. Safe after a failure on some ranks only."""
+        self.rollout_client.close()
+        for teacher in self.teachers:
+            teacher.close()
         self.display.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def build_parts(config: RunConfig, *, sampling: bool = True, scoring: bool = True) -> RunParts:
-    """Raises an OPDError child on every rank when something about the run is wrong.
+Parts = TypeVar("Parts", bound=RunParts)
 
-    Without `sampling` the rollout engine is not launched, without `scoring` no teacher is loaded: for commands that
-    do not need them.
+
+def build_run(
+    kind: type[Parts],
+    config: RunConfig,
+    models: ResolvedModels | None = None,
+    *,
+    sampling: bool = True,
+    scoring: bool = True,
+) -> Parts:
+    """Makes a `kind` of all parts. Raises an OPDError child on every rank when something about the run is wrong.
+
+    Args:
+        models: what `check_run` returned, where the caller has called it already.
+        sampling: launch the rollout engine; commands that do not sample leave it out.
+        scoring: load the teachers.
     """
     run_dir = RunDir(Path(config.output_dir))
-    models = check(config)
+    models = models or check_run(config)
     run_dir.check(config)
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
     for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
@@ -127,75 +100,93 @@ def build_parts(config: RunConfig, *, sampling: bool = True, scoring: bool = Tru
 
     init_distributed()
     torch.manual_seed(config.seed)
-    first = dist.get_rank() == 0
-    found = choose_checkpoint(run_dir.checkpoints)
-    unfinished = found is None or found.step < config.steps
-    engine = _engine(config, models, run_dir, launch=sampling and unfinished) if first else None
+    resume_from = choose_checkpoint(run_dir.checkpoints)
+    unfinished = resume_from is None or resume_from.step < config.steps
+    engine = _engine(config, models, run_dir, launch=sampling and unfinished) if dist.get_rank() == 0 else None
     try:
-        return _build_models(config, models, run_dir, tokenizer, prompts, held_out, engine, found, scoring)
+        grid = _grid(config, models)
+        student, teachers = _models(config, models, grid, scoring)
+        batches = _batches(config, grid)
+        display = _display(config, resume_from)
+        return kind(
+            config=config,
+            models=models,
+            run_dir=run_dir,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            rollout_client=_rollout_client(config, engine, student, display),
+            batches=batches,
+            student=student,
+            teachers=teachers,
+            evaluator=Evaluator(config, held_out or _some(prompts), teachers, batches, models.vocab_size),
+            resume_from=resume_from,
+            saver=_saver(config, run_dir),
+            display=display,
+            stop_token_ids=tuple(stop_token_ids(tokenizer, models.student)),
+        )
     except BaseException:
         if engine is not None:
             engine.close()
         raise
 
 
-def _build_models(
-    config: RunConfig,
-    models: ResolvedModels,
-    run_dir: RunDir,
-    tokenizer: Any,
-    prompts: PromptStream,
-    held_out: list[Prompt],
-    engine: RolloutEngine | None,
-    found: FoundCheckpoint | None,
-    scoring: bool,
-) -> RunParts:
+def _grid(config: RunConfig, models: ResolvedModels) -> ParallelGrid:
     parallel = config.parallel
-    grid = ParallelGrid.build(
+    return ParallelGrid.build(
         parallel.tensor,
         parallel.pipeline,
         models.data_parallel,
         ep_size=parallel.expert,
         sequence_parallel=parallel.sequence_parallel,
     )
-    padded_vocab = models.padded_vocab(parallel.tensor)
+
+
+def _models(
+    config: RunConfig, models: ResolvedModels, grid: ParallelGrid, scoring: bool
+) -> tuple[Student, list[Teacher]]:
+    padded_vocab = models.padded_vocab(grid.tp_size)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
-    teachers = build_teachers(config, models.teachers, grid, padded_vocab) if scoring else []
-    length_multiple = parallel.tensor if parallel.sequence_parallel else 1
-    first = dist.get_rank() == 0
-    done = found.step if found else 0
-    display = TrainingDisplay(config.steps, done, config.logging.progress) if first else NullDisplay()
-    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    return RunParts(
-        config=config,
-        models=models,
-        run_dir=run_dir,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        student=student,
-        teachers=teachers,
-        sampler=RolloutClient(
-            engine,
-            weight_stream(config, student, group, display.note),
-            group,
-            max_restarts=config.rollout.max_restarts,
-            on_event=display.note,
-        ),
-        evaluator=Evaluator(
-            config,
-            held_out or [prompts.dataset[row] for row in range(min(len(prompts.dataset), 8))],
-            teachers,
-            grid,
-            vocab_size=models.vocab_size,
-            length_multiple=length_multiple,
-            device=device(),
-        ),
-        found=found,
-        saver=_saver(config, run_dir),
-        display=display,
+    return student, build_teachers(config, models, grid) if scoring else []
+
+
+def _batches(config: RunConfig, grid: ParallelGrid) -> MicroBatchBuilder:
+    return MicroBatchBuilder(
+        grid.dp_rank,
+        grid.dp_size,
+        config.micro_batch_size(grid.dp_size),
+        one_length=grid.pp_size > 1,
+        multiple_of=grid.tp_size if grid.sequence_parallel else 1,
         device=device(),
-        length_multiple=length_multiple,
-        stop_token_ids=tuple(stop_token_ids(tokenizer, models.student)),
+    )
+
+
+def _some(prompts: PromptStream) -> list[Prompt]:
+    return [prompts.dataset[row] for row in range(min(len(prompts.dataset), _EVALUATED_WITHOUT_DATA))]
+
+
+def _display(config: RunConfig, resume_from: FoundCheckpoint | None) -> NullDisplay:
+    if dist.get_rank() > 0:
+        return NullDisplay()
+    return TrainingDisplay(config.steps, resume_from.step if resume_from else 0, config.logging.progress)
+
+
+def _rollout_client(
+    config: RunConfig, engine: RolloutEngine | None, student: Student, display: NullDisplay
+) -> RolloutClient:
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    publisher = WeightPublisher(
+        student,
+        weight_format(config, student.hf_config),
+        group,
+        bucket_bytes=config.rollout.bucket_mib * 2**20,
+        on_event=display.note,
+    )
+    return RolloutClient(
+        engine,
+        publisher.stream,
+        group,
+        max_restarts=config.rollout.max_restarts,
+        on_event=display.note,
     )
 
 
@@ -210,5 +201,5 @@ def _engine(config: RunConfig, models: ResolvedModels, run_dir: RunDir, *, launc
     engine = build_engine(config, models.student, longest, run_dir.rollout_log)
     if launch:
         run_dir.prepare(config)  # its log goes there
-        engine.launch()
+        engine.spawn()
     return engine

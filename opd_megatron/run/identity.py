@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from opd_megatron.config import RunConfig
+from opd_megatron.models import ResolvedModels
+
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
 # What a run may not change when it is resumed: another value would make the curves those of two different runs.
 _IDENTITY = ("seed", "student", "teachers", "data", "objective")
 
@@ -11,6 +19,14 @@ _IDENTITY = ("seed", "student", "teachers", "data", "objective")
 def identity_of(tree: dict[str, Any]) -> dict[str, Any]:
     """What a run may not change, of a configuration as nested dictionaries: `objective.type`, `teachers.0.path`, ..."""
     return dict(_flatten({key: tree.get(key) for key in _IDENTITY}))
+
+
+def checkpoint_identity(config: RunConfig, models: ResolvedModels) -> dict[str, Any]:
+    """What a checkpoint must agree with to be one of this run: the settings that make it, and its model."""
+    hf_config = models.student_config
+    return identity_of(config.model_dump(mode="json")) | {
+        f"model.{name}": getattr(hf_config, name, None) for name in _ARCHITECTURE
+    }
 
 
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:

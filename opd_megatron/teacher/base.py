@@ -1,29 +1,71 @@
-"""The seam to teachers: final hidden states for a batch, and the head that turns them into logits.
+"""The seam to teachers: score the student's tokens, give the loss what it takes of them.
 
-A teacher never ships logits. To add a transport (own ranks, a cache on disk, a server), write one class with
-these members in a file of its own and choose it in `teacher.build_teachers`.
+A teacher never ships logits. Whatever it hands over travels unopened to the loss, which alone tells a (hidden states,
+head) pair from top-k entries. To add a placement (own ranks, a cache on disk, a server): a config class in
+`config/teachers.py`, the two classes below in a file of its own here, and a row in `teacher.PLACEMENTS`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-import torch
+from transformers import PretrainedConfig
 
-from opd_megatron.types import Batch, TeacherStates
+from opd_megatron.config import RunConfig, TeacherConfig
+from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.models import ResolvedModels
+from opd_megatron.models.sizes import RunSizes
+from opd_megatron.types import Batch, TeacherInputs
+
+Config = TypeVar("Config", bound=TeacherConfig, contravariant=True)
 
 
 class Teacher(Protocol):
     """A frozen model that scores the student's tokens."""
 
-    weight: float
-    """Share in an ensemble; all shares sum to one."""
-    vocab_size: int
-    """Rows of its embedding that mean something."""
+    def submit(self, micro_batches: list[Batch]) -> None:
+        """Starts to score the response positions of a step. Collective over the student's ranks."""
 
-    @property
-    def head(self) -> torch.Tensor | None:
-        """[v, h]: its LM head resharded to the student's tensor-parallel ranks; None off the last stage."""
+    def collect(self) -> TeacherInputs:
+        """Waits for what was submitted last and returns it, one output a micro batch. Collective like `submit`."""
 
-    def hidden_states(self, micro_batches: list[Batch]) -> TeacherStates:
-        """Final hidden states at the response positions of each micro batch. Collective over the student's ranks."""
+    def close(self) -> None:
+        """Frees what the teacher holds besides this process's memory. Safe to call twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherCost:
+    """What one teacher adds to a rank of the student's and to its step, for `plan`."""
+
+    memory: dict[str, float]
+    """Bytes by what they are for: `teachers` (frozen weights), `teacher heads`, `teacher states`."""
+    logits_bytes: float = 0.0
+    """Bytes of one token's logits on a rank of the last stage while the loss computes them."""
+    tensor_bytes: float = 0.0
+    """Hidden-state bytes that the tensor-parallel collectives of a forward pass sum for one token."""
+    pipeline_bytes: float = 0.0
+    """Hidden-state bytes of one token that a stage sends to the next."""
+    expert_bytes: float = 0.0
+    """Bytes of one token that go to experts and come back, over all layers."""
+    states_bytes: float = 0.0
+    """Bytes a step that a rank receives from ranks of the teacher's own."""
+    flops: float = 0.0
+    """Of a step, on the student's ranks together."""
+
+
+class Placement(Protocol[Config]):
+    """What `plan` and the checks ask of a placement before a process group exists, and how a teacher is built."""
+
+    def check(self, teacher: Config, hf_config: PretrainedConfig, config: RunConfig) -> None:
+        """Raises ConfigError unless the teacher can have the layout that its entry asks for."""
+
+    def cost(self, teacher: Config, hf_config: PretrainedConfig, sizes: RunSizes, stage: int) -> TeacherCost:
+        """Estimates what the teacher costs a rank of the student's `stage`."""
+
+    def build(
+        self, teacher: Config, source: tuple[Path, PretrainedConfig], models: ResolvedModels, grid: ParallelGrid,
+        config: RunConfig, weight: float,
+    ) -> Teacher:  # fmt: skip
+        """Loads the teacher. `weight`: its share, of shares that sum to one. Every rank of the run calls it."""

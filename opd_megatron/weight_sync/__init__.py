@@ -1,0 +1,16 @@
+"""The student's weights into the rollout engine, after every optimizer step.
+
+    publisher = WeightPublisher(student, format, ...)      every rank; the engine's format decides which transport
+    for payload in publisher.stream(): ...                 a collective; payloads come out on rank 0
+    engine.update_weights(payloads, version)               rank 0; samples come from the new weights once it returns
+
+format.py        WeightFormat (what an engine takes) and the payloads
+publisher.py     WeightPublisher: which transport serves which format
+gathered.py      transport: full Hugging Face tensors, gathered in bounded buckets
+shard_files.py   transport: each rank's shards in files that the engine's worker of the same rank reads
+sharded.py       the trainer's shards turned into the engine's, for `shard_files`
+bucket_files.py  a bucket as a safetensors file in memory or on disk
+streaming.py     one bucket on its way while the last one is used
+
+A new transport is a file with a `stream()` and a line in `publisher.choose_transport`.
+"""

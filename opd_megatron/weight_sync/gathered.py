@@ -34,6 +34,8 @@ from opd_megatron.weights.parts import HFTensor, LocalShards, buckets_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from opd_megatron.mcore.student import Student
+
 
 def export_weights(
     model: nn.Module,
@@ -58,6 +60,18 @@ def export_weights(
     gathering = _GatherExport(LocalShards(model, hf_config, layout), kind, next(model.parameters()).device)
     yield from pipelined(gathering.begin(bucket_bytes // BUCKETS_IN_FLIGHT // kind.itemsize))
     gathering.sender.wait()
+
+
+def gather_student(student: Student, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+    """Full Hugging Face tensors of a student in bounded buckets, on global rank 0 alone; every rank must exhaust the
+    iterator.
+
+    The first replica (the data-parallel ranks that hold all experts together) does the work of `export_weights`; the
+    other replicas hold the same weights.
+    """
+    if student.grid.dp_rank >= student.grid.ep_size:
+        return iter(())
+    return export_weights(student.model, student.hf_config, student.layout, bucket_bytes=bucket_bytes)
 
 
 class _GatherExport:

@@ -1,4 +1,5 @@
-"""Which way the student's weights go to the engine: shard to shard where the two are cut alike, else gathered."""
+"""Gives an engine the student's weights in the format that it takes: shard to shard where both are sharded alike, else
+gathered."""
 
 from __future__ import annotations
 
@@ -8,42 +9,63 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from opd_megatron.config import RunConfig
-from opd_megatron.mcore.model import DTYPES
 from opd_megatron.mcore.student import Student
-from opd_megatron.rollout.base import WeightPayload
-from opd_megatron.rollout.vllm_engine import vocab_rows
+from opd_megatron.weight_sync.format import WeightFormat, WeightPayload
+from opd_megatron.weight_sync.gathered import gather_student
 from opd_megatron.weight_sync.shard_files import ShardFileTransport
-from opd_megatron.weight_sync.sharded import same_tp_layout
+from opd_megatron.weight_sync.sharded import reshard_student, same_tp_layout
 
 
-def weight_stream(
-    config: RunConfig, student: Student, world: ProcessGroup | None, on_event: Callable[[str], None]
-) -> Callable[[], Iterator[WeightPayload]]:
-    """What `RolloutClient` calls for a push. Collective over all ranks, and so is what it returns.
+class WeightPublisher:
+    """One rank's end of the weight sync. Every method is a collective over all ranks."""
 
-    Args:
-        world: gloo group of all ranks; None for a single process.
-        on_event: gets a line when the ranks share no files with the engine, so that tensors must be gathered.
-    """
-    rollout = config.rollout
-    if not (rollout.engine == "vllm" and rollout.shard_to_shard and same_tp_layout(student.layout, rollout.tensor)):
-        return student.export
-    # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.
-    senders = dist.new_group(list(range(student.grid.tp_size)), backend="gloo")
-    transport: ShardFileTransport | None = None
-    reached = [True]
-    if dist.get_rank() < student.grid.tp_size:
-        transport = ShardFileTransport(senders, DTYPES[rollout.dtype or config.student.dtype])
-        reached = [transport.reaches_all()]
-    dist.broadcast_object_list(reached, group_src=0, group=world, device=torch.device("cpu"))
-    if not reached[0]:
-        on_event("the ranks of the first stage share no folder with the engine: weights are gathered for it")
-        return student.export
-    rows = vocab_rows(student.hf_config.vocab_size, rollout.tensor)
+    def __init__(
+        self,
+        student: Student,
+        weight_format: WeightFormat,
+        world: ProcessGroup | None,
+        *,
+        bucket_bytes: int,
+        on_event: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            weight_format: of the engine, the same on every rank.
+            world: gloo group of all ranks; None for a single process.
+            bucket_bytes: what a rank may hold beyond its own shards.
+            on_event: gets a line when the ranks share no files with the engine, so that tensors must be gathered.
+        """
+        self._student, self._format, self._world = student, weight_format, world
+        self._bucket_bytes = bucket_bytes
+        self._transport: ShardFileTransport | None = None
+        self.stream: Callable[[], Iterator[WeightPayload]] = self._choose_transport(on_event)
+        """Yields the current weights, on rank 0 (what others get is ignored); every rank must exhaust it."""
 
-    def shards() -> Iterator[WeightPayload]:
-        buckets = student.export_shards(rows)
-        yield from transport.ship(buckets) if transport is not None else buckets
+    def _choose_transport(self, on_event: Callable[[str], None]) -> Callable[[], Iterator[WeightPayload]]:
+        takes_shards = self._format.vocab_rows is not None
+        if not (takes_shards and same_tp_layout(self._student.layout, self._format.tp_size)):
+            return self._gathered
+        if not self._reaches_engine():
+            on_event("the ranks of the first stage share no folder with the engine: weights are gathered for it")
+            return self._gathered
+        return self._shard_files
 
-    return shards
+    def _reaches_engine(self) -> bool:
+        """Makes the transport of shard files; whether the engine's host can read every rank's."""
+        # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.
+        tp_size = self._student.grid.tp_size
+        senders = dist.new_group(list(range(tp_size)), backend="gloo")
+        reached = [True]
+        if dist.get_rank() < tp_size:
+            self._transport = ShardFileTransport(senders, self._format.dtype)
+            reached = [self._transport.reaches_all()]
+        dist.broadcast_object_list(reached, group_src=0, group=self._world, device=torch.device("cpu"))
+        return reached[0]
+
+    def _gathered(self) -> Iterator[WeightPayload]:
+        return gather_student(self._student, bucket_bytes=self._bucket_bytes)
+
+    def _shard_files(self) -> Iterator[WeightPayload]:
+        assert self._format.vocab_rows is not None
+        buckets = reshard_student(self._student, self._format.vocab_rows, bucket_bytes=self._bucket_bytes)
+        yield from self._transport.stream(buckets) if self._transport is not None else buckets

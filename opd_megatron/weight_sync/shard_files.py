@@ -1,7 +1,7 @@
 """Shard to shard on one host: each tensor-parallel rank of the trainer writes the file that one engine worker reads.
 
 The transport is the only part that knows of files. Another one (across hosts, over NCCL) yields another kind of
-`WeightPayload` to the engine and takes the same buckets (`weights.shards`).
+`WeightPayload` to the engine and takes the same buckets (`sharded`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import RolloutError
-from opd_megatron.rollout.base import ShardFiles
 from opd_megatron.types import Bucket
 from opd_megatron.weight_sync.bucket_files import BucketFiles
+from opd_megatron.weight_sync.format import ShardFiles
 
 Value = TypeVar("Value")
 
@@ -34,24 +34,24 @@ class ShardFileTransport:
             dtype: the engine's.
         """
         self._group = group
-        self._spool = BucketFiles(dtype, writers=group.size())
+        self._files = BucketFiles(dtype, writers=group.size())
 
     def reaches_all(self) -> bool:
         """Whether every rank's files can be read where the engine runs (the host of rank 0); the same on all ranks."""
-        path = self._spool.write([("probe", torch.zeros(1))])
+        path = self._files.write([("probe", torch.zeros(1))])
         paths = _gathered(str(path), self._group)
         seen = _gathered([Path(p).is_file() for p in paths], self._group)[0]
-        self._spool.close()
+        self._files.close()
         return all(seen)
 
-    def ship(self, buckets: Iterator[Bucket]) -> Iterator[ShardFiles]:
-        """Writes every bucket; rank 0 is given the files of all ranks, and has to be exhausted like the others.
+    def stream(self, buckets: Iterator[Bucket]) -> Iterator[ShardFiles]:
+        """Writes every bucket; only rank 0 yields file paths. Iterate to the end on every rank.
 
-        No more than two files of a rank lie there at a time: the next bucket is written when rank 0 asks for it, which
-        it does when the engine has loaded all but the last. Raises RolloutError on rank 0, after the last bucket, when
-        a rank could not write.
+        At most two files of a rank exist at a time: the next bucket is written when rank 0 asks for it, which it does
+        when the engine has loaded all but the last. Raises RolloutError on rank 0, after the last bucket, when a rank
+        could not write.
         """
-        self._spool.close()  # what an engine that died did not read
+        self._files.close()  # what an engine that died did not read
         failure: str | None = None
         written: deque[str] = deque()
         for bucket in buckets:
@@ -71,7 +71,7 @@ class ShardFileTransport:
     def _write(self, bucket: Bucket) -> tuple[str, str]:
         """(path, error), one of them empty."""
         try:
-            return str(self._spool.write(bucket)), ""
+            return str(self._files.write(bucket)), ""
         except Exception as error:
             return "", f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -35,6 +35,8 @@ from opd_megatron.weights.parts import HFTensor, LocalShards, buckets_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from opd_megatron.mcore.student import Student
+
 
 def same_tp_layout(layout: ShardLayout, tensor: int) -> bool:
     """Whether an engine of tensor-parallel size `tensor` cuts a model's tensors as the trainer does."""
@@ -65,6 +67,16 @@ def export_shards(
     cut = _ReshardExport(LocalShards(model, hf_config, layout), kind, next(model.parameters()).device, vocab_rows)
     yield from pipelined(cut.begin(bucket_bytes // BUCKETS_IN_FLIGHT // kind.itemsize))
     cut.sender.wait()
+
+
+def reshard_student(student: Student, vocab_rows: int, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+    """A student's `export_shards` on the ranks of the first stage; every rank must exhaust the iterator. The first
+    data-parallel replica does the work."""
+    if student.grid.dp_rank > 0:
+        return iter(())
+    return export_shards(
+        student.model, student.hf_config, student.layout, vocab_rows=vocab_rows, bucket_bytes=bucket_bytes
+    )
 
 
 class _ReshardExport:

@@ -15,7 +15,7 @@ def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, tr
     from opd_megatron.mcore.cpu.platform import device, init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.student import Student, TeacherInputs
-    from opd_megatron.models import check
+    from opd_megatron.run.checks import check_run
     from opd_megatron.teacher import build_teachers
     from tests.mcore.test_student import STEPS, _batches, _config, _reference
     from tests.tiny_models import save_tiny
@@ -25,7 +25,7 @@ def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, tr
     init_distributed()
     try:
         config = _config(pair, "unused", **{"student.transformer_engine": transformer_engine})
-        models, grid = check(config), ParallelGrid.build(1, 1, 1)
+        models, grid = check_run(config), ParallelGrid.build(1, 1, 1)
         student = Student(config, models.student, models.student_config, grid, models.padded_vocab(1))
         (teacher,) = build_teachers(config, models.teachers, grid, models.padded_vocab(1))
         for batch, (loss, _) in zip(_batches(STEPS), curve, strict=True):

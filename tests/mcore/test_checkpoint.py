@@ -27,7 +27,7 @@ from opd_megatron.mcore.checkpoint.writer import ShardWriter
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import StepOutput, Student, TeacherInputs
-from opd_megatron.models import check
+from opd_megatron.run.checks import check_run
 from opd_megatron.teacher import build_teachers
 from opd_megatron.types import Batch
 from tests.mcore.test_student import _batches, _config
@@ -52,7 +52,7 @@ class _Run:
             "parallel.expert": expert,
             "optimizer.decay": "cosine", "optimizer.warmup_steps": 1,
         })  # fmt: skip
-        self.models = check(self.config)
+        self.models = check_run(self.config)
         self.grid = ParallelGrid.build(tensor, pipeline, data, ep_size=expert)
         padded = self.models.padded_vocab(tensor)
         self.student = Student(self.config, self.models.student, self.models.student_config, self.grid, padded)

@@ -17,7 +17,7 @@ from opd_megatron.errors import NonFiniteError
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student, TeacherInputs
-from opd_megatron.models import check
+from opd_megatron.run.checks import check_run
 from opd_megatron.teacher import build_teachers
 from opd_megatron.types import Batch
 from tests.ranks import run_ranks
@@ -96,7 +96,7 @@ def _train(
         "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data,
         "parallel.sequence_parallel": sequence_parallel, **objective,
     })  # fmt: skip
-    models = check(config)
+    models = check_run(config)
     grid = ParallelGrid.build(
         tensor, pipeline, data, ep_size=config.parallel.expert, sequence_parallel=sequence_parallel
     )
@@ -267,7 +267,7 @@ def test_training_equals_dense_float64_reference(
 def _train_on_nan(rank: int, world: int, pair: tuple[Path, Path]) -> Any:
     init_distributed()
     config = _config(pair, "unused", **{"parallel.data": 2})
-    models = check(config)
+    models = check_run(config)
     grid = ParallelGrid.build(1, 1, 2)
     padded = models.padded_vocab(1)
     student = Student(config, models.student, models.student_config, grid, padded)

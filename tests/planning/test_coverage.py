@@ -123,7 +123,10 @@ def test_a_wrong_row_of_the_table_is_found(
     [
         ({"start": 0}, "is not held exactly once"),
         ({"offset": 0}, "filled exactly once"),
-        ({"length": lambda piece: piece.length // 2, "width": lambda piece: piece.width // 2}, "filled exactly once"),
+        (
+            {"length": lambda piece: piece.length // 2, "width": lambda piece: piece.bytes_per_element // 2},
+            "filled exactly once",
+        ),
         ({"length": lambda piece: piece.length - 1}, "does not fill"),
     ],
     ids=["slice twice", "place twice", "half", "uneven"],

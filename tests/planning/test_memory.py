@@ -11,10 +11,10 @@ import torch
 
 from opd_megatron.config import ParallelConfig, load_config
 from opd_megatron.mcore.meta_shards import distinct_shards
-from opd_megatron.models import check
+from opd_megatron.models.sizes import LayerSizes, RunSizes
 from opd_megatron.planning.memory import RankMemory, layer_elements, rank_memory
 from opd_megatron.planning.run_plan import describe
-from opd_megatron.planning.sizes import LayerSizes, RunSizes
+from opd_megatron.run.checks import check_run
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
 
@@ -33,7 +33,7 @@ def sizes_of(pair: tuple[Path, Path], **overrides: Any) -> RunSizes:
         "rollout.max_new_tokens": 32, "parallel.micro_batch_size": 2, **overrides,
     }  # fmt: skip
     config = load_config(None, [f"{key.replace('__', '.')}={value}" for key, value in values.items()])
-    return RunSizes(config, check(config))
+    return RunSizes(config, check_run(config))
 
 
 def memory_of(pair: tuple[Path, Path], stage: int = 0, **overrides: Any) -> RankMemory:
@@ -85,12 +85,12 @@ def _kept_by_a_layer(rank: int, world: int, folder: Path, dtype: str, batch: int
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_layer_keeps_what_the_formula_counts(pair: tuple[Path, Path], tensor: int, dtype: str) -> None:
-    batch, length, width = 4, 64, 2 if dtype == "bf16" else 4
+    batch, length, bytes_per_element = 4, 64, 2 if dtype == "bf16" else 4
     layer = LayerSizes.of(sizes_of(pair).models.student_config)
     # The attention's own output is kept by its function, where autograd's hooks do not look.
     hidden_from_hooks = layer.query / tensor
-    small = 4 * layer.head_dim * width / batch + 8
-    expected = batch * length * ((layer_elements(layer, tensor, 1) - hidden_from_hooks) * width + small)
+    small = 4 * layer.head_dim * bytes_per_element / batch + 8
+    expected = batch * length * ((layer_elements(layer, tensor, 1) - hidden_from_hooks) * bytes_per_element + small)
     for kept in run_ranks(tensor, _kept_by_a_layer, pair[0], dtype, batch, length):
         assert kept == pytest.approx(expected, rel=0.02)
 
@@ -129,7 +129,7 @@ def test_the_engine_takes_its_share_of_the_first_stages_gpu(pair: tuple[Path, Pa
 
 def test_dry_run_text_accounts_for_every_stage(pair: tuple[Path, Path]) -> None:
     sizes = sizes_of(pair, parallel__tensor=2, parallel__pipeline=2, parallel__data=2)
-    text = describe(sizes.config)
+    text = describe(sizes.config, sizes.models)
     assert "8 = tensor 2 x pipeline 2 x data 2" in text
     assert "stage 0" in text
     assert "stage 1" in text

@@ -9,12 +9,12 @@ import pytest
 
 from opd_megatron import cli
 from opd_megatron.config import load_config
-from opd_megatron.models import check
+from opd_megatron.models.sizes import RunSizes
 from opd_megatron.planning.gpus import GPUS, gpu_named
 from opd_megatron.planning.layouts import suggestions, usable
 from opd_megatron.planning.published import find_model, published_models
 from opd_megatron.planning.run_plan import make_plan
-from opd_megatron.planning.sizes import RunSizes
+from opd_megatron.run.checks import check_run
 from opd_megatron.weights.hf_reader import load_hf_config
 from tests.tiny_models import save_tiny
 
@@ -84,7 +84,7 @@ def test_experts_may_be_shared_out_where_they_do_not_fit() -> None:
         [f"student.path={model}", f"teachers.0.path={model}", "parallel.data=8", "rollout.prompts_per_step=64",
          "data.source=prompts.jsonl"],
     )  # fmt: skip
-    found = suggestions(RunSizes(config, check(config, find_model)), gpu_named("H200"), limit=100)
+    found = suggestions(RunSizes(config, check_run(config, find_model)), gpu_named("H200"), limit=100)
     assert any(suggestion.overrides.get("parallel.expert", 1) > 1 for suggestion in found)
     assert len({str(suggestion) for suggestion in found}) == len(found)
 

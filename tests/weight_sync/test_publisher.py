@@ -23,7 +23,7 @@ def _stream(rank: int, world_size: int, folder: Path, overrides: dict[str, Any])
     from opd_megatron.mcore.cpu.platform import init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.student import Student
-    from opd_megatron.models import check
+    from opd_megatron.run.checks import check_run
     from opd_megatron.weight_sync.publisher import weight_stream
 
     init_distributed()
@@ -32,7 +32,7 @@ def _stream(rank: int, world_size: int, folder: Path, overrides: dict[str, Any])
         "data.source": "unused", "data.max_prompt_tokens": 8, "rollout.max_new_tokens": 8, **overrides,
     }  # fmt: skip
     config = load_config(None, [f"{key}={value}" for key, value in values.items()])
-    models = check(config)
+    models = check_run(config)
     parallel = config.parallel
     grid = ParallelGrid.build(parallel.tensor, parallel.pipeline, models.data_parallel)
     student = Student(config, models.student, models.student_config, grid, models.padded_vocab(parallel.tensor))

@@ -1,4 +1,4 @@
-"""What memory, traffic and time follow from: parameters by the weight tables, tokens by the configuration."""
+"""Parameter, layer and token counts that memory, traffic and time are worked out from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from transformers import PretrainedConfig
 
 from opd_megatron.config import Dtype, RunConfig
-from opd_megatron.models import ResolvedModels
+from opd_megatron.models.rules import ResolvedModels
 from opd_megatron.weights.families import Dims, family_of
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table
 
-WIDTH: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
+BYTES_PER_ELEMENT: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
 """Bytes of an element."""
 
 
@@ -46,20 +46,20 @@ class LayerSizes:
     head_dim: int
     ffn: int
     """Feed-forward columns that a token goes through; of a mixture of experts, of its chosen and shared experts."""
-    routed: int
+    experts_per_token: int
     """Experts that a token is copied to; 0 in a dense model."""
 
     @property
-    def matrix(self) -> int:
+    def matmul_params(self) -> int:
         """Weights that a token is multiplied with."""
         return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn)
 
     @staticmethod
     def of(hf_config: PretrainedConfig) -> LayerSizes:
         dims = Dims.of(hf_config)
-        routed = hf_config.num_experts_per_tok if family_of(hf_config).experts else 0
-        ffn = routed * dims.expert_ffn + dims.shared_ffn if routed else dims.ffn
-        return LayerSizes(dims.hidden, dims.q, dims.kv, dims.q // dims.head_dim, dims.head_dim, ffn, routed)
+        experts_per_token = hf_config.num_experts_per_tok if family_of(hf_config).experts else 0
+        ffn = experts_per_token * dims.expert_ffn + dims.shared_ffn if experts_per_token else dims.ffn
+        return LayerSizes(dims.hidden, dims.q, dims.kv, dims.q // dims.head_dim, dims.head_dim, ffn, experts_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,39 +72,39 @@ class RunSizes:
     """What `stage` has worked out, by model and first rank: other layouts of the same models may share it."""
 
     @property
-    def tensor(self) -> int:
+    def tp_size(self) -> int:
         return self.config.parallel.tensor
 
     @property
-    def pipeline(self) -> int:
+    def pp_size(self) -> int:
         return self.config.parallel.pipeline
 
     @property
-    def data(self) -> int:
+    def dp_size(self) -> int:
         return self.models.data_parallel
 
     @property
-    def expert(self) -> int:
+    def ep_size(self) -> int:
         return self.config.parallel.expert
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tp_size * self.pp_size * self.dp_size
 
     @property
     def sequence_shards(self) -> int:
         """Ranks that share out the activations between tensor-parallel regions."""
-        return self.tensor if self.config.parallel.sequence_parallel else 1
+        return self.tp_size if self.config.parallel.sequence_parallel else 1
 
     @property
     def micro_size(self) -> int:
         """Sequences of a micro batch."""
-        return self.config.micro_batch_size(self.data)
+        return self.config.micro_batch_size(self.dp_size)
 
     @property
     def micro_batches(self) -> int:
         """Of a rank in a step."""
-        return self.config.sequences_per_step // self.data // self.micro_size
+        return self.config.sequences_per_step // self.dp_size // self.micro_size
 
     @property
     def length(self) -> int:
@@ -118,34 +118,36 @@ class RunSizes:
         return self.micro_size * self.length
 
     @property
-    def responses(self) -> int:
+    def response_tokens(self) -> int:
         """Tokens of a micro batch that the objective is about."""
         return self.micro_size * self.config.rollout.max_new_tokens
 
     @property
-    def columns(self) -> int:
+    def vocab_per_rank(self) -> int:
         """Vocabulary columns of a rank."""
-        return self.models.padded_vocab(self.tensor) // self.tensor
+        return self.models.padded_vocab(self.tp_size) // self.tp_size
 
     @property
-    def width(self) -> int:
+    def bytes_per_element(self) -> int:
         """Bytes of one of the student's numbers."""
-        return WIDTH[self.config.student.dtype]
+        return BYTES_PER_ELEMENT[self.config.student.dtype]
 
-    @property
-    def teachers(self) -> list[tuple[PretrainedConfig, int]]:
-        """Config and bytes of a number of each."""
-        return [
-            (hf_config, WIDTH[teacher.dtype])
-            for teacher, (_, hf_config) in zip(self.config.teachers, self.models.teachers, strict=True)
-        ]
+    def body_flops(self, hf_config: PretrainedConfig) -> float:
+        """Operations of one forward pass of a step's tokens through all layers of a model."""
+        layer, tokens = LayerSizes.of(hf_config), self.config.sequences_per_step * self.length
+        return hf_config.num_hidden_layers * tokens * (2 * layer.matmul_params + 2 * self.length * layer.query)
+
+    def head_flops(self, hf_config: PretrainedConfig) -> float:
+        """Operations of the LM head on a step's response tokens."""
+        response_tokens = self.config.sequences_per_step * self.config.rollout.max_new_tokens
+        return 2.0 * response_tokens * hf_config.vocab_size * hf_config.hidden_size
 
     def stage(self, hf_config: PretrainedConfig, stage: int) -> StageShard:
         """By the weight tables, so that it is what the modules hold (`coverage` builds and compares them)."""
-        layers = hf_config.num_hidden_layers // self.pipeline
+        layers = hf_config.num_hidden_layers // self.pp_size
         first = ShardLayout(
-            self.models.padded_vocab(self.tensor), 0, layers,
-            tp_size=self.tensor, pp_size=self.pipeline, ep_size=self.expert,
+            self.models.padded_vocab(self.tp_size), 0, layers,
+            tp_size=self.tp_size, pp_size=self.pp_size, ep_size=self.ep_size,
         )  # fmt: skip
         if (id(hf_config), first) not in self.shards:
             self.shards[id(hf_config), first] = _stage_shards(hf_config, first)

@@ -1,4 +1,4 @@
-"""Does the model fit the layout? Rules on `config.json`, before any process group exists; memory is in `planning`."""
+"""Which layouts a model can have: rules on its `config.json`, checked before any process group exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opd_megatron.weights.hf_reader import load_hf_config, resolve_model
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModels:
-    """Where the models lie and what their configs say, after every rule of the layout has been checked."""
+    """Where the models of a run lie and what their configs say."""
 
     student: Path
     student_config: PretrainedConfig
@@ -40,39 +40,34 @@ class ResolvedModels:
         return -(-max(hf_config.vocab_size for hf_config in self.configs) // multiple) * multiple
 
 
-def check(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
-    """Every rule that needs the models' configs. Raises an OPDError on the first that is broken.
+def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
+    """Finds the models of a run and checks every rule of the student's layout. What a teacher's layout must obey is its
+    placement's own affair (`teacher.check_teachers`).
 
     `resolve` finds the folder of a model; only its config.json is read.
 
     Raises:
         MissingPathError, UnsupportedModelError: see `weights`.
         ConfigError: a size that does not divide, or a world size that does not match.
-        NotAvailableError: something this release does not do.
     """
-    config.require_available()
     data_parallel = _data_parallel(config)
     config.micro_batch_size(data_parallel)
     student = resolve(config.student.path)
     teachers = [resolve(teacher.path) for teacher in config.teachers]
     tokenizer = resolve(config.student.tokenizer) if config.student.tokenizer else student
-    resolved = ResolvedModels(
+    models = ResolvedModels(
         student,
         load_hf_config(student),
         [(path, load_hf_config(path)) for path in teachers],
         tokenizer,
         data_parallel,
     )
-    for name, hf_config in zip(_names(config), resolved.configs, strict=True):
+    for hf_config in models.configs:
         family_of(hf_config)
-        check_divisible(name, hf_config, config)
-    _check_experts(resolved, config)
-    _check_context(resolved.student_config, config)
-    return resolved
-
-
-def _names(config: RunConfig) -> list[str]:
-    return [f"student {config.student.path!r}", *(f"teacher {teacher.path!r}" for teacher in config.teachers)]
+    check_divisible(f"student {config.student.path!r}", models.student_config, config)
+    _check_experts(models, config)
+    _check_context(models.student_config, config)
+    return models
 
 
 def _data_parallel(config: RunConfig) -> int:
@@ -134,6 +129,6 @@ def _check_context(hf_config: PretrainedConfig, config: RunConfig) -> None:
     if longest > hf_config.max_position_embeddings:
         raise ConfigError(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-            f"{config.rollout.max_new_tokens} must not exceed the student's context of {hf_config.max_position_embeddings} "
-            "tokens: lower one of them"
+            f"{config.rollout.max_new_tokens} must not exceed the student's context of "
+            f"{hf_config.max_position_embeddings} tokens: lower one of them"
         )

@@ -1,0 +1,47 @@
+"""Teachers: what all of them have, and one class a placement with the keys of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Discriminator, PositiveFloat, Tag
+
+from opd_megatron.config.sections import Dtype, Section
+
+
+class TeacherConfig(Section):
+    """What every teacher has, wherever it runs. `placement` chooses the class of an entry of `teachers:`."""
+
+    path: str
+    """Hugging Face folder or hub id."""
+    weight: PositiveFloat = 1.0
+    """Share in an ensemble; shares are normalised to sum to one."""
+
+
+class StudentRanksTeacherConfig(TeacherConfig):
+    """A teacher on the student's own ranks, in the same tensor- and pipeline-parallel layout."""
+
+    placement: Literal["student"] = "student"
+    """Where the teacher runs: `student` is on the student's own ranks, in its layout."""
+    dtype: Dtype = "bf16"
+    """Arithmetic of the teacher's forward pass."""
+
+
+def by_placement(*classes: type[TeacherConfig]) -> Any:
+    """The annotation of an entry of `teachers:`: the class whose `placement` it names, the first where it names none."""
+    if len(classes) == 1:
+        return classes[0]
+    names = [kind.model_fields["placement"].default for kind in classes]
+
+    def name_of(entry: Any) -> Any:
+        given = entry.get("placement") if isinstance(entry, dict) else getattr(entry, "placement", None)
+        return names[0] if given is None else given
+
+    tagged = tuple(Annotated[kind, Tag(name)] for kind, name in zip(classes, names, strict=True))
+    return Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007  a tuple of any length
+
+
+if TYPE_CHECKING:
+    AnyTeacherConfig = TeacherConfig
+else:
+    AnyTeacherConfig = by_placement(StudentRanksTeacherConfig)

@@ -1,0 +1,33 @@
+"""The trained student as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from opd_megatron.errors import OPDError
+from opd_megatron.mcore.checkpoint import raise_together
+from opd_megatron.run.build import RunParts
+from opd_megatron.types import DTYPES
+from opd_megatron.weight_sync.gathered import gather_student
+from opd_megatron.weights.save import save_hf
+
+
+def export_hf(run: RunParts) -> Path:
+    """Writes the student as the run directory's `hf/`. Collective over all ranks.
+
+    Raises OPDError on every rank when rank 0 cannot write; an earlier export is left as it was.
+    """
+    buckets = gather_student(run.student, bucket_bytes=run.config.rollout.bucket_mib * 2**20)
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        dtype = DTYPES[run.config.student.dtype]
+        try:
+            save_hf(buckets, run.student.hf_config, run.run_dir.hf_dir, tokenizer_dir=run.models.tokenizer, dtype=dtype)
+        except (OPDError, OSError) as error:
+            failure = error
+    for _ in buckets:  # the export is collective: also when nobody reads it, or its reader failed
+        pass
+    raise_together(failure, f"the student was not exported to {str(run.run_dir.hf_dir)!r}")
+    return run.run_dir.hf_dir
