@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from opd_megatron.losses.core.chunks import chunk_bounds
 from opd_megatron.losses.core.linear_pass import FusedLinearArgs, FusedLinearDivergence, Projection
 from opd_megatron.losses.core.validation import (
     LossArguments,
+    check_gather_index,
     check_matrix,
     check_per_token,
     check_projection,
@@ -26,6 +28,10 @@ from opd_megatron.losses.core.validation import (
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
 from opd_megatron.losses.topk import TopKTeacher, check_entries, split_topk
+
+TeacherOutput = Projection | TopKTeacher
+"""What a teacher gives for a micro batch and the loss takes, unopened in between: hidden states and head, or its top-k
+entries."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class DivergenceTerms:
 def linear_divergence(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
-    teachers: Sequence[Projection] | Sequence[TopKTeacher],
+    teachers: Sequence[TeacherOutput],
     *,
     type: str = "reverse_kl",
     beta: float = 0.5,
@@ -70,13 +76,13 @@ def linear_divergence(
     combine: str = "logit_mean",
     token_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
-    sequence_parallel: bool = False,
+    gather_index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss_sum scalar, per_token [T] detached) of `linear_divergence_terms`."""
+    """Returns (loss_sum scalar, per_token [T] detached); see `linear_divergence_terms` for arguments and errors."""
     terms = linear_divergence_terms(
         student_hidden, student_head, teachers, type=type, beta=beta, alpha=alpha, lambda_coef=lambda_coef,
         temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights, combine=combine,
-        token_weights=token_weights, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel, with_metrics=False,
+        token_weights=token_weights, chunk_tokens=chunk_tokens, gather_index=gather_index, with_metrics=False,
     )  # fmt: skip
     return terms.loss_sum, terms.per_token
 
@@ -84,60 +90,52 @@ def linear_divergence(
 def linear_divergence_terms(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
-    teachers: Sequence[Projection] | Sequence[TopKTeacher],
+    teachers: Sequence[TeacherOutput],
     *,
-    type: str = "reverse_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    lambda_coef: float = 0.5,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    group: dist.ProcessGroup | None = None,
-    teacher_weights: Sequence[float] | None = None,
-    combine: str = "logit_mean",
-    lambda_distill: float = 1.0,
     token_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
     targets: torch.Tensor | None = None,
     policy: PolicyTerm | None = None,
-    sequence_parallel: bool = False,
+    gather_index: torch.Tensor | None = None,
     with_metrics: bool = True,
+    **loss: Any,
 ) -> DivergenceTerms:
-    """Exact divergence between a student and its teachers from hidden states, with two collectives for each chunk.
+    """Computes a student's exact divergence from its teachers from hidden states, with two collectives for each chunk.
 
     Rank r of the group holds rows [r v, (r + 1) v) of every head and the same hidden states as the other ranks. The
     gradient of `student_hidden` is the full one on every rank (summed over the group in backward); that of
-    `student_head` is this rank's rows. Teachers are constants. `type` to `combine`: see `vocab_parallel_divergence`.
+    `student_head` is this rank's rows. Teachers are constants. `losses.reference` is the same, dense, in thirty lines.
 
     Args:
         student_hidden: [T, h]; differentiable. T may be 0.
         student_head: [v, h]; differentiable, and may be a tied embedding.
         teachers: (hidden [T, h_i], head [v, h_i]) of each; or one `TopKTeacher`, whose divergence and metrics are those
-            of its entries and one bucket that holds the rest (`student_entropy` is of the whole vocabulary, and
-            `teacher_logprob` of a token without an entry its share of the bucket by the student's shape).
-        lambda_distill: weight of the divergence in the loss.
+            of its entries and one tail that holds the rest (`student_entropy` is of the whole vocabulary; for a token
+            outside the top k, `teacher_logprob` assumes that the teacher's tail is shaped like the student's).
         token_weights: [T]; ones by default, 0 masks a token.
         chunk_tokens: tokens whose logits exist at a time; must agree across the group. Chosen by memory by default.
         targets: [T] int64 global token ids whose log-probabilities are wanted.
         policy: a policy-gradient term on the `targets`, in the same pass; with `level="sequence"` a chunk grows until
             it holds whole sequences.
-        sequence_parallel: hidden states, the teachers' too, are this rank's [T / ranks, h] of all T tokens; everything
-            else is still [T]. Gathers them, and reduce-scatters the gradient in backward.
-        described: False leaves both KLs and both entropies of the result at 0 where that saves time.
+        gather_index: [T] int64, for hidden states that are sharded over the group (sequence parallelism). They, the
+            teachers' too, are then this rank's rows [R, h], R the same on every rank; token t is row gather_index[t] of
+            all ranks' rows one after another, and a row of no token is padding. Everything else is [T]. The rows are
+            gathered, and the gradient is reduce-scattered in backward.
+        with_metrics: False leaves both KLs and both entropies of the result at 0 where that saves time.
+        loss: the fields of `LossArguments`: `type` to `combine` as in `vocab_parallel_divergence`, and
+            `lambda_distill`, the weight of the divergence in the loss.
 
     Raises:
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
-    arguments = LossArguments(
-        type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine, lambda_distill
-    )
+    arguments = LossArguments(**loss)
     projections, topk = split_topk(teachers)
     _check_tensors(student_hidden, student_head, projections)
     # The entries of a top-k teacher are of all columns, whatever the student's.
     heads = [student_head, *([student_head] if topk is not None else [head for _, head in projections])]
     spec = make_spec(arguments, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
-    shards = dist.get_world_size(spec.group) if sequence_parallel and spec.group is not None else 1
-    tokens = len(student_hidden) * shards
+    check_gather_index(gather_index, student_hidden)
+    tokens = len(student_hidden if gather_index is None else gather_index)
     rows = student_hidden.new_empty(tokens, 0)
     check_per_token("token_weights", token_weights, rows)
     check_targets(targets, rows, spec.vocab_size)
@@ -151,7 +149,7 @@ def linear_divergence_terms(
     tracked = torch.is_grad_enabled()
     args = FusedLinearArgs(
         spec, projections, entries, token_weights, targets, policy,
-        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), shards=shards, with_metrics=with_metrics,
+        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy), gather_index=gather_index, with_metrics=with_metrics,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
     )  # fmt: skip
     loss_sum, per_token, sums, extra, of_policy = FusedLinearDivergence.apply(student_hidden, student_head, args)

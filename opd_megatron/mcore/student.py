@@ -107,6 +107,7 @@ class Student:
                 chunk_tokens=objective.chunk_tokens,
                 targets=batch.targets[mask],
                 policy=_policy_term(objective, batch, mask),
+                gather_index=self.model.gather_index(mask),
             )
             sums = token_sums(terms, token_weights)
             return sums.loss_sum, sums.num_tokens.to(torch.int), sums

@@ -1,12 +1,15 @@
-"""The divergences as one would write them from the formulae: dense, float64, differentiated by autograd."""
+"""What the tests of the losses share: all divergences with their arguments, and errors that name their case."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from opd_megatron.losses.divergences import DIVERGENCES
+from opd_megatron.losses.reference import FORMULAE, dense_divergence, log_teacher
+
+__all__ = ["FORMULAE", "dense_divergence", "log_teacher"]
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Values of beta, alpha and lambda_coef."""
@@ -28,65 +31,6 @@ ENSEMBLES: tuple[tuple[str, tuple[float, ...] | None], ...] = (
 """combine and teacher weights; None is a single teacher."""
 
 
-def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-
-def _mixture(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Tensor:
-    """log(share a + (1 - share) b)."""
-    if share in (0, 1):
-        return log_a if share else log_b
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log(1 - share))
-
-
-def _gkd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float = 0.5) -> torch.Tensor:
-    if beta in (0, 1):
-        return _kl(log_p, log_q) if beta else _kl(log_q, log_p)
-    log_m = _mixture(log_q, log_p, beta)
-    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
-
-
-def _lambda_jsd(log_p: torch.Tensor, log_q: torch.Tensor, lambda_coef: float = 0.5) -> torch.Tensor:
-    log_m = _mixture(log_p, log_q, 0.5)
-    return lambda_coef * _kl(log_p, log_m) + (1 - lambda_coef) * _kl(log_q, log_m)
-
-
-FORMULAE = {
-    "reverse_kl": _kl,
-    "forward_kl": lambda log_p, log_q: _kl(log_q, log_p),
-    "gkd": _gkd,
-    "skew_reverse_kl": lambda log_p, log_q, alpha=0.1: _kl(log_p, _mixture(log_p, log_q, alpha)),
-    "skew_forward_kl": lambda log_p, log_q, alpha=0.1: _kl(log_q, _mixture(log_q, log_p, alpha)),
-    "lambda_jsd": _lambda_jsd,
-}
-"""[T] from log-probabilities [T, V]."""
-
-
-def log_teacher(
-    teachers: list[torch.Tensor], temperature: float, combine: str, weights: tuple[float, ...] | None
-) -> torch.Tensor:
-    """Log-probabilities of an ensemble."""
-    weights = weights or (1.0,) * len(teachers)
-    scaled = [teacher.double() / temperature for teacher in teachers]
-    if combine == "logit_mean":
-        return sum(w * t for w, t in zip(weights, scaled, strict=True)).log_softmax(-1)
-    return sum(w * t.softmax(-1) for w, t in zip(weights, scaled, strict=True)).log()
-
-
-def dense_divergence(
-    student: torch.Tensor,
-    teachers: list[torch.Tensor],
-    type: str,
-    temperature: float = 1.0,
-    combine: str = "logit_mean",
-    weights: tuple[float, ...] | None = None,
-    **arguments: float,
-) -> torch.Tensor:
-    """[T] from unpadded logits [T, V]."""
-    log_p = (student.double() / temperature).log_softmax(-1)
-    return FORMULAE[type](log_p, log_teacher(teachers, temperature, combine, weights), **arguments)
-
-
 def pad_columns(matrix: torch.Tensor, columns: int, generator: torch.Generator, dim: int = 1) -> torch.Tensor:
     """Appends large random columns (or rows of a head, `dim=0`): if any takes part, every result is wrong."""
     shape = list(matrix.shape)
@@ -97,3 +41,22 @@ def pad_columns(matrix: torch.Tensor, columns: int, generator: torch.Generator, 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+Errors = dict[str, float]
+"""Case -> relative error."""
+
+
+def failures(results: Sequence[Mapping[str, float]], limit: float) -> list[str]:
+    """One line for every case whose error is above the limit (or is none at all), worst first.
+
+    `results` holds each rank's cases; every rank must have some.
+    """
+    assert all(results), "a rank checked nothing"
+    lines = [
+        (error, f"{case} on rank {rank}: error {error:.2g}, limit {limit:.0e}")
+        for rank, errors in enumerate(results)
+        for case, error in errors.items()
+        if not error <= limit
+    ]
+    return [line for _, line in sorted(lines, reverse=True)]

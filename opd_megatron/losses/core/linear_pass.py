@@ -35,8 +35,8 @@ class FusedLinearArgs:
     targets: torch.Tensor | None
     policy: PolicyTerm | None
     chunks: Sequence[slice]
-    shards: int
-    """Ranks that the tokens are sharded over."""
+    gather_index: torch.Tensor | None
+    """[T]: where each token's row is among the rows of all ranks, where hidden states are sharded over them."""
     with_metrics: bool
     hidden_grad: bool
     head_grad: bool
@@ -61,7 +61,7 @@ class FusedLinearDivergence(torch.autograd.Function):
         if chunked.weights is not None:
             # A masked infinity is not a NaN.
             weighted = torch.where(chunked.weights == 0, 0, chunked.weights * per_token)
-        ctx.group, ctx.shards = args.spec.group, args.shards
+        ctx.group, ctx.gather_index, ctx.rows = args.spec.group, args.gather_index, len(hidden)
         ctx.save_for_backward(chunked.hidden_gradient, chunked.head_gradient_in(head.dtype))
         ctx.mark_non_differentiable(per_token, sums, extra, of_policy)
         return weighted.sum(), per_token, sums, extra, of_policy
@@ -71,7 +71,9 @@ class FusedLinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
-            hidden_gradient = _summed(hidden_gradient, grad_loss, ctx.group, ctx.shards)
+            total = hidden_gradient.to(grad_loss.dtype) * grad_loss
+            summed = _summed(total, ctx.group) if ctx.gather_index is None else _scattered(total, ctx)
+            hidden_gradient = summed.to(hidden_gradient.dtype)
         if head_gradient is not None:
             head_gradient = _times(head_gradient, grad_loss)
         return hidden_gradient, head_gradient, None
@@ -85,27 +87,35 @@ def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient.mul_(factor)
 
 
-def _summed(gradient: torch.Tensor, factor: torch.Tensor, group: dist.ProcessGroup | None, shards: int) -> torch.Tensor:
-    """d hidden of the whole vocabulary: of all tokens, or of this rank's where they are sharded."""
-    total = gradient.to(factor.dtype) * factor
-    if group is not None and total.numel():
-        if shards > 1:
-            mine = total.new_empty(len(total) // shards, total.shape[1])
-            dist.reduce_scatter_tensor(mine, total, group=group)
-            total = mine
-        else:
-            dist.all_reduce(total, group=group)
-    return total.to(gradient.dtype)
+def _summed(gradient: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sums d hidden [T, h] over the ranks, which each have it of their part of the vocabulary."""
+    if group is not None and gradient.numel():
+        dist.all_reduce(gradient, group=group)
+    return gradient
+
+
+def _scattered(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
+    """The same where the rows are sharded: the sums of this rank's rows [R, h], 0 for padding."""
+    ranks = 1 if ctx.group is None else dist.get_world_size(ctx.group)
+    everyones = gradient.new_zeros(ranks * ctx.rows, gradient.shape[1]).index_copy_(0, ctx.gather_index, gradient)
+    if ctx.group is None or not gradient.numel():
+        return everyones[: ctx.rows]
+    mine = gradient.new_empty(ctx.rows, gradient.shape[1])
+    dist.reduce_scatter_tensor(mine, everyones, group=ctx.group)
+    return mine
 
 
 def _gathered(hidden: torch.Tensor, args: FusedLinearArgs) -> torch.Tensor:
-    """[T, h] of all tokens."""
+    """Hidden states [T, h] of all tokens, from this rank's rows where they are sharded."""
     hidden = hidden.detach()
-    if args.shards == 1 or not hidden.numel():
+    if args.gather_index is None:
         return hidden
-    whole = hidden.new_empty(len(hidden) * args.shards, hidden.shape[1])
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=args.spec.group)
-    return whole
+    group = args.spec.group
+    if group is not None and len(args.gather_index):
+        everyones = hidden.new_empty(len(hidden) * dist.get_world_size(group), hidden.shape[1])
+        dist.all_gather_into_tensor(everyones, hidden.contiguous(), group=group)
+        hidden = everyones
+    return hidden.index_select(0, args.gather_index)
 
 
 class _ChunkLoop:

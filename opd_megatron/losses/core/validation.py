@@ -139,6 +139,17 @@ def check_per_token(name: str, values: torch.Tensor | None, like: torch.Tensor) 
         raise ConfigError(f"{name} is on {values.device} but the student is on {like.device}: move it there")
 
 
+def check_gather_index(index: torch.Tensor | None, like: torch.Tensor) -> None:
+    """None, or int64 row numbers [T] on the device of `like`."""
+    if index is None:
+        return
+    if index.dim() != 1 or index.dtype != torch.int64 or index.device != like.device:
+        raise ConfigError(
+            f"gather_index is {list(index.shape)} {index.dtype} on {index.device} but must be [T] int64 on "
+            f"{like.device}: number the row of each token"
+        )
+
+
 def check_targets(targets: torch.Tensor | None, like: torch.Tensor, vocab_size: int) -> None:
     """None, or int64 token ids of the true vocabulary, one for each row of `like`."""
     check_per_token("targets", targets, like)
