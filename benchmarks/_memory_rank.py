@@ -50,9 +50,9 @@ def _train(folder: str, overrides: Mapping[str, Any], steps: int) -> None:
     """Student and teacher as a run builds them, and `steps` updates on sequences as long as they may be."""
     from opd_megatron.config import load_config
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.student import Student, TeacherInputs
+    from opd_megatron.mcore.student import Student
     from opd_megatron.run.checks import check_run
-    from opd_megatron.teacher import build_teachers
+    from opd_megatron.teacher import ask_teachers, build_teachers
 
     paths = {"student.path": f"{folder}/student", "teachers.0.path": f"{folder}/teacher"}
     config = load_config(None, [f"{key}={value}" for key, value in {**paths, **overrides}.items()])
@@ -62,10 +62,10 @@ def _train(folder: str, overrides: Mapping[str, Any], steps: int) -> None:
     )
     padded = models.padded_vocab(parallel.tensor)
     student = Student(config, models.student, models.student_config, grid, padded)
-    teachers = build_teachers(config, models.teachers, grid, padded)
+    teachers = build_teachers(config, models, grid)
     for seed in range(steps):
         mine = _micro_batches(config, models.data_parallel, models.vocab_size, seed)
-        views = [TeacherInputs(teacher.hidden_states(mine), teacher.head, teacher.weight) for teacher in teachers]
+        views = ask_teachers(teachers, mine)
         student.update(mine, views, config.objective, models.vocab_size)
 
 

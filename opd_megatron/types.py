@@ -69,8 +69,9 @@ class Rollout:
     response_ids: torch.Tensor
     """[n] int64: sampled tokens, the stop token included when one was sampled."""
     logprobs: torch.Tensor | None
-    """[n] float32: log-probability of each sampled token under the policy that drew it, in nats: after temperature, top-p
-    and top-k, so with the last two switched off that of softmax(logits / temperature). None for a gold answer."""
+    """[n] float32: log-probability in nats of each sampled token under the policy that drew it, after temperature,
+    top-p and top-k. With the last two switched off it is that of softmax(logits / temperature). None for a gold
+    answer."""
     policy_version: int
     """How many optimizer steps the weights that sampled it had seen."""
     finish_reason: str = "length"
@@ -145,8 +146,8 @@ class TeacherInputs:
     """What the loss takes of one teacher for the micro batches that it was given."""
 
     outputs: Sequence[Any] = ()
-    """One `losses.TeacherOutput` a micro batch ((hidden states, head), or top-k entries), which only the loss opens; empty
-    except on the student's last pipeline stage."""
+    """One `losses.TeacherOutput` a micro batch ((hidden states, head), or top-k entries), which only the loss opens.
+    Empty except on the student's last pipeline stage."""
     weight: float = 1.0
     """Share in an ensemble; all shares sum to one."""
 

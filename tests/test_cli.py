@@ -12,7 +12,7 @@ from opd_megatron import cli
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import ALIASES, parse_run, run_parser
 from opd_megatron.config import RunConfig
-from opd_megatron.system import signals as stopping
+from opd_megatron.system import signals
 from opd_megatron.train import main as train_main
 
 QUESTION = '{"question": "What is 2 + 3?", "answer": "5"}\n'
@@ -224,7 +224,7 @@ def test_torchrun_is_started_exactly_when_ranks_are_missing(
     started: list[int | None] = []
     monkeypatch.setattr(launcher, "launch", lambda module, argv, n: started.append(n) or 0)
     monkeypatch.setattr("opd_megatron.train.run_training", lambda config: started.append(None))
-    monkeypatch.setattr(stopping, "note_stop_signals", lambda: None)
+    monkeypatch.setattr(signals, "note_stop_signals", lambda: None)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)
     assert train_main([str(config_file), *overrides]) == 0

@@ -2,19 +2,19 @@
 
 Both forms of the loss, every tensor-parallel layout, the sampled-token advantages, top-k teachers and all backends
 (torch, compiled for the CPU, Triton) run these functions. Adding a divergence means writing two functions, one entry of
-`DIVERGENCES` and, for the tests, its formula in tests/losses/reference.py: they are parametrised over that table.
+`DIVERGENCES` and, for the tests, its formula in losses/reference.py: they are parametrised over that table.
 
 Notation: p student, q teacher, r = log p - log q, all of one vocabulary entry; `parameter` is the divergence's own
 number (beta, alpha or lambda). A divergence is L = sum_j f(p_j, q_j), and with respect to the student's logits s
 
-    dL/ds_j = pull_j - p_j sum_i pull_i,      pull_j = p_j df/dp_j.
+    dL/ds_j = g_j - p_j sum_i g_i,      g_j = p_j df/dp_j, called `weighted_grad`.
 
-A constant added to df/dp drops out: `weighted_grad` is 0 where p = q, which keeps the digits of a small gradient. `value` adds
-first-order terms that sum to zero (`q_minus_p` is q - p): every such sum then has no negative term and feels an error of p,
-of q or of a normaliser at second order only, so that a divergence of 1e-4 keeps its digits in fp32.
+A constant added to df/dp drops out of the gradient: we choose it so that `weighted_grad` is 0 where p = q, which keeps
+the digits of a small gradient. `value` adds a multiple of q - p (`q_minus_p`) to every term. The additions cancel in
+the sum, but make each term non-negative, so rounding errors do not swamp a tiny KL: 1e-4 keeps its digits in fp32.
 
-f must be homogeneous, f(c p, c q) = c f(p, q), which every f-divergence and every mixture of them is: the tail bucket
-of a top-k teacher and `df_dp` rely on it.
+f must be homogeneous, f(c p, c q) = c f(p, q), which every f-divergence and every mixture of them is: the tail of a
+top-k teacher and `df_dp` rely on it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def reverse_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
     return p * r + q_minus_p(p, q, r)
 
 
-def reverse_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
+def reverse_kl_weighted_grad(p, q, r, parameter):  # type: ignore[no-untyped-def]
     return p * r
 
 
@@ -93,42 +93,42 @@ def forward_kl_value(p, q, r, parameter):  # type: ignore[no-untyped-def]
     return -(q_minus_p(p, q, r) + q * r)
 
 
-def forward_kl_pull(p, q, r, parameter):  # type: ignore[no-untyped-def]
+def forward_kl_weighted_grad(p, q, r, parameter):  # type: ignore[no-untyped-def]
     return p - q
 
 
 def gkd_value(p, q, r, beta):  # type: ignore[no-untyped-def]
     """beta KL(q|m) + (1 - beta) KL(p|m), m = beta q + (1 - beta) p (arXiv 2306.13649)."""
-    over_p, over_q = log_mixture(r, beta)
-    return -((1.0 - beta) * (p * over_p) + beta * (q * over_q))
+    log_m_over_p, log_m_over_q = log_mixture(r, beta)
+    return -((1.0 - beta) * (p * log_m_over_p) + beta * (q * log_m_over_q))
 
 
-def gkd_pull(p, q, r, beta):  # type: ignore[no-untyped-def]
-    over_p, _ = log_mixture(r, beta)
-    return (beta - 1.0) * (p * over_p)
+def gkd_weighted_grad(p, q, r, beta):  # type: ignore[no-untyped-def]
+    log_m_over_p, _ = log_mixture(r, beta)
+    return (beta - 1.0) * (p * log_m_over_p)
 
 
 def skew_reverse_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(p|m), m = alpha p + (1 - alpha) q (DistiLLM, arXiv 2402.03898)."""
     _, smaller, _ = mixture_ratios(r, 1.0 - alpha)
-    over_p, _ = log_mixture(r, 1.0 - alpha)
-    return (1.0 - alpha) * q_minus_p_stable(p, q, r, smaller) - p * over_p
+    log_m_over_p, _ = log_mixture(r, 1.0 - alpha)
+    return (1.0 - alpha) * q_minus_p_stable(p, q, r, smaller) - p * log_m_over_p
 
 
-def skew_reverse_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
-    over_p, _ = log_mixture(r, 1.0 - alpha)
+def skew_reverse_kl_weighted_grad(p, q, r, alpha):  # type: ignore[no-untyped-def]
+    log_m_over_p, _ = log_mixture(r, 1.0 - alpha)
     p_share, _ = mixture_share_minus_one(r, 1.0 - alpha)
-    return -(p * (over_p + alpha * p_share))
+    return -(p * (log_m_over_p + alpha * p_share))
 
 
 def skew_forward_kl_value(p, q, r, alpha):  # type: ignore[no-untyped-def]
     """KL(q|m), m = alpha q + (1 - alpha) p (DistiLLM, arXiv 2402.03898)."""
     _, smaller, _ = mixture_ratios(r, alpha)
-    _, over_q = log_mixture(r, alpha)
-    return -((1.0 - alpha) * q_minus_p_stable(p, q, r, smaller) + q * over_q)
+    _, log_m_over_q = log_mixture(r, alpha)
+    return -((1.0 - alpha) * q_minus_p_stable(p, q, r, smaller) + q * log_m_over_q)
 
 
-def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
+def skew_forward_kl_weighted_grad(p, q, r, alpha):  # type: ignore[no-untyped-def]
     _, q_share = mixture_share_minus_one(r, alpha)
     return (alpha - 1.0) * (p * q_share)
 
@@ -136,33 +136,35 @@ def skew_forward_kl_pull(p, q, r, alpha):  # type: ignore[no-untyped-def]
 def lambda_jsd_value(p, q, r, weight):  # type: ignore[no-untyped-def]
     """weight KL(p|m) + (1 - weight) KL(q|m), m = (p + q) / 2."""
     _, smaller, _ = mixture_ratios(r, 0.5)
-    over_p, over_q = log_mixture(r, 0.5)
-    return (weight - 0.5) * q_minus_p_stable(p, q, r, smaller) - (weight * (p * over_p) + (1.0 - weight) * (q * over_q))
+    log_m_over_p, log_m_over_q = log_mixture(r, 0.5)
+    return (weight - 0.5) * q_minus_p_stable(p, q, r, smaller) - (
+        weight * (p * log_m_over_p) + (1.0 - weight) * (q * log_m_over_q)
+    )
 
 
-def lambda_jsd_pull(p, q, r, weight):  # type: ignore[no-untyped-def]
-    over_p, _ = log_mixture(r, 0.5)
+def lambda_jsd_weighted_grad(p, q, r, weight):  # type: ignore[no-untyped-def]
+    log_m_over_p, _ = log_mixture(r, 0.5)
     p_share, _ = mixture_share_minus_one(r, 0.5)
     # q / (2 m) is 1 - p / (2 m), and the constant drops out.
-    return -(p * (weight * over_p + (weight - 0.5) * p_share))
+    return -(p * (weight * log_m_over_p + (weight - 0.5) * p_share))
 
 
-REVERSE_KL = Divergence(reverse_kl_value, reverse_kl_pull)
-FORWARD_KL = Divergence(forward_kl_value, forward_kl_pull)
+REVERSE_KL = Divergence(reverse_kl_value, reverse_kl_weighted_grad)
+FORWARD_KL = Divergence(forward_kl_value, forward_kl_weighted_grad)
 
 
 def _gkd(beta: float) -> Divergence:
     if beta == 0:
         return FORWARD_KL
-    return REVERSE_KL if beta == 1 else Divergence(gkd_value, gkd_pull, beta)
+    return REVERSE_KL if beta == 1 else Divergence(gkd_value, gkd_weighted_grad, beta)
 
 
 def _skew_reverse_kl(alpha: float) -> Divergence:
-    return REVERSE_KL if alpha == 0 else Divergence(skew_reverse_kl_value, skew_reverse_kl_pull, alpha)
+    return REVERSE_KL if alpha == 0 else Divergence(skew_reverse_kl_value, skew_reverse_kl_weighted_grad, alpha)
 
 
 def _skew_forward_kl(alpha: float) -> Divergence:
-    return FORWARD_KL if alpha == 0 else Divergence(skew_forward_kl_value, skew_forward_kl_pull, alpha)
+    return FORWARD_KL if alpha == 0 else Divergence(skew_forward_kl_value, skew_forward_kl_weighted_grad, alpha)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,5 +182,7 @@ DIVERGENCES: dict[str, DivergenceFamily] = {
     "gkd": DivergenceFamily(_gkd, "beta"),
     "skew_reverse_kl": DivergenceFamily(_skew_reverse_kl, "alpha"),
     "skew_forward_kl": DivergenceFamily(_skew_forward_kl, "alpha"),
-    "lambda_jsd": DivergenceFamily(lambda weight: Divergence(lambda_jsd_value, lambda_jsd_pull, weight), "lambda_coef"),
+    "lambda_jsd": DivergenceFamily(
+        lambda weight: Divergence(lambda_jsd_value, lambda_jsd_weighted_grad, weight), "lambda_coef"
+    ),
 }

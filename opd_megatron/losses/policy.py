@@ -1,11 +1,11 @@
 """Sampled-token terms: a policy-gradient loss per response token, from what the divergence's own pass yields.
 
-With p the student's and q the teacher's probability of the sampled token a, p_roll the engine's that sampled it, and
-p_old the trainer's before the update,
+With p the student's and q the teacher's probability of the sampled token a, p_roll that of the
+rollout engine which sampled it, and p_old the trainer's before the update,
 
     loss = -w min(rho A, clip(rho, 1 - low, 1 + high) A),     rho = p / p_old,     w = min(p_old / p_roll, cap)
 
-(PPO, arXiv 1707.06347; the truncated weight w corrects for an engine that samples with other arithmetic than the
+(PPO, arXiv 1707.06347; the capped weight w corrects for a rollout engine that samples with other arithmetic than the
 trainer's). A and w are constants. Only d loss / d log p(a) is needed here: the pass over the vocabulary turns it into
 the gradient of all logits, delta_a - p.
 """
@@ -30,16 +30,16 @@ class PolicyTerm:
     """Adds `coef` times a policy-gradient loss to the objective. Tensors are [T], one value for each token."""
 
     rollout_logprobs: torch.Tensor
-    """Of the sampled tokens under the engine, at the objective's temperature."""
+    """Of the sampled tokens under the rollout engine, at the objective's temperature."""
     coef: float = 1.0
     """lambda_rl."""
     advantage: str = "given"
     """Where A comes from: `given` (`advantages` alone), or a distillation advantage that is added to them.
 
     `kl`: kl_coef (log q(a) - log p_roll(a)). `jsd`: -dJSD_beta/dp(a) = (1 - beta)(log m(a) - log p(a)), m = beta q +
-    (1 - beta) p. `lambda_jsd`: the same of lambda KL(p|m) + (1 - lambda) KL(q|m), m = (p + q) / 2. Each is less its
-    value at p = q, so that it is 0 where the models agree; a constant has no effect on the expected gradient, which is
-    minus kl_coef times that of the divergence, exactly.
+    (1 - beta) p. `lambda_jsd`: the same of lambda KL(p|m) + (1 - lambda) KL(q|m), m = (p + q) / 2. We subtract the
+    value at p = q, so that the advantage is 0 where the models agree. A constant does not change the expected gradient:
+    it is minus kl_coef times that of the divergence, exactly.
     """
     advantages: torch.Tensor | None = None
     """Advantages from rewards."""
@@ -48,8 +48,8 @@ class PolicyTerm:
     beta: float = 0.5
     lambda_coef: float = 0.5
     old_logprobs: torch.Tensor | None = None
-    """log p_old. By default p_roll, so that w = 1; with a `importance_cap`, p itself: rho = 1 and w = min(p / p_roll, cap),
-    the correction for a step that makes one update of its samples."""
+    """log p_old. By default p_roll, so that w = 1. With an `importance_cap`, p itself: rho = 1 and w = min(p / p_roll,
+    cap), the correction for a step that makes one update of its samples."""
     clip: tuple[float, float] | None = None
     """(low, high) of the clipped ratio; none by default."""
     importance_cap: float | None = None
@@ -124,7 +124,7 @@ def _check_choices(term: PolicyTerm) -> None:
 
 
 def policy_loss(
-    term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, kept: torch.Tensor | None
+    term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, mask: torch.Tensor | None
 ) -> PolicyResult:
     """The loss of each token and its derivative.
 
@@ -132,7 +132,7 @@ def policy_loss(
         term: of these T tokens.
         logprobs: [T] log p(a).
         teacher_logprobs: [T] log q(a).
-        kept: [T] bool, which tokens count in a sequence's mean; all by default.
+        mask: [T] bool, which tokens count in a sequence's mean; all by default.
     """
     advantage = _advantage(term, logprobs, teacher_logprobs)
     rollout = term.rollout_logprobs.to(logprobs.dtype)
@@ -140,8 +140,8 @@ def policy_loss(
         old = term.old_logprobs.to(logprobs.dtype)
     else:
         old = rollout if term.importance_cap is None else logprobs
-    ratio = _ratio(term, logprobs - old, kept)
-    weight = _ratio(term, old - rollout, kept)
+    ratio = _ratio(term, logprobs - old, mask)
+    weight = _ratio(term, old - rollout, mask)
     if term.importance_cap is not None:
         weight = weight.clamp(max=term.importance_cap)
     surrogate = ratio * advantage
@@ -154,7 +154,7 @@ def policy_loss(
     loss = -weight * surrogate
     # d rho / d log p = rho; a clipped ratio is a constant.
     dloss_dlogp = torch.where(clipped, 0, loss)
-    return PolicyResult(loss, dloss_dlogp, advantage, _ratio(term, logprobs - rollout, kept), clipped.to(loss.dtype))
+    return PolicyResult(loss, dloss_dlogp, advantage, _ratio(term, logprobs - rollout, mask), clipped.to(loss.dtype))
 
 
 def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
@@ -169,15 +169,15 @@ def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch
     return given - term.kl_coef * divergence.df_dp(logprobs - teacher_logprobs)
 
 
-def _ratio(term: PolicyTerm, log_ratio: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+def _ratio(term: PolicyTerm, log_ratio: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """exp of the log ratio, or of its mean over each sequence."""
     if term.level == "token" or not len(log_ratio):
         return log_ratio.exp()
     assert term.sequence_ids is not None
     _, index = term.sequence_ids.unique_consecutive(return_inverse=True)
-    counts = torch.ones_like(log_ratio) if kept is None else kept.to(log_ratio.dtype)
+    counts = torch.ones_like(log_ratio) if mask is None else mask.to(log_ratio.dtype)
     # Selection: a masked token's log ratio may be anything.
-    values = log_ratio if kept is None else torch.where(kept, log_ratio, 0)
+    values = log_ratio if mask is None else torch.where(mask, log_ratio, 0)
     size = int(index[-1]) + 1
     total = log_ratio.new_zeros(size).index_add_(0, index, values)
     number = log_ratio.new_zeros(size).index_add_(0, index, counts)

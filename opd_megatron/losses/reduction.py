@@ -46,7 +46,7 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
         terms: of `linear_divergence_terms`, called with the same `token_weights`.
         token_weights: [T]; ones by default.
     """
-    kept = torch.ones_like(terms.per_token, dtype=torch.bool) if token_weights is None else token_weights != 0
+    mask = torch.ones_like(terms.per_token, dtype=torch.bool) if token_weights is None else token_weights != 0
     columns = {
         "reverse_kl": terms.reverse_kl,
         "forward_kl": terms.forward_kl,
@@ -56,10 +56,10 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
     }
     columns |= _of_targets(terms) | _of_policy(terms)
     # Selection, not multiplication: a masked infinity must not become a NaN.
-    per_token = torch.stack([column.double() for column in columns.values()])[:, kept]
+    per_token = torch.stack([column.double() for column in columns.values()])[:, mask]
     return TokenSums(
         loss_sum=terms.loss_sum,
-        num_tokens=kept.sum(),
+        num_tokens=mask.sum(),
         sums=torch.cat([terms.loss_sum.detach().double().reshape(1), per_token.sum(dim=1)]),
         names=("loss", *columns),
     )

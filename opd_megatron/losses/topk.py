@@ -1,8 +1,8 @@
 """A teacher that is served elsewhere and sends only its k best log-probabilities of each token.
 
-The rest of its mass is known, where it lies is not. Renormalising the k entries, or leaving the rest out, makes another
-objective: reverse KL then falls by draining the student's mass from the entries. Here the rest of the vocabulary is one
-more event, the tail bucket:
+We know how much probability is outside the top k, but not on which tokens. Renormalising the k entries, or leaving the
+rest out, makes another objective: reverse KL then falls by draining the student's mass from the entries. Here the rest
+of the vocabulary is one more event, the tail:
 
     L = sum_k f(p_j, q_j) + f(p_tail, q_tail),    p_tail = sum of p over all columns that have no entry.
 

@@ -86,7 +86,7 @@ class _FromLogits(torch.autograd.Function):
         spec: LossSpec,
         differentiable: bool,
     ) -> torch.Tensor:
-        held = slice(0, spec.columns)
+        owned = slice(0, spec.columns)
         gradient = None
         if differentiable:
             gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
@@ -95,10 +95,10 @@ class _FromLogits(torch.autograd.Function):
         if not len(student):
             return student.new_zeros(0, dtype=spec.dtype)
         kind = VocabParallelLoss if entries is None else TopKLoss
-        engine = kind(spec, len(student), student.device, [x.dtype for x in (student, *teachers)])
-        local = None if gradient is None else gradient[:, held]
-        logits = [x.detach()[:, held] for x in (student, *teachers)]
-        return engine.run(
+        loss_fn = kind(spec, len(student), student.device, [x.dtype for x in (student, *teachers)])
+        local = None if gradient is None else gradient[:, owned]
+        logits = [x.detach()[:, owned] for x in (student, *teachers)]
+        return loss_fn.run(
             LossInputs(logits[0], logits[1:], gradient=local, with_metrics=False, entries=entries)
         ).value.clone()
 

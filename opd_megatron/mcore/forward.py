@@ -15,9 +15,10 @@ from opd_megatron.mcore.model import HiddenStatesModel
 from opd_megatron.types import Batch
 
 LossFunction = Callable[[int, torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
-"""(micro batch index, response rows, micro batch) -> Megatron's (loss_sum, num_tokens, anything). The rows are hidden
-states [T, h] at the response positions, in the order of `weights.nonzero()`; under sequence parallelism this rank's [R, h]
-of them, see `HiddenStatesModel.response_rows`."""
+"""(micro batch index, response rows, micro batch) -> Megatron's (loss_sum, num_tokens, anything).
+
+The rows are hidden states [T, h] at the response positions, in the order of `weights.nonzero()`. Under sequence
+parallelism they are this rank's [R, h] of them, see `HiddenStatesModel.response_rows`."""
 
 
 def run_schedule(

@@ -76,8 +76,9 @@ class HiddenStatesModel(GPTModel):
         return F.pad(rows, (0, 0, 0, int(masks.sum(1).max()) - len(rows)))
 
     def gather_index(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """Where the row of each token of `mask` [B, S] is among all ranks' `response_rows` one after another: [T] int64.
-        None without sequence parallelism, where every rank has all of them in order."""
+        """Index of the row of each token of `mask` [B, S] in all ranks' concatenated `response_rows`: [T] int64.
+
+        None without sequence parallelism, where every rank has all rows in order."""
         if not self.config.sequence_parallel:
             return None
         ranks = self.pg_collection.tp.size()

@@ -113,7 +113,12 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
     sizes = plan.sizes
     return {
         "ranks": sizes.ranks,
-        "parallel": {"tensor": sizes.tp_size, "pipeline": sizes.pp_size, "data": sizes.dp_size, "expert": sizes.ep_size},
+        "parallel": {
+            "tensor": sizes.tp_size,
+            "pipeline": sizes.pp_size,
+            "data": sizes.dp_size,
+            "expert": sizes.ep_size,
+        },
         "models": {path: asdict(found) for path, found in plan.coverage.items()},
         "stages": [
             {

@@ -78,8 +78,8 @@ class ChildProcess:
                 if time.monotonic() > deadline:
                     self._kill()
                     raise EngineDiedError(
-                        f"rollout engine did not finish {name!r} within rollout.start_timeout={self._timeout:g} s and "
-                        f"was ended: raise it{self.log_hint}"
+                        f"rollout engine did not finish {name!r} within rollout.request_timeout={self._timeout:g} s "
+                        f"and was ended: raise it{self.log_hint}"
                     )
             status, value = self._connection.recv()
         if status == "refused":

@@ -68,7 +68,7 @@ def write_hf(
     dtype: torch.dtype,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Fills an existing empty folder: safetensors, config.json, and tokenizer and generation files of `tokenizer_files`.
+    """Fills an empty folder with safetensors, config.json, and the tokenizer and generation files of `tokenizer_files`.
 
     The stream may bring the tensors in any order; none is kept. OSError when the disk refuses.
     """

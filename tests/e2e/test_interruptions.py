@@ -148,12 +148,12 @@ def test_a_signal_to_every_process_while_vllm_samples_costs_neither_the_step_nor
 
 SECOND_SIGNAL = """
 import os, signal, time
-from opd_megatron.system import signals as stopping
-stopping.SAME_REQUEST_SECONDS = 0.2
-stopping.note_stop_signals()
+from opd_megatron.system import signals
+signals.SAME_REQUEST_SECONDS = 0.2
+signals.note_stop_signals()
 os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGTERM)
-assert stopping.stop_requested()
+assert signals.stop_requested()
 print("the same request twice is one", flush=True)
 time.sleep(0.5)
 try:

@@ -32,10 +32,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @torch.no_grad()
 def _own_logprobs(trainer: OPDTrainer, sequences: torch.Tensor) -> torch.Tensor:
     """log p(token i | before) of the trainer's Megatron student, [B, S - 1]."""
-    student = trainer.parts.student
+    student = trainer.student
     weights = torch.ones(sequences.shape)
     (hidden,) = response_hidden(student.model, student.grid, [Batch(sequences, sequences, weights)])
-    logits = (hidden @ student.model.head_weight.T)[:, : trainer.parts.vocab_size]
+    logits = (hidden @ student.model.head_weight.T)[:, : trainer.models.vocab_size]
     logprobs = logits.log_softmax(-1).view(*sequences.shape, -1)[:, :-1]
     return logprobs.gather(-1, sequences[:, 1:, None])[..., 0]
 
@@ -58,7 +58,7 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
     original = OPDTrainer.step
 
     def step_and_compare(self: OPDTrainer) -> StepMetrics:
-        engine: Any = self.parts.sampler._engine
+        engine: Any = self.rollout_client._engine
         pids.append(engine.pid)
         if self.step_count == 1:
             os.kill(engine.pid, signal.SIGKILL)
@@ -70,7 +70,7 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
     monkeypatch.setattr(OPDTrainer, "step", step_and_compare)
     notes: list[str] = []
     with OPDTrainer.from_config(config) as trainer:
-        monkeypatch.setattr(trainer.parts.sampler, "_on_event", notes.append)
+        monkeypatch.setattr(trainer.rollout_client, "_on_event", notes.append)
         trainer.train()
 
     # The prompts are the same long ones each time, so a stale prefix cache, head or layer would show.

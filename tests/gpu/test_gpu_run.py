@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, transformer_engine: str) -> None:
     from opd_megatron.mcore.cpu.platform import device, init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.student import Student, TeacherInputs
+    from opd_megatron.mcore.student import Student
     from opd_megatron.run.checks import check_run
-    from opd_megatron.teacher import build_teachers
+    from opd_megatron.teacher import ask_teachers, build_teachers
     from tests.mcore.test_student import STEPS, _batches, _config, _reference
     from tests.tiny_models import save_tiny
 
@@ -27,10 +27,10 @@ def test_training_on_a_gpu_equals_the_dense_float64_reference(tmp_path: Path, tr
         config = _config(pair, "unused", **{"student.transformer_engine": transformer_engine})
         models, grid = check_run(config), ParallelGrid.build(1, 1, 1)
         student = Student(config, models.student, models.student_config, grid, models.padded_vocab(1))
-        (teacher,) = build_teachers(config, models.teachers, grid, models.padded_vocab(1))
+        (teacher,) = build_teachers(config, models, grid)
         for batch, (loss, _) in zip(_batches(STEPS), curve, strict=True):
             batches = batch.to(device()).micro_batches(2)
-            views = [TeacherInputs(teacher.hidden_states(batches), teacher.head)]
+            views = ask_teachers([teacher], batches)
             result = student.update(batches, views, config.objective, models.vocab_size)
             # TF32 or Transformer Engine kernels: looser than on a CPU, tight enough for any mistake to show.
             assert result.metrics["loss"] == pytest.approx(loss, rel=5e-3)

@@ -100,8 +100,8 @@ def test_tail_columns_are_pulled_by_the_bucket_in_proportion_to_their_probabilit
     teacher = best_of(logits, 5)
     _, gradient = value_and_gradient(student, teacher, type=type, **arguments)
     tail = torch.ones(T, V, dtype=torch.bool).scatter(1, teacher.ids, False)
-    over_p = (gradient / student.softmax(-1))[tail].view(T, -1)
-    torch.testing.assert_close(over_p, over_p[:, :1].expand_as(over_p), rtol=1e-4, atol=1e-6)
+    log_m_over_p = (gradient / student.softmax(-1))[tail].view(T, -1)
+    torch.testing.assert_close(log_m_over_p, log_m_over_p[:, :1].expand_as(log_m_over_p), rtol=1e-4, atol=1e-6)
     # As the gradient leaves a row's sum of logits alone, none of it is lost between entries and tail.
     assert gradient.sum(-1).abs().max() <= 1e-6
 

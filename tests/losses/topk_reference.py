@@ -72,8 +72,8 @@ def completed(student: torch.Tensor, teacher: TopKTeacher, temperature: float = 
     log_p = (student.double() / temperature).log_softmax(-1)
     log_q = torch.empty_like(log_p)
     for row in range(len(log_p)):
-        of_p, of_q = events(log_p[row], teacher, row)
-        log_q[row] = log_p[row] + (of_q[-1] - of_p[-1])
+        softmax_coef, of_q = events(log_p[row], teacher, row)
+        log_q[row] = log_p[row] + (of_q[-1] - softmax_coef[-1])
         kept = teacher.ids[row] >= 0
         log_q[row, teacher.ids[row][kept]] = teacher.logprobs[row][kept].double()
     return log_q * temperature

@@ -26,10 +26,11 @@ from opd_megatron.mcore.checkpoint.manifest import read_manifest
 from opd_megatron.mcore.checkpoint.writer import ShardWriter
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.student import StepOutput, Student, TeacherInputs
+from opd_megatron.mcore.student import Student
 from opd_megatron.run.checks import check_run
-from opd_megatron.teacher import build_teachers
-from opd_megatron.types import Batch
+from opd_megatron.teacher import ask_teachers, build_teachers
+from opd_megatron.types import Batch, StepOutput
+from opd_megatron.weight_sync.gathered import gather_student
 from tests.mcore.test_student import _batches, _config
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
@@ -56,16 +57,16 @@ class _Run:
         self.grid = ParallelGrid.build(tensor, pipeline, data, ep_size=expert)
         padded = self.models.padded_vocab(tensor)
         self.student = Student(self.config, self.models.student, self.models.student_config, self.grid, padded)
-        (self.teacher,) = build_teachers(self.config, self.models.teachers, self.grid, padded)
+        (self.teacher,) = build_teachers(self.config, self.models, self.grid)
 
     def step(self, batch: Batch) -> StepOutput:
         rows = slice(self.grid.dp_rank, None, self.grid.dp_size)
         mine = Batch(batch.tokens[rows], batch.targets[rows], batch.weights[rows]).micro_batches(2)
-        views = [TeacherInputs(self.teacher.hidden_states(mine), self.teacher.head, 1.0)]
+        views = ask_teachers([self.teacher], mine)
         return self.student.update(mine, views, self.config.objective, self.models.vocab_size)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for bucket in self.student.export() for name, tensor in bucket}
+        return {name: tensor.clone() for bucket in gather_student(self.student) for name, tensor in bucket}
 
 
 def _resumed_equals_uninterrupted(

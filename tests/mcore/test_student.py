@@ -16,10 +16,11 @@ from opd_megatron.config import load_config
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.student import Student, TeacherInputs
+from opd_megatron.mcore.student import Student
 from opd_megatron.run.checks import check_run
-from opd_megatron.teacher import build_teachers
+from opd_megatron.teacher import ask_teachers, build_teachers
 from opd_megatron.types import Batch
+from opd_megatron.weight_sync.gathered import gather_student
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
 
@@ -102,14 +103,14 @@ def _train(
     )
     padded = models.padded_vocab(tensor)
     student = Student(config, models.student, models.student_config, grid, padded)
-    (teacher,) = build_teachers(config, models.teachers, grid, padded)
+    (teacher,) = build_teachers(config, models, grid)
     results = []
     for batch in _batches(STEPS):
         rows = slice(grid.dp_rank, None, data)
         mine = batch.rows(rows).micro_batches(2)
-        views = [TeacherInputs(teacher.hidden_states(mine), teacher.head, 1.0)]
+        views = ask_teachers([teacher], mine)
         results.append(student.update(mine, views, config.objective, models.vocab_size))
-    weights = {name: tensor.clone() for bucket in student.export() for name, tensor in bucket}
+    weights = {name: tensor.clone() for bucket in gather_student(student) for name, tensor in bucket}
     return [(r.metrics, r.tokens, r.grad_norm, r.lr) for r in results], weights
 
 
@@ -271,16 +272,17 @@ def _train_on_nan(rank: int, world: int, pair: tuple[Path, Path]) -> Any:
     grid = ParallelGrid.build(1, 1, 2)
     padded = models.padded_vocab(1)
     student = Student(config, models.student, models.student_config, grid, padded)
-    (teacher,) = build_teachers(config, models.teachers, grid, padded)
+    (teacher,) = build_teachers(config, models, grid)
     (batch,) = _batches(1)
     mine = batch.rows(slice(4)).micro_batches(4)
-    states = teacher.hidden_states(mine)
+    inputs = ask_teachers([teacher], mine)
     if rank == 1:  # one rank alone sees the damage
-        states.hidden[0][0, 0] = float("nan")
-    before = {name: tensor.clone() for bucket in student.export() for name, tensor in bucket}
+        hidden, _ = inputs[0].outputs[0]
+        hidden[0, 0] = float("nan")
+    before = {name: tensor.clone() for bucket in gather_student(student) for name, tensor in bucket}
     with pytest.raises(NonFiniteError) as caught:
-        student.update(mine, [TeacherInputs(states, teacher.head, 1.0)], config.objective, models.vocab_size)
-    after = {name: tensor for bucket in student.export() for name, tensor in bucket}
+        student.update(mine, inputs, config.objective, models.vocab_size)
+    after = {name: tensor for bucket in gather_student(student) for name, tensor in bucket}
     return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
 
 

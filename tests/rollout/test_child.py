@@ -74,10 +74,10 @@ def test_a_call_that_takes_too_long_ends_the_child(tmp_path):
 
 def test_a_stop_signal_gives_up_a_start_at_once_and_ends_the_child(tmp_path):
     script = (
-        "import os; from pathlib import Path; from opd_megatron import stopping\n"
-        "from opd_megatron.errors import StopRequestedError; from opd_megatron.rollout.child import Child\n"
-        "stopping.note_stop_signals()\n"
-        f"c = Child('tests.rollout.echo_child', os.environ, Path({str(tmp_path / 'log')!r}), 60)\n"
+        "import os; from pathlib import Path; from opd_megatron.system import signals\n"
+        "from opd_megatron.errors import StopRequestedError; from opd_megatron.rollout.child import ChildProcess\n"
+        "signals.note_stop_signals()\n"
+        f"c = ChildProcess('tests.rollout.echo_child', os.environ, Path({str(tmp_path / 'log')!r}), 60)\n"
         "c.call('echo', 0); print('starting', c.process.pid, flush=True)\n"
         "try: c.call('start', 'forever')\n"
         "except StopRequestedError: print('given up', c.process.poll())\n"
@@ -100,8 +100,8 @@ def test_close_ends_the_child_and_can_be_repeated(child):
 
 def test_a_parent_that_exits_without_closing_leaves_no_child(tmp_path):
     script = (
-        "import os; from pathlib import Path; from opd_megatron.rollout.child import Child\n"
-        f"c = Child('tests.rollout.echo_child', os.environ, Path({str(tmp_path / 'log')!r}), 20)\n"
+        "import os; from pathlib import Path; from opd_megatron.rollout.child import ChildProcess\n"
+        f"c = ChildProcess('tests.rollout.echo_child', os.environ, Path({str(tmp_path / 'log')!r}), 20)\n"
         "c.call('echo', 0); c.send('hang', None); print(c.process.pid)"
     )
     result = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The sampler's contract with a fake engine: every rank sees the same answers and the same errors, nobody hangs."""
+"""The client's contract with a fake engine: every rank sees the same answers and the same errors, nobody hangs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from opd_megatron.errors import EngineDiedError, RolloutError, StalePolicyError
 from opd_megatron.rollout.client import RolloutClient
-from opd_megatron.types import Bucket, Prompt, Rollout, Sampling
+from opd_megatron.types import Bucket, Prompt, Rollout, SampleRequest, Sampling
 from tests.ranks import run_ranks
 
 PROMPTS = [Prompt("a", (1, 2), "a"), Prompt("b", (3,), "b")]
+REQUESTS = [SampleRequest(prompt, seed=i, group=i) for i, prompt in enumerate(PROMPTS)]
 SAMPLING = Sampling(max_new_tokens=3)
 BUCKETS = 3
 
@@ -32,7 +33,7 @@ class FakeEngine:
         self.faults[name] = self.faults.get(name, 0) - 1
         return self.faults[name] >= 0
 
-    def start(self) -> None:
+    def wait_ready(self) -> None:
         self.starts += 1
         self.policy_version = -1
         if self._fault("die_in_start"):
@@ -48,7 +49,7 @@ class FakeEngine:
         self.policy_version = version
         self.pushed.append(version)
 
-    def generate(self, prompts: Any, sampling: Sampling) -> list[Rollout]:
+    def generate(self, requests: Any, sampling: Sampling) -> list[Rollout]:
         if self._fault("die_in_generate"):
             raise EngineDiedError("fake died in generate")
         if self._fault("refuse"):
@@ -56,10 +57,10 @@ class FakeEngine:
         if self._fault("bug"):
             raise KeyError("a bug")
         version = self.policy_version - 1 if self._fault("lag") else self.policy_version
-        return [Rollout(p, (7, 8 + i), (-0.1, -0.25), version, "stop") for i, p in enumerate(prompts)]
-
-    def token_logprobs(self, sequences: Any) -> list[list[float]]:
-        return [[0.0] * (len(s) - 1) for s in sequences]
+        return [
+            Rollout(r.prompt, torch.tensor([7, 8 + r.seed]), torch.tensor([-0.1, -0.25]), version, "stop")
+            for r in requests
+        ]
 
     def close(self) -> None:
         self.policy_version = -1
@@ -82,25 +83,33 @@ def collective_export(group: Any) -> Callable[[], Iterator[Bucket]]:
 def make(group: Any, rank: int, max_restarts: int = 3, **faults: int) -> tuple[RolloutClient, Any, list[str]]:
     engine = FakeEngine(**faults) if rank == 0 else None
     events: list[str] = []
-    sampler = RolloutClient(engine, collective_export(group), group, max_restarts=max_restarts, on_event=events.append)
-    return sampler, engine, events
+    client = RolloutClient(engine, collective_export(group), group, max_restarts=max_restarts, on_event=events.append)
+    return client, engine, events
+
+
+def _plain(rollouts: list[Rollout]) -> list[Any]:
+    """Everything a rollout holds, in values that can be compared."""
+    return [
+        (r.prompt, r.response_ids.tolist(), r.logprobs.tolist(), r.policy_version, r.finish_reason, r.group)
+        for r in rollouts
+    ]
 
 
 def _run_two_versions(rank: int, world_size: int, faults: dict[str, int]) -> Any:
-    sampler, engine, events = make(dist.group.WORLD, rank, **faults)
-    sampler.start(0)
-    first = sampler.sample(PROMPTS, SAMPLING)
-    sampler.push(1)
-    second = sampler.sample(PROMPTS, SAMPLING)
-    sampler.close()
-    return first, second, events, engine and (engine.starts, engine.pushed)
+    client, engine, events = make(dist.group.WORLD, rank, **faults)
+    client.start(0)
+    first = client.sample(REQUESTS, SAMPLING)
+    client.sync_weights(1)
+    second = client.sample(REQUESTS, SAMPLING)
+    client.close()
+    return _plain(first), _plain(second), events, engine and (engine.starts, engine.pushed)
 
 
 def _fail(rank: int, world_size: int, faults: dict[str, int]) -> tuple[str, str]:
-    sampler, _, _ = make(dist.group.WORLD, rank, max_restarts=2, **faults)
+    client, _, _ = make(dist.group.WORLD, rank, max_restarts=2, **faults)
     try:
-        sampler.start(0)
-        sampler.sample(PROMPTS, SAMPLING)
+        client.start(0)
+        client.sample(REQUESTS, SAMPLING)
     except Exception as error:
         dist.barrier()  # the group must still be in step
         return type(error).__name__, str(error)
@@ -111,11 +120,11 @@ def test_every_rank_gets_the_same_rollouts_of_the_version_last_pushed():
     ranks = run_ranks(2, _run_two_versions, {})
     assert ranks[0][:2] == ranks[1][:2]
     for version, rollouts in enumerate(ranks[1][:2]):
-        assert [r.prompt for r in rollouts] == PROMPTS
-        assert [r.policy_version for r in rollouts] == [version, version]
-        assert [r.response_ids for r in rollouts] == [(7, 8), (7, 9)]
-        assert rollouts[0].logprobs == pytest.approx((-0.1, -0.25))
-        assert rollouts[0].finish_reason == "stop"
+        logprobs = pytest.approx([-0.1, -0.25])
+        assert rollouts == [
+            (PROMPTS[0], [7, 8], logprobs, version, "stop", 0),
+            (PROMPTS[1], [7, 9], logprobs, version, "stop", 1),
+        ]
     assert ranks[0][2:] == ([], (1, [0, 1]))
 
 
@@ -123,7 +132,7 @@ def test_every_rank_gets_the_same_rollouts_of_the_version_last_pushed():
 def test_a_dead_engine_is_restarted_with_the_current_weights_and_the_run_goes_on(fault):
     ranks = run_ranks(2, _run_two_versions, {fault: 1})
     assert ranks[0][:2] == ranks[1][:2]
-    assert [r.policy_version for r in ranks[1][1]] == [1, 1]
+    assert [version for _, _, _, version, *_ in ranks[1][1]] == [1, 1]
     events, (starts, _) = ranks[0][2:]
     assert starts == 2
     assert len(events) == 1
@@ -163,19 +172,19 @@ def test_a_bug_on_rank_0_ends_the_other_ranks_too():
 
 
 def test_deaths_are_counted_in_a_row_only():
-    sampler, engine, events = make(None, 0, max_restarts=1)
-    sampler.start(0)
+    client, engine, events = make(None, 0, max_restarts=1)
+    client.start(0)
     for version in range(1, 4):
         engine.faults["die_in_generate"] = 1
-        assert sampler.sample(PROMPTS, SAMPLING)[0].policy_version == version - 1
-        sampler.push(version)
+        assert client.sample(REQUESTS, SAMPLING)[0].policy_version == version - 1
+        client.sync_weights(version)
     assert len(events) == 3
 
 
 def test_a_single_process_needs_no_group():
-    sampler, engine, _ = make(None, 0)
-    sampler.start(4)
-    assert [r.policy_version for r in sampler.sample(PROMPTS, SAMPLING)] == [4, 4]
+    client, engine, _ = make(None, 0)
+    client.start(4)
+    assert [r.policy_version for r in client.sample(REQUESTS, SAMPLING)] == [4, 4]
     engine.faults["lag"] = 1
     with pytest.raises(StalePolicyError):
-        sampler.sample(PROMPTS, SAMPLING)
+        client.sample(REQUESTS, SAMPLING)

@@ -17,7 +17,16 @@ from opd_megatron.rollout import RolloutClient
 from opd_megatron.rollout.base import RolloutEngine
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 from opd_megatron.types import Rollout, Sampling
-from tests.rollout.tiny import VOCAB, buckets_of, prompts_of, reference_logprobs, save_config, tiny_model
+from tests.rollout.tiny import (
+    VOCAB,
+    buckets_of,
+    ids_of,
+    prompts_of,
+    reference_logprobs,
+    requests_of,
+    save_config,
+    tiny_model,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -25,7 +34,8 @@ pytestmark = [
 ]
 
 PROMPTS = prompts_of(3, 230)
-SAMPLING = Sampling(max_new_tokens=12, seed=11)
+REQUESTS = requests_of(PROMPTS, seed=11)
+SAMPLING = Sampling(max_new_tokens=12)
 
 
 def make_engine(folder, tied: bool = True, **options) -> VLLMEngine:
@@ -36,7 +46,7 @@ def make_engine(folder, tied: bool = True, **options) -> VLLMEngine:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     engine = make_engine(tmp_path_factory.mktemp("vllm"))
-    engine.start()
+    engine.wait_ready()
     yield engine
     engine.close()
 
@@ -44,23 +54,23 @@ def engine(tmp_path_factory):
 def assert_sampled_from(model, rollouts: list[Rollout], temperature: float = 1.0, tolerance: float = 1e-4) -> None:
     """The logprobs that came with the samples are those of `model` under transformers."""
     for rollout in rollouts:
-        ids = [*rollout.prompt.token_ids, *rollout.response_ids]
+        ids = [*rollout.prompt.token_ids, *rollout.response_ids.tolist()]
         expected = reference_logprobs(model, ids, temperature)[-len(rollout.response_ids) :]
-        assert rollout.logprobs == pytest.approx(expected, abs=tolerance)
+        assert rollout.logprobs.tolist() == pytest.approx(expected, abs=tolerance)
 
 
 def test_there_is_nothing_to_sample_from_before_the_first_push(engine):
     assert isinstance(engine, RolloutEngine)
     assert engine.policy_version == -1
     with pytest.raises(RolloutError, match="no weights yet"):
-        engine.generate(PROMPTS, SAMPLING)
+        engine.generate(REQUESTS, SAMPLING)
 
 
 def test_after_each_push_long_prompts_are_continued_by_the_new_weights(engine):
     for version in (0, 1):
         model = tiny_model(seed=version)
         engine.update_weights(buckets_of(model), version)
-        rollouts = engine.generate(PROMPTS, SAMPLING)
+        rollouts = engine.generate(REQUESTS, SAMPLING)
         assert [r.policy_version for r in rollouts] == [version] * 3
         assert_sampled_from(model, rollouts)
 
@@ -68,18 +78,18 @@ def test_after_each_push_long_prompts_are_continued_by_the_new_weights(engine):
 def test_a_push_of_a_changed_embedding_changes_the_tied_head(engine):
     model = tiny_model(seed=2)
     engine.update_weights(buckets_of(model), 2)
-    before = engine.generate(PROMPTS, SAMPLING)
+    before = engine.generate(REQUESTS, SAMPLING)
     model.lm_head.weight.data.copy_(model.lm_head.weight.data.roll(1, dims=0))
     engine.update_weights(buckets_of(model), 3)
-    after = engine.generate(PROMPTS, SAMPLING)
+    after = engine.generate(REQUESTS, SAMPLING)
     assert_sampled_from(model, after)
-    assert before[0].logprobs != after[0].logprobs
+    assert before[0].logprobs.tolist() != after[0].logprobs.tolist()
 
 
 def test_logprobs_are_under_the_sampling_temperature(engine):
     model = tiny_model(seed=4)
     engine.update_weights(buckets_of(model), 4)
-    rollouts = engine.generate(PROMPTS, Sampling(max_new_tokens=12, temperature=0.7, seed=1))
+    rollouts = engine.generate(requests_of(PROMPTS, seed=1), Sampling(max_new_tokens=12, temperature=0.7))
     assert_sampled_from(model, rollouts, temperature=0.7)
 
 
@@ -93,25 +103,28 @@ def test_given_sequences_are_scored_at_temperature_one(engine):
 
 def test_a_seed_repeats_the_answers_and_equal_prompts_get_different_ones(engine):
     engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
-    prompts = [PROMPTS[0]] * 3
-    first, second = (engine.generate(prompts, SAMPLING) for _ in range(2))
-    assert [r.response_ids for r in first] == [r.response_ids for r in second]
-    assert len({r.response_ids for r in first}) == 3
+    requests = requests_of([PROMPTS[0]] * 3, seed=11)
+    first = engine.generate(requests, SAMPLING)
+    second = engine.generate(requests[:1], SAMPLING) + engine.generate(requests[:0:-1], SAMPLING)[::-1]
+    assert ids_of(first) == ids_of(second), "an answer depends neither on the order nor on the company of its request"
+    assert len(set(map(tuple, ids_of(first)))) == 3
 
 
 def test_an_answer_ends_with_its_stop_token_and_with_nothing_else(engine):
     engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
-    stopped = engine.generate(PROMPTS, Sampling(max_new_tokens=12, seed=1, stop_token_ids=tuple(range(VOCAB))))
+    stopped = engine.generate(
+        requests_of(PROMPTS, seed=1), Sampling(max_new_tokens=12, stop_token_ids=tuple(range(VOCAB)))
+    )
     assert {(len(r.response_ids), len(r.logprobs), r.finish_reason) for r in stopped} == {(1, 1, "stop")}
-    free = engine.generate(PROMPTS, Sampling(max_new_tokens=12, seed=1))
+    free = engine.generate(requests_of(PROMPTS, seed=1), Sampling(max_new_tokens=12))
     assert {(len(r.response_ids), r.finish_reason) for r in free} == {(12, "length")}
 
 
 def test_a_prompt_over_the_context_names_the_lengths_and_harms_nothing(engine):
     engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
     with pytest.raises(RolloutError, match=r"'p0': 230 tokens \+ max_new_tokens=40 .*max_model_len=256"):
-        engine.generate(PROMPTS, Sampling(max_new_tokens=40))
-    assert len(engine.generate(PROMPTS, SAMPLING)) == 3
+        engine.generate(requests_of(PROMPTS), Sampling(max_new_tokens=40))
+    assert len(engine.generate(REQUESTS, SAMPLING)) == 3
 
 
 @pytest.mark.parametrize("lost", ["model.embed_tokens", "layers.1.self_attn.k_proj", "model.norm"])
@@ -121,9 +134,9 @@ def test_a_missing_tensor_is_refused_and_the_next_full_push_mends_it(engine, los
     with pytest.raises(RolloutError, match=r"version 7: no or not enough values for .*must hold every tensor"):
         engine.update_weights(stream, 7)
     with pytest.raises(RolloutError, match="no weights yet"):
-        engine.generate(PROMPTS, SAMPLING)
+        engine.generate(REQUESTS, SAMPLING)
     engine.update_weights(buckets_of(model), 8)
-    assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
+    assert_sampled_from(model, engine.generate(REQUESTS, SAMPLING))
 
 
 def test_a_trainer_that_fails_in_the_middle_of_a_push_leaves_the_engine_usable(engine):
@@ -136,25 +149,25 @@ def test_a_trainer_that_fails_in_the_middle_of_a_push_leaves_the_engine_usable(e
     with pytest.raises(KeyError):
         engine.update_weights(failing(), 8)
     engine.update_weights(buckets_of(model), 9)
-    assert_sampled_from(model, engine.generate(PROMPTS, SAMPLING))
+    assert_sampled_from(model, engine.generate(REQUESTS, SAMPLING))
 
 
-def test_a_killed_engine_is_an_error_for_its_user_and_restarted_by_the_sampler(engine):
+def test_a_killed_engine_is_an_error_for_its_user_and_restarted_by_the_client(engine):
     model = tiny_model(seed=10)
     engine.update_weights(buckets_of(model), 10)
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineDiedError, match="exit code -9"):
-        engine.generate(PROMPTS, SAMPLING)
+        engine.generate(REQUESTS, SAMPLING)
 
     events: list[str] = []
     impatient, patient = (
         RolloutClient(engine, lambda: buckets_of(model), None, max_restarts=n, on_event=events.append) for n in (0, 1)
     )
     with pytest.raises(EngineDiedError, match=r"died 1 times in a row.*max_restarts=0.*exit code -9"):
-        impatient.push(10)
+        impatient.sync_weights(10)
     assert events == []
-    patient.push(11)
-    assert_sampled_from(model, patient.sample(PROMPTS, SAMPLING))
+    patient.sync_weights(11)
+    assert_sampled_from(model, patient.sample(REQUESTS, SAMPLING))
     assert len(events) == 1
     assert "restarting 1/1" in events[0]
 
@@ -164,5 +177,5 @@ def test_a_tensor_of_the_wrong_shape_is_refused_and_ends_the_engine(engine):
     with pytest.raises(RolloutError, match="cannot use the weights of version 7"):
         engine.update_weights([[(name, tensor[:-1])]], 7)
     assert engine.pid is None
-    with pytest.raises(RolloutError, match="not running: call start first"):
+    with pytest.raises(RolloutError, match="not running: call wait_ready first"):
         engine.update_weights(buckets_of(tiny_model(seed=7)), 7)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 from opd_megatron.types import Sampling
-from tests.rollout.tiny import VOCAB, prompts_of, reference_logprobs
+from tests.rollout.tiny import VOCAB, prompts_of, reference_logprobs, requests_of
 from tests.tiny_models import save_tiny
 
 pytestmark = [
@@ -39,14 +39,14 @@ def test_after_each_push_samples_come_from_the_new_weights(tmp_path: Path, famil
         VLLMOptions(model_dir=folders[0], max_model_len=256, dtype="fp32", kv_cache_gib=0.1, log_path=tmp_path / "log")
     )
     try:
-        engine.start()
+        engine.wait_ready()
         for version, folder in enumerate(folders):
             tensors = list(load_file(folder / "model.safetensors").items())
             engine.update_weights([tensors[i : i + 10] for i in range(0, len(tensors), 10)], version)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            for rollout in engine.generate(prompts_of(3, 200), Sampling(max_new_tokens=12, seed=3)):
-                ids = [*rollout.prompt.token_ids, *rollout.response_ids]
+            for rollout in engine.generate(requests_of(prompts_of(3, 200), seed=3), Sampling(max_new_tokens=12)):
+                ids = [*rollout.prompt.token_ids, *rollout.response_ids.tolist()]
                 expected = reference_logprobs(model, ids)[-len(rollout.response_ids) :]
-                assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
+                assert rollout.logprobs.tolist() == pytest.approx(expected, abs=1e-4)
     finally:
         engine.close()

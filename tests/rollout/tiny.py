@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opd_megatron.types import Bucket, Prompt
+from opd_megatron.types import Bucket, Prompt, Rollout, SampleRequest
 
 VOCAB = 250  # not a multiple of vLLM's vocabulary padding
 
@@ -50,3 +50,13 @@ def reference_logprobs(model: LlamaForCausalLM, ids: list[int], temperature: flo
     """log p(token i | before) for i = 1 .. len - 1."""
     logits = model(torch.tensor([ids])).logits[0, :-1].double() / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def requests_of(prompts: Sequence[Prompt], seed: int | None = None) -> list[SampleRequest]:
+    """One request a prompt, each with a seed of its own where one is given."""
+    return [SampleRequest(p, None if seed is None else seed + i, group=i) for i, p in enumerate(prompts)]
+
+
+def ids_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """The sampled tokens of each rollout."""
+    return [rollout.response_ids.tolist() for rollout in rollouts]

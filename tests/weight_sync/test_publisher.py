@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from opd_megatron.config import load_config
-from opd_megatron.rollout.base import ShardFiles
+from opd_megatron.weight_sync.format import ShardFiles
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
 
@@ -23,8 +23,9 @@ def _stream(rank: int, world_size: int, folder: Path, overrides: dict[str, Any])
     from opd_megatron.mcore.cpu.platform import init_distributed
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.student import Student
+    from opd_megatron.rollout import weight_format
     from opd_megatron.run.checks import check_run
-    from opd_megatron.weight_sync.publisher import weight_stream
+    from opd_megatron.weight_sync.publisher import WeightPublisher
 
     init_distributed()
     values = {
@@ -37,16 +38,16 @@ def _stream(rank: int, world_size: int, folder: Path, overrides: dict[str, Any])
     grid = ParallelGrid.build(parallel.tensor, parallel.pipeline, models.data_parallel)
     student = Student(config, models.student, models.student_config, grid, models.padded_vocab(parallel.tensor))
     events: list[str] = []
-    export = weight_stream(config, student, dist.group.WORLD, events.append)
+    publisher = WeightPublisher(
+        student, weight_format(config, student.hf_config), dist.group.WORLD, bucket_bytes=2**20, on_event=events.append
+    )
     assert events == []
     seen: list[dict[str, tuple[int, ...]]] = []
-    for shipment in export():
+    for payload in publisher.stream():
         if rank > 0:
             continue  # what these get is ignored
-        if isinstance(shipment, ShardFiles):
-            tensors = [load_file(path).items() for path in shipment.paths]
-        else:
-            tensors = [shipment]
+        by_shard = isinstance(payload, ShardFiles)
+        tensors = [load_file(path).items() for path in payload.paths] if by_shard else [payload]
         seen = seen or [{} for _ in tensors]
         for worker, pairs in zip(seen, tensors, strict=True):
             worker.update((name, tuple(tensor.shape)) for name, tensor in pairs)

@@ -26,7 +26,7 @@ from opd_megatron.weight_sync.sharded import export_shards
 from opd_megatron.weights.hf_reader import load_hf_config
 from opd_megatron.weights.load import load_weights
 from tests.ranks import run_ranks
-from tests.rollout.tiny import VOCAB, prompts_of, reference_logprobs
+from tests.rollout.tiny import VOCAB, ids_of, prompts_of, reference_logprobs, requests_of
 from tests.tiny_models import save_tiny
 
 pytestmark = [
@@ -36,7 +36,8 @@ pytestmark = [
 ]
 
 PROMPTS = prompts_of(3, 230)
-SAMPLING = Sampling(max_new_tokens=12, seed=11)
+REQUESTS = requests_of(PROMPTS, seed=11)
+SAMPLING = Sampling(max_new_tokens=12)
 BUCKET_BYTES = 600_000
 """Several buckets, in one of which there is more than one layer."""
 # Two key-value groups on each rank: one alone would lie in vLLM's order whether it is taken apart or not.
@@ -70,27 +71,27 @@ def _sample_both_ways(
 
     def shards() -> Any:
         rows = vocab_rows(VOCAB, 2)
-        return transport.ship(export_shards(model, config, layout, vocab_rows=rows, bucket_bytes=BUCKET_BYTES))
+        return transport.stream(export_shards(model, config, layout, vocab_rows=rows, bucket_bytes=BUCKET_BYTES))
 
     engine = _engine(folders[0]) if rank == 0 else None
     events: list[str] = []
 
-    def sampler(export: Any) -> RolloutClient:
+    def client(export: Any) -> RolloutClient:
         return RolloutClient(engine, export, dist.group.WORLD, max_restarts=1, on_event=events.append)
 
-    gathering, sharding = sampler(lambda: export_weights(model, config, layout)), sampler(shards)
+    gathering, sharding = client(lambda: export_weights(model, config, layout)), client(shards)
     try:
         gathering.start(0)
-        rollouts = [gathering.sample(PROMPTS, SAMPLING)]
-        sharding.push(1)
-        rollouts.append(sharding.sample(PROMPTS, SAMPLING))
+        rollouts = [gathering.sample(REQUESTS, SAMPLING)]
+        sharding.sync_weights(1)
+        rollouts.append(sharding.sample(REQUESTS, SAMPLING))
         load_weights(model, folders[1], config, layout)
         if kill and engine is not None:
             os.kill(engine.pid, signal.SIGKILL)
-        sharding.push(2)
-        rollouts.append(sharding.sample(PROMPTS, SAMPLING))
-        gathering.push(3)  # nothing of the other way is left in the workers
-        rollouts.append(gathering.sample(PROMPTS, SAMPLING))
+        sharding.sync_weights(2)
+        rollouts.append(sharding.sample(REQUESTS, SAMPLING))
+        gathering.sync_weights(3)  # nothing of the other way is left in the workers
+        rollouts.append(gathering.sample(REQUESTS, SAMPLING))
     finally:
         gathering.close()
     return rollouts, events
@@ -110,16 +111,16 @@ def test_shards_give_the_samples_of_gathered_tensors_and_of_transformers(
     assert (padded_vocab // 2 == vocab_rows(VOCAB, 2)) is (padded_vocab == 256)
     folders = [save_tiny(tmp_path / str(seed), family, seed=seed, tie_word_embeddings=tied, **SIZES) for seed in (0, 1)]
     (rollouts, events), (others, _) = run_ranks(2, _sample_both_ways, folders, padded_vocab, kill, timeout=800)
-    assert others == rollouts
+    assert [ids_of(each) for each in others] == [ids_of(each) for each in rollouts]
     gathered, sharded, sharded_next, gathered_next = rollouts
     for pair in ((gathered, sharded), (gathered_next, sharded_next)):
         for one, other in zip(*pair, strict=True):
-            assert one.response_ids == other.response_ids
-            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+            assert ids_of([one]) == ids_of([other])
+            assert one.logprobs.tolist() == pytest.approx(other.logprobs.tolist(), abs=1e-4)
     for folder, rollouts in zip((folders[0], folders[1]), (sharded, sharded_next), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for rollout in rollouts:
-            ids = [*rollout.prompt.token_ids, *rollout.response_ids]
+            ids = [*rollout.prompt.token_ids, *rollout.response_ids.tolist()]
             expected = reference_logprobs(model, ids)[-len(rollout.response_ids) :]
-            assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
+            assert rollout.logprobs.tolist() == pytest.approx(expected, abs=1e-4)
     assert len(events) == kill

@@ -1,4 +1,4 @@
-"""What goes into a run of the engine, what comes out, and what its stages hand on to each other."""
+"""The inputs and results of `VocabParallelLoss.run`, and what its stages hand on to each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LossInputs:
     teachers: Sequence[torch.Tensor]
     """Logits [T, n] of each."""
     weights: torch.Tensor | None = None
-    """[T] in the engine's dtype; ones by default."""
+    """[T] in the dtype of `LossSpec`; ones by default."""
     targets: torch.Tensor | None = None
     """[T] global ids of the sampled tokens."""
     policy: PolicyTerm | None = None
@@ -61,10 +61,11 @@ class GlobalSoftmaxStats:
 
 
 class GradientCoefficients(NamedTuple):
-    """Each [T]: the gradient is scale * pull - shared * p, and of_target more at the target."""
+    """Each [T]: grad[j] = divergence_coef * weighted_grad[j] - softmax_coef * p[j]; at the sampled token, target_coef
+    is added."""
 
-    scale: torch.Tensor
+    divergence_coef: torch.Tensor
     """Weight of the divergence with respect to the logits as they came in."""
-    shared: torch.Tensor
+    softmax_coef: torch.Tensor
     target_coef: torch.Tensor | None
     """Weight of the policy term, if there is one."""

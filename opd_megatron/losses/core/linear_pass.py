@@ -28,15 +28,15 @@ class FusedLinearArgs:
     """The arguments of one call that autograd does not track."""
 
     spec: LossSpec
-    teachers: Sequence[Projection]
+    projections: Sequence[Projection]
     entries: TopKEntries | None
-    """Of a top-k teacher, which is alone."""
+    """Those of a top-k teacher, which is then the only teacher."""
     token_weights: torch.Tensor | None
     targets: torch.Tensor | None
     policy: PolicyTerm | None
     chunks: Sequence[slice]
     gather_index: torch.Tensor | None
-    """[T]: where each token's row is among the rows of all ranks, where hidden states are sharded over them."""
+    """[T]: index of each token's row in all ranks' rows, with sequence parallelism."""
     with_metrics: bool
     hidden_grad: bool
     head_grad: bool
@@ -125,7 +125,9 @@ class _ChunkLoop:
         self.args, self.hidden = args, _gathered(hidden, args)
         self.columns = args.spec.columns
         self.head = head.detach()[: self.columns]
-        self.teachers = [(_gathered(states, args), weight.detach()[: self.columns]) for states, weight in args.teachers]
+        self.teachers = [
+            (_gathered(states, args), weight.detach()[: self.columns]) for states, weight in args.projections
+        ]
         self.tokens = max((chunk.stop - chunk.start for chunk in args.chunks), default=0)
         kind = VocabParallelLoss if args.entries is None else TopKLoss
         self.engine = kind(

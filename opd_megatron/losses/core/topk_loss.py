@@ -1,12 +1,11 @@
-"""The engine for a top-k teacher: k entries of each token and one bucket that holds the rest, see `topk`.
+"""The loss for a top-k teacher: k entries of each token, and one tail that holds all other tokens, see `topk`.
 
-The passes over the vocabulary read the student's tail alone: its logits with those at entries set to -inf. What they
-leave out is added from the k entries, so that no mass is ever one minus another. The two collectives are those of
-`VocabParallelLoss`, whatever k is.
+We mask the top-k logits, sum over the rest, then add the top-k terms. We never compute 1 - mass, which would lose
+digits. The two collectives are those of `VocabParallelLoss`, whatever k is.
 
-With S = sum of pulls over entries and bucket, the gradient of an entry's column is pull_j - p_j S and that of a tail
-column its share p_j / p_tail of pull_tail - p_tail S. The latter is computed as pull_tail sum_k p - p_tail sum_k pull,
-which keeps its digits where nearly all of the student's mass is in the tail.
+With g = weighted_grad and S its sum over entries and tail, the gradient of an entry's column is g_j - p_j S, and that
+of a column in the tail is its share p_j / p_tail of g_tail - p_tail S. The latter is computed as
+g_tail sum_k p - p_tail sum_k g, which keeps its digits where nearly all of the student's mass is in the tail.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _ENTROPY = SUMS.index("student_entropy")
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """What this rank holds of the student, and of the teacher's entries those in its columns."""
+class _OwnedEntries:
+    """This rank's columns of the student, and the teacher's entries that lie in them."""
 
     tail: torch.Tensor
     """[T, n] the student's logits as they came in, -inf at entries."""
@@ -44,7 +43,7 @@ class _Held:
     teacher: torch.Tensor
     """[T, k] the teacher's log-probabilities, likewise."""
     places: tuple[torch.Tensor, ...]
-    """Row and column in [T, n] of each entry held, and"""
+    """Row and column in [T, n] of each entry that this rank owns, and"""
     entries: tuple[torch.Tensor, ...]
     """in [T, k]."""
     target: torch.Tensor
@@ -60,98 +59,98 @@ class TopKLoss(VocabParallelLoss):
         self.spec = spec
         self._events = choose_kernels(spec.divergence, 1.0, spec.dtype, device, logits, tokens * spec.columns)
 
-    def _at_once(self, call: LossInputs) -> PerTokenLoss:
-        return self._in_stages(call)
+    def _at_once(self, inputs: LossInputs) -> PerTokenLoss:
+        return self._in_stages(inputs)
 
-    def _in_stages(self, call: LossInputs) -> PerTokenLoss:
-        entries = call.entries
+    def _in_stages(self, inputs: LossInputs) -> PerTokenLoss:
+        entries = inputs.entries
         assert entries is not None
-        held = self._read(call, entries)
+        owned = self._read(inputs, entries)
         best = entries.logprobs == entries.logprobs.amax(-1, keepdim=True)
-        merged, of_rank = self._normalise(held, best)
-        packed = self._sums_of_rank(call, held, merged, of_rank)
+        merged, of_rank = self._normalise(owned, best)
+        packed = self._sums_of_rank(inputs, owned, merged, of_rank)
         if self.spec.group is not None:
             dist.all_reduce(packed, group=self.spec.group)
         sums, of_entries, at_target = packed[: len(SUMS)], packed[len(SUMS)], packed[len(SUMS) + 1]
         log_p = (merged.maxima[1] - merged.maxima[0]) + (merged.log_sums[1] - merged.log_sums[0])
-        bucket = self._bucket(log_p, entries)
-        tail_pull = bucket[-1] * of_entries - log_p.exp() * sums[-1]
-        sums = sums + bucket
-        logprobs = None if call.targets is None else _with_teacher(entries, call.targets, at_target, log_p)
-        policy = None if logprobs is None else self._policy(call, logprobs)
-        if call.gradient is not None and self.spec.columns:
-            factors = self._factors(call, sums[-1], policy)
-            of_tail = torch.where(factors.scale == 0, 0, factors.scale * tail_pull)
-            if factors.target_coef is not None:
-                of_tail = of_tail - factors.target_coef * log_p.exp()
-            self._write_tail(call.gradient, held, merged, of_tail)
-            self._write_entries(call.gradient, held, merged, factors)
+        tail = self._tail_sums(log_p, entries)
+        tail_grad = tail[-1] * of_entries - log_p.exp() * sums[-1]
+        sums = sums + tail
+        logprobs = None if inputs.targets is None else _with_teacher(entries, inputs.targets, at_target, log_p)
+        policy = None if logprobs is None else self._policy(inputs, logprobs)
+        if inputs.gradient is not None and self.spec.columns:
+            coefs = self._gradient_coefs(inputs, sums[-1], policy)
+            of_tail = torch.where(coefs.divergence_coef == 0, 0, coefs.divergence_coef * tail_grad)
+            if coefs.target_coef is not None:
+                of_tail = of_tail - coefs.target_coef * log_p.exp()
+            self._write_tail(inputs.gradient, owned, merged, of_tail)
+            self._write_entries(inputs.gradient, owned, merged, coefs)
             if logprobs is not None:
-                self._write_targets(call, factors, logprobs)
+                self._write_targets(inputs, coefs, logprobs)
         return PerTokenLoss(sums, (merged.at[0] >= merged.maxima[0]).to(self.spec.dtype), logprobs, policy)
 
     # The student's statistics
 
-    def _read(self, call: LossInputs, entries: TopKEntries) -> _Held:
-        """The pass over the vocabulary. Its copy of the logits takes the memory of `call.gradient`."""
-        none = call.student.new_zeros(len(call.student), dtype=self.spec.dtype)
-        inside = self._held(entries.ids)
+    def _read(self, inputs: LossInputs, entries: TopKEntries) -> _OwnedEntries:
+        """The pass over the vocabulary. Its copy of the logits takes the memory of `inputs.gradient`."""
+        none = inputs.student.new_zeros(len(inputs.student), dtype=self.spec.dtype)
+        inside = self._owned(entries.ids)
         where = inside.nonzero(as_tuple=True)
         places = where[0], entries.ids[where] - self.spec.first_column
         student, teacher = torch.full_like(entries.logprobs, LOG_ZERO), entries.logprobs.masked_fill(~inside, LOG_ZERO)
         if self.spec.columns == 0:
-            return _Held(call.student, none + LOG_ZERO, none, none, student, teacher, places, where, none)
-        scaled = call.student[places].to(self.spec.dtype) / self.spec.temperature
+            return _OwnedEntries(inputs.student, none + LOG_ZERO, none, none, student, teacher, places, where, none)
+        scaled = inputs.student[places].to(self.spec.dtype) / self.spec.temperature
         student[where] = scaled.clamp_(min=LOG_ZERO)
-        at_targets = self._at_targets(call.targets, call.student, call.student)
-        if call.gradient is None:
-            tail = call.student.clone()
+        at_targets = self._at_targets(inputs.targets, inputs.student, inputs.student)
+        if inputs.gradient is None:
+            tail = inputs.student.clone()
         else:
-            tail = call.gradient if call.gradient is call.student else call.gradient.copy_(call.student)
+            tail = inputs.gradient if inputs.gradient is inputs.student else inputs.gradient.copy_(inputs.student)
         tail[places] = -math.inf
         parts = [self.kernels.fused(tail[rows], tail[rows], none[rows], None) for rows in self._blocks(len(tail))]
         maxima, totals = (torch.cat([statistics[i] for statistics, _ in parts]) for i in (0, 1))
         entropy = torch.cat([sums[_ENTROPY] for _, sums in parts])
         target = none if at_targets is None else at_targets[0]
-        return _Held(tail, maxima, totals, entropy, student, teacher, places, where, target)
+        return _OwnedEntries(tail, maxima, totals, entropy, student, teacher, places, where, target)
 
-    def _normalise(self, held: _Held, best: torch.Tensor) -> tuple[GlobalSoftmaxStats, torch.Tensor]:
+    def _normalise(self, owned: _OwnedEntries, best: torch.Tensor) -> tuple[GlobalSoftmaxStats, torch.Tensor]:
         """Of the whole vocabulary: row 0 is the student, row 1 its tail, `at` its logit at the `best` entries.
 
         And of this rank's entries, [2, T]: the student's largest logit, and the sum of exp(logit - largest).
         """
-        own = held.student.amax(-1)
-        of_entries = torch.where(held.student > LOG_ZERO, (held.student - own.unsqueeze(-1)).exp(), 0).sum(-1)
-        top = torch.maximum(own, held.tail_max)
-        total = held.tail_sum * (held.tail_max - top).exp() + of_entries * (own - top).exp()
-        at_best = torch.where(best, held.student, LOG_ZERO).amax(-1)
-        merged = self._merge(torch.stack([top, total, held.tail_max, held.tail_sum, at_best]))
+        own = owned.student.amax(-1)
+        of_entries = torch.where(owned.student > LOG_ZERO, (owned.student - own.unsqueeze(-1)).exp(), 0).sum(-1)
+        top = torch.maximum(own, owned.tail_max)
+        total = owned.tail_sum * (owned.tail_max - top).exp() + of_entries * (own - top).exp()
+        at_best = torch.where(best, owned.student, LOG_ZERO).amax(-1)
+        merged = self._merge(torch.stack([top, total, owned.tail_max, owned.tail_sum, at_best]))
         return merged, torch.stack([own, of_entries])
 
-    # Sums over entries and bucket
+    # Sums over entries and tail
 
     def _sums_of_rank(
-        self, call: LossInputs, held: _Held, merged: GlobalSoftmaxStats, of_rank: torch.Tensor
+        self, inputs: LossInputs, owned: _OwnedEntries, merged: GlobalSoftmaxStats, of_rank: torch.Tensor
     ) -> torch.Tensor:
-        """[len(SUMS) + 2, T]: `SUMS` but for the bucket, sum_k p, and the target's log-probability."""
+        """[len(SUMS) + 2, T]: `SUMS` without the tail's, sum_k p, and the target's log-probability."""
         packed = torch.zeros_like(merged.maxima[:1]).repeat(len(SUMS) + 2, 1)
         if self.spec.columns == 0:
             return packed
         normalisers = self._of_entries(merged)
-        for rows in self._event_blocks(held):
+        for rows in self._event_blocks(owned):
             block = Normalisers(*(x[rows] for x in normalisers))
-            packed[: len(SUMS), rows] = self._events.sums(held.student[rows], held.teacher[rows], block)
+            packed[: len(SUMS), rows] = self._events.sums(owned.student[rows], owned.teacher[rows], block)
         top, log_sum = merged.maxima[0], merged.log_sums[0]
         packed[len(SUMS)] = of_rank[1] * (of_rank[0] - top - log_sum).exp()
         # The columns of this rank's tail hold the mass m together: their sum of -p log p is m (entropy - log m).
-        log_m = (held.tail_max - top) + (held.tail_sum.log() - log_sum)
-        packed[_ENTROPY] += log_m.exp() * (held.tail_entropy - log_m)
-        if call.targets is not None:
-            packed[len(SUMS) + 1] = torch.where(self._held(call.targets), held.target - top - log_sum, 0)
+        log_m = (owned.tail_max - top) + (owned.tail_sum.log() - log_sum)
+        packed[_ENTROPY] += log_m.exp() * (owned.tail_entropy - log_m)
+        if inputs.targets is not None:
+            packed[len(SUMS) + 1] = torch.where(self._owned(inputs.targets), owned.target - top - log_sum, 0)
         return packed
 
-    def _bucket(self, log_p: torch.Tensor, entries: TopKEntries) -> torch.Tensor:
-        """`SUMS` of the bucket, but for the student's entropy, which is exact column by column."""
+    def _tail_sums(self, log_p: torch.Tensor, entries: TopKEntries) -> torch.Tensor:
+        """`SUMS` of the tail, but for the student's entropy, which is exact column by column."""
         events = log_p.unsqueeze(-1), entries.log_tail.unsqueeze(-1)
         sums = self._events.sums(*events, Normalisers(*[torch.zeros_like(log_p)] * 4))
         sums = torch.where(entries.covered, 0, sums)
@@ -162,32 +161,41 @@ class TopKLoss(VocabParallelLoss):
         zero = torch.zeros_like(merged.maxima[0])
         return Normalisers(merged.maxima[0], merged.log_sums[0], zero, zero)
 
-    def _event_blocks(self, held: _Held) -> list[slice]:
-        tokens, k = held.student.shape
+    def _event_blocks(self, owned: _OwnedEntries) -> list[slice]:
+        tokens, k = owned.student.shape
         bound = self._events.block_elements
         size = tokens if bound is None else max(1, bound // k)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     # The gradient
 
-    def _write_tail(self, out: torch.Tensor, held: _Held, merged: GlobalSoftmaxStats, of_tail: torch.Tensor) -> None:
+    def _write_tail(
+        self, out: torch.Tensor, owned: _OwnedEntries, merged: GlobalSoftmaxStats, of_tail: torch.Tensor
+    ) -> None:
         """out = of_tail * p / p_tail."""
         share = merged.maxima[1], merged.log_sums[1]
         none = torch.zeros_like(of_tail)
         for rows in self._blocks(len(out)):
             normalisers = Normalisers(*(x[rows] for x in (*share, *share)))
-            self.kernels.gradient(held.tail[rows], held.tail[rows], normalisers, none[rows], -of_tail[rows], out[rows])
+            self.kernels.gradient(
+                owned.tail[rows], owned.tail[rows], normalisers, none[rows], -of_tail[rows], out[rows]
+            )
 
     def _write_entries(
-        self, out: torch.Tensor, held: _Held, merged: GlobalSoftmaxStats, factors: GradientCoefficients
+        self, out: torch.Tensor, owned: _OwnedEntries, merged: GlobalSoftmaxStats, coefs: GradientCoefficients
     ) -> None:
-        normalisers, gradient = self._of_entries(merged), torch.empty_like(held.student)
-        for rows in self._event_blocks(held):
+        normalisers, gradient = self._of_entries(merged), torch.empty_like(owned.student)
+        for rows in self._event_blocks(owned):
             block = Normalisers(*(x[rows] for x in normalisers))
             self._events.gradient(
-                held.student[rows], held.teacher[rows], block, factors.scale[rows], factors.shared[rows], gradient[rows]
+                owned.student[rows],
+                owned.teacher[rows],
+                block,
+                coefs.divergence_coef[rows],
+                coefs.softmax_coef[rows],
+                gradient[rows],
             )
-        out[held.places] = gradient[held.entries].to(out.dtype)
+        out[owned.places] = gradient[owned.entries].to(out.dtype)
 
 
 def _with_teacher(

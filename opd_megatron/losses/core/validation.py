@@ -1,4 +1,4 @@
-"""Checks of the arguments of both forms of the loss, made on every rank before any collective."""
+"""Validates the arguments of `linear_divergence` and `vocab_parallel_divergence` before communicating."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _TIE = 1e-5
 
 
 class VocabParallelLoss:
-    """Runs one objective on calls of at most `tokens` tokens."""
+    """Computes one `LossSpec` for at most `tokens` tokens at a time."""
 
     def __init__(self, spec: LossSpec, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()) -> None:
         self.spec = spec
@@ -46,25 +46,27 @@ class VocabParallelLoss:
         limits = [bound // max(spec.columns, 1) for bound in bounds if bound is not None]
         self._block_rows = max(1, min([tokens, *limits]))
 
-    def run(self, call: LossInputs) -> PerTokenLoss:
-        """All terms of the call, and its gradient where one is asked for."""
-        if self.spec.group is None and call.policy is None and self.spec.teachers == 1:
-            terms = self._at_once(call)
+    def run(self, inputs: LossInputs) -> PerTokenLoss:
+        """Computes every per-token term, and writes the gradient where `inputs.gradient` asks for it."""
+        if self.spec.group is None and inputs.policy is None and self.spec.teachers == 1:
+            terms = self._at_once(inputs)
         else:
-            terms = self._in_stages(call)
+            terms = self._in_stages(inputs)
         finite = torch.where(terms.sums.abs() > _INFINITE, terms.sums.sign() * math.inf, terms.sums)
         return PerTokenLoss(finite, terms.top1, terms.logprobs, terms.policy)
 
     # The whole vocabulary, one teacher: every block goes through all passes before the next.
 
-    def _at_once(self, call: LossInputs) -> PerTokenLoss:
-        scale = self._scale(call)
-        at_targets = self._at_targets(call.targets, call.student, call.teachers[0])
+    def _at_once(self, inputs: LossInputs) -> PerTokenLoss:
+        divergence_coef = self._divergence_coef(inputs)
+        at_targets = self._at_targets(inputs.targets, inputs.student, inputs.teachers[0])
         parts = []
-        for rows in self._blocks(len(call.student)):
-            out = None if call.gradient is None else call.gradient[rows]
+        for rows in self._blocks(len(inputs.student)):
+            out = None if inputs.gradient is None else inputs.gradient[rows]
             parts.append(
-                self.kernels.fused(call.student[rows], call.teachers[0][rows], scale[rows], out, call.with_metrics)
+                self.kernels.fused(
+                    inputs.student[rows], inputs.teachers[0][rows], divergence_coef[rows], out, inputs.with_metrics
+                )
             )
         local = Statistics(*(torch.cat(field) for field in zip(*(statistics for statistics, _ in parts), strict=True)))
         logprobs = None
@@ -76,30 +78,30 @@ class VocabParallelLoss:
 
     # Any group, any teachers: every pass over all blocks, so that a call makes two collectives whatever its size.
 
-    def _in_stages(self, call: LossInputs) -> PerTokenLoss:
-        blocks = self._blocks(len(call.student))
-        local = torch.cat([self._statistics(call, rows) for rows in blocks], dim=1)
+    def _in_stages(self, inputs: LossInputs) -> PerTokenLoss:
+        blocks = self._blocks(len(inputs.student))
+        local = torch.cat([self._statistics(inputs, rows) for rows in blocks], dim=1)
         merged = self._merge(local)
-        packed = torch.cat([self._sums(call, rows, merged) for rows in blocks], dim=1)
+        packed = torch.cat([self._sums(inputs, rows, merged) for rows in blocks], dim=1)
         if self.spec.group is not None:
             dist.all_reduce(packed, group=self.spec.group)
         sums, above, at_targets = packed[: len(SUMS)], packed[len(SUMS)], packed[len(SUMS) + 1 :]
-        logprobs = None if call.targets is None else at_targets
-        policy = self._policy(call, at_targets)
-        if call.gradient is not None and self.spec.columns:
-            factors = self._factors(call, sums[-1], policy)
+        logprobs = None if inputs.targets is None else at_targets
+        policy = self._policy(inputs, at_targets)
+        if inputs.gradient is not None and self.spec.columns:
+            coefs = self._gradient_coefs(inputs, sums[-1], policy)
             for rows in blocks:
                 self.kernels.gradient(
-                    call.student[rows], self._teacher(call, rows, merged), self._normalisers(rows, merged),
-                    factors.scale[rows], factors.shared[rows], call.gradient[rows],
+                    inputs.student[rows], self._teacher(inputs, rows, merged), self._normalisers(rows, merged),
+                    coefs.divergence_coef[rows], coefs.softmax_coef[rows], inputs.gradient[rows],
                 )  # fmt: skip
-            self._write_targets(call, factors, at_targets)
+            self._write_targets(inputs, coefs, at_targets)
         return PerTokenLoss(sums, (above == 0).to(self.spec.dtype), logprobs, policy)
 
-    def _statistics(self, call: LossInputs, rows: slice) -> torch.Tensor:
+    def _statistics(self, inputs: LossInputs, rows: slice) -> torch.Tensor:
         """[2 + 3 teacher matrices, R]: (max, sum) of the student, then (max, sum, at the student's max) of each."""
-        student = call.student[rows]
-        matrices = [teacher[rows] for teacher in call.teachers]
+        student = inputs.student[rows]
+        matrices = [teacher[rows] for teacher in inputs.teachers]
         if self.spec.teachers > 1 and self.spec.combine == "logit_mean":
             matrices = [mean_logits(matrices, self.spec.teacher_weights, self.spec.dtype)]
         if self.spec.columns == 0:
@@ -131,9 +133,9 @@ class VocabParallelLoss:
         at = teachers[:, :, 2].gather(0, first.expand(1, teachers.shape[1], -1)).squeeze(0)
         return GlobalSoftmaxStats(top, total, at)
 
-    def _teacher(self, call: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
+    def _teacher(self, inputs: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
         """The teacher's logits of a block, mixed from several where there are several."""
-        blocks = [teacher[rows] for teacher in call.teachers]
+        blocks = [teacher[rows] for teacher in inputs.teachers]
         weights, dtype = self.spec.teacher_weights, self.spec.dtype
         if self.spec.teachers == 1:
             return blocks[0]
@@ -154,21 +156,21 @@ class VocabParallelLoss:
     def _mixes_probabilities(self) -> bool:
         return self.spec.teachers > 1 and self.spec.combine == "prob_mean"
 
-    def _sums(self, call: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
+    def _sums(self, inputs: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
         """This rank's part of `SUMS`, of how many columns the teacher prefers, and of the targets' logprobs."""
-        student, normalisers = call.student[rows], self._normalisers(rows, merged)
+        student, normalisers = inputs.student[rows], self._normalisers(rows, merged)
         packed = normalisers.student_max.new_zeros(len(SUMS) + 3, len(student))
         if self.spec.columns == 0:
             return packed
-        teacher = self._teacher(call, rows, merged)
+        teacher = self._teacher(inputs, rows, merged)
         packed[: len(SUMS)] = self.kernels.sums(student, teacher, normalisers)
         packed[len(SUMS)] = self._preferred(teacher, rows, merged)
-        at_targets = self._at_targets(None if call.targets is None else call.targets[rows], student, teacher)
+        at_targets = self._at_targets(None if inputs.targets is None else inputs.targets[rows], student, teacher)
         if at_targets is not None:
             student_max, student_log, teacher_max, teacher_log = normalisers
             logprobs = at_targets - torch.stack([student_max, teacher_max]) - torch.stack([student_log, teacher_log])
-            assert call.targets is not None
-            packed[len(SUMS) + 1 :] = torch.where(self._held(call.targets[rows]), logprobs, 0)
+            assert inputs.targets is not None
+            packed[len(SUMS) + 1 :] = torch.where(self._owned(inputs.targets[rows]), logprobs, 0)
         return packed
 
     def _preferred(self, teacher: torch.Tensor, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
@@ -182,39 +184,42 @@ class VocabParallelLoss:
         favourite = (log_q.logsumexp(0) + _TIE) * self.spec.temperature
         return (teacher > favourite.unsqueeze(-1)).sum(-1).to(self.spec.dtype)
 
-    def _policy(self, call: LossInputs, logprobs: torch.Tensor) -> PolicyResult | None:
+    def _policy(self, inputs: LossInputs, logprobs: torch.Tensor) -> PolicyResult | None:
         """Of the targets' `logprobs`, [2, T]."""
-        if call.policy is None:
+        if inputs.policy is None:
             return None
-        kept = None if call.weights is None else call.weights != 0
-        return policy_loss(call.policy, logprobs[0], logprobs[1], kept)
+        mask = None if inputs.weights is None else inputs.weights != 0
+        return policy_loss(inputs.policy, logprobs[0], logprobs[1], mask)
 
-    def _factors(self, call: LossInputs, pulls: torch.Tensor, policy: PolicyResult | None) -> GradientCoefficients:
-        scale = self._scale(call)
+    def _gradient_coefs(
+        self, inputs: LossInputs, weighted_grads: torch.Tensor, policy: PolicyResult | None
+    ) -> GradientCoefficients:
+        divergence_coef = self._divergence_coef(inputs)
         # A masked token's sums may be infinite.
-        shared = torch.where(scale == 0, 0, scale * pulls)
-        if policy is None or call.policy is None:
-            return GradientCoefficients(scale, shared, None)
-        weights = torch.ones_like(scale) if call.weights is None else call.weights
+        softmax_coef = torch.where(divergence_coef == 0, 0, divergence_coef * weighted_grads)
+        if policy is None or inputs.policy is None:
+            return GradientCoefficients(divergence_coef, softmax_coef, None)
+        weights = torch.ones_like(divergence_coef) if inputs.weights is None else inputs.weights
         target_coef = torch.where(weights == 0, 0, weights * policy.dloss_dlogp) * (
-            call.policy.coef / self.spec.temperature
+            inputs.policy.coef / self.spec.temperature
         )
-        return GradientCoefficients(scale, shared + target_coef, target_coef)
+        return GradientCoefficients(divergence_coef, softmax_coef + target_coef, target_coef)
 
-    def _write_targets(self, call: LossInputs, factors: GradientCoefficients, logprobs: torch.Tensor) -> None:
-        """The sampled tokens' own entries, from scratch: of_target (1 - p) would be lost in a rounded -of_target p."""
-        scale, shared, target_coef = factors
+    def _write_targets(self, inputs: LossInputs, coefs: GradientCoefficients, logprobs: torch.Tensor) -> None:
+        """The sampled tokens' own entries, from scratch: target_coef (1 - p) would be lost in a rounded -target_coef
+        p."""
+        divergence_coef, softmax_coef, target_coef = coefs
         if target_coef is None:
             return
-        assert call.targets is not None
-        assert call.gradient is not None
+        assert inputs.targets is not None
+        assert inputs.gradient is not None
         p, q, r = logprobs[0].exp(), logprobs[1].exp(), logprobs[0] - logprobs[1]
         weighted_grad = self.spec.divergence.weighted_grad(p, q, r, self.spec.divergence.parameter)
-        entry = torch.where(scale == 0, 0, scale * weighted_grad) - shared * p + target_coef
-        held = self._held(call.targets) & ((scale != 0) | (target_coef != 0))
-        rows = held.nonzero().squeeze(-1)
-        columns = call.targets[rows] - self.spec.first_column
-        call.gradient[rows, columns] = entry[rows].to(call.gradient.dtype)
+        entry = torch.where(divergence_coef == 0, 0, divergence_coef * weighted_grad) - softmax_coef * p + target_coef
+        owned = self._owned(inputs.targets) & ((divergence_coef != 0) | (target_coef != 0))
+        rows = owned.nonzero().squeeze(-1)
+        columns = inputs.targets[rows] - self.spec.first_column
+        inputs.gradient[rows, columns] = entry[rows].to(inputs.gradient.dtype)
 
     # One number per token
 
@@ -222,14 +227,14 @@ class VocabParallelLoss:
         size = self._block_rows
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def _scale(self, call: LossInputs) -> torch.Tensor:
+    def _divergence_coef(self, inputs: LossInputs) -> torch.Tensor:
         """[T]: weight of the divergence's gradient with respect to the student's logits as they came in."""
         factor = self.spec.lambda_distill / self.spec.temperature
-        if call.weights is None:
-            return torch.full((len(call.student),), factor, dtype=self.spec.dtype, device=call.student.device)
-        return call.weights * factor
+        if inputs.weights is None:
+            return torch.full((len(inputs.student),), factor, dtype=self.spec.dtype, device=inputs.student.device)
+        return inputs.weights * factor
 
-    def _held(self, targets: torch.Tensor) -> torch.Tensor:
+    def _owned(self, targets: torch.Tensor) -> torch.Tensor:
         column = targets - self.spec.first_column
         return (column >= 0) & (column < self.spec.columns)
 

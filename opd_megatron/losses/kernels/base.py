@@ -1,7 +1,7 @@
 """What a backend computes on one rank's columns of a block of tokens. Shapes: R tokens, n columns.
 
-Every backend takes the same arguments and gives the same numbers: `torch_ops` everywhere, `compiled` (numba) on a CPU,
-`triton_ops` on a GPU. A test compares each with the dense float64 reference.
+Every backend takes the same arguments and gives the same numbers: `torch` everywhere, `cpu` (numba) on a CPU, `triton`
+on a GPU. A test compares each with the dense float64 reference.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-SUMS = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "value", "pull")
+SUMS = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "value", "weighted_grad")
 """Per-token sums over the vocabulary: both KLs, both entropies, the divergence, and the sum of its `weighted_grad`."""
 
 # Stands for log 0, so that 0 * log 0 is 0.
@@ -58,22 +58,21 @@ class Kernels(Protocol):
         student: torch.Tensor,
         teacher: torch.Tensor,
         normalisers: Normalisers,
-        scale: torch.Tensor,
-        shared: torch.Tensor,
+        divergence_coef: torch.Tensor,
+        softmax_coef: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """out = scale * pull - shared * p, rows where both [R] factors are 0 exactly 0."""
+        """out = divergence_coef * weighted_grad - softmax_coef * p, rows where both [R] coefs are 0 exactly 0."""
         ...
 
     def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
-        scale: torch.Tensor,
+        divergence_coef: torch.Tensor,
         out: torch.Tensor | None,
         with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
-        """All of it where the columns are the whole vocabulary: statistics, sums, and out = scale * d value / d logits
-        (with respect to the logits over the temperature). Without `with_metrics` the sums that only describe the pair,
-        the first four, may be left 0."""
+        """One fused pass, for an unsharded vocabulary: statistics, sums, and out = divergence_coef * d value / d logits
+        (over the temperature). Without `with_metrics` it may skip the KLs and entropies, and leave them 0."""
         ...

@@ -35,7 +35,7 @@ class CompiledKernels:
 
     def __init__(self, divergence: Divergence, temperature: float) -> None:
         self._loops = loops_of(divergence.value, divergence.weighted_grad)
-        self._scale, self._parameter = np.float32(1 / temperature), np.float32(divergence.parameter)
+        self._inverse_temperature, self._parameter = np.float32(1 / temperature), np.float32(divergence.parameter)
 
     def statistics(self, student: torch.Tensor, teacher: torch.Tensor) -> Statistics:
         result = torch.empty(len(student), 5)
@@ -52,35 +52,33 @@ class CompiledKernels:
         student: torch.Tensor,
         teacher: torch.Tensor,
         normalisers: Normalisers,
-        scale: torch.Tensor,
-        shared: torch.Tensor,
+        divergence_coef: torch.Tensor,
+        softmax_coef: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        factors = torch.stack([scale, shared], dim=1).float().numpy()
-        self._share_out(
-            self._loops.gradient, student, teacher, self._parameter, _rows(normalisers), factors, *_flat(out)
-        )
+        coefs = torch.stack([divergence_coef, softmax_coef], dim=1).float().numpy()
+        self._share_out(self._loops.gradient, student, teacher, self._parameter, _rows(normalisers), coefs, *_flat(out))
 
     def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
-        scale: torch.Tensor,
+        divergence_coef: torch.Tensor,
         out: torch.Tensor | None,
         with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
         statistics, sums = torch.empty(len(student), 5), torch.empty(len(student), len(SUMS))
         target = student[:0] if out is None else out
-        loop = self._loops.fused if with_metrics else self._loops.undescribed
+        loop = self._loops.fused if with_metrics else self._loops.without_metrics
         self._share_out(
             loop, student, teacher, self._parameter, statistics.numpy(), sums.numpy(),
-            scale.float().contiguous().numpy(), out is not None, *_flat(target),
+            divergence_coef.float().contiguous().numpy(), out is not None, *_flat(target),
         )  # fmt: skip
         return Statistics(*statistics.unbind(1)), sums.t()
 
     def _share_out(self, loop: Callable[..., None], student: torch.Tensor, teacher: torch.Tensor, *rest: Any) -> None:
         rows, columns = student.shape
-        arguments = (*_flat(student), *_flat(teacher), columns, self._scale, *rest)
+        arguments = (*_flat(student), *_flat(teacher), columns, self._inverse_temperature, *rest)
         threads = max(1, min(torch.get_num_threads(), rows, student.numel() // _ELEMENTS_A_THREAD))
         step = max(1, min(rows // threads, _ELEMENTS_A_TURN // columns))
         starts = iter(range(0, rows, step))

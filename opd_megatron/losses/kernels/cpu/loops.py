@@ -170,17 +170,17 @@ def statistics(lo, hi, s, s_step, t, t_step, columns, scale, result, scratch):
         statistics_of_row(a, b, scale, none, none, tops, result[i])
 
 
-def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, with_metrics: bool) -> Any:
+def _sums_of_tile(value_of: Any, weighted_grad_of: Any, kept: bool, with_metrics: bool) -> Any:
     """The loop that adds one tile's `SUMS` to `total`; which of its parts are compiled is decided here.
 
-    With `kept`, p_of and q_of times their factors are p and q, and q_of is overwritten by the pull. Without `with_metrics`
-    the sums that only describe the pair (both KLs, both entropies) stay as they are.
+    With `kept`, p_of and q_of times their coefs are p and q, and q_of is overwritten by the weighted
+    gradient. Without `with_metrics` the sums that only describe the pair (both KLs, both entropies) stay as they are.
     """
 
     @_loop
     def add_sums(s, t, scale, parameter, norm, p_of, q_of, p_factor, q_factor, total):
         own_function()
-        reverse = forward = of_student = of_teacher = value = pulls = _ZERO
+        reverse = forward = of_student = of_teacher = value = weighted_grads = _ZERO
         s_max, s_log, t_max, t_log, shift = norm[0], norm[1], norm[2], norm[3], norm[4]
         for j in range(s.shape[0]):
             a, b = _below_top(load(s[j]), scale, s_max), _below_top(load(t[j]), scale, t_max)
@@ -196,8 +196,8 @@ def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, with_metrics: bool) -
                 of_student -= terms[2]
                 of_teacher -= terms[3]
             value += value_of(p, q, r, parameter)
-            weighted_grad = pull_of(p, q, r, parameter)
-            pulls += weighted_grad
+            weighted_grad = weighted_grad_of(p, q, r, parameter)
+            weighted_grads += weighted_grad
             if kept:
                 q_of[j] = weighted_grad
         total[0] += reverse
@@ -205,7 +205,7 @@ def _sums_of_tile(value_of: Any, pull_of: Any, kept: bool, with_metrics: bool) -
         total[2] += of_student
         total[3] += of_teacher
         total[4] += value
-        total[5] += pulls
+        total[5] += weighted_grads
 
     return add_sums
 
@@ -253,8 +253,8 @@ def loops_of(value: Elementwise, weighted_grad: Elementwise) -> SimpleNamespace:
     All take (first row, last row, student, its row stride, teacher, its row stride, columns, 1 / temperature,
     parameter), then what is theirs, and last a scratch buffer [2, columns].
     """
-    value_of, pull_of = (rebind(f, _NAMES, _in_single) for f in (value, weighted_grad))
-    add_sums = _sums_of_tile(value_of, pull_of, kept=False, with_metrics=True)
+    value_of, weighted_grad_of = (rebind(f, _NAMES, _in_single) for f in (value, weighted_grad))
+    add_sums = _sums_of_tile(value_of, weighted_grad_of, kept=False, with_metrics=True)
 
     @_loop
     def sums(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, result, scratch):
@@ -268,32 +268,32 @@ def loops_of(value: Elementwise, weighted_grad: Elementwise) -> SimpleNamespace:
             result[i] = total
 
     @_loop
-    def tile_gradient(s, t, scale, parameter, norm, factors, result):
+    def tile_gradient(s, t, scale, parameter, norm, coefs, result):
         own_function()
         s_max, s_log, t_max, t_log, shift = norm[0], norm[1], norm[2], norm[3], norm[4]
-        of_pull, of_p = factors[0], factors[1]
+        divergence_coef, softmax_coef = coefs[0], coefs[1]
         for j in range(s.shape[0]):
             a, b = _below_top(load(s[j]), scale, s_max), _below_top(load(t[j]), scale, t_max)
             p, q = exp(_difference(a, s_log)), exp(_difference(b, t_log))
-            result[j] = of_pull * pull_of(p, q, _log_ratio(a, b, shift), parameter) - of_p * p
+            result[j] = divergence_coef * weighted_grad_of(p, q, _log_ratio(a, b, shift), parameter) - softmax_coef * p
 
     @_loop
-    def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, factors, out, step, scratch):
+    def gradient(lo, hi, s, s_step, t, t_step, columns, scale, parameter, norms, coefs, out, step, scratch):
         tile = scratch[0]  # the result may overwrite s, and such a loop is not vectorised
         for i in range(lo, hi):
             target = out[i * step : i * step + columns]
-            if factors[i, 0] == _ZERO and factors[i, 1] == _ZERO:
+            if coefs[i, 0] == _ZERO and coefs[i, 1] == _ZERO:
                 store_zeros(target)
                 continue
             a, b = s[i * s_step : i * s_step + columns], t[i * t_step : i * t_step + columns]
             for k in range(0, columns, _TILE):
                 x, y = a[k : k + _TILE], b[k : k + _TILE]
-                tile_gradient(x, y, scale, parameter, norms[i], factors[i], tile)
+                tile_gradient(x, y, scale, parameter, norms[i], coefs[i], tile)
                 store_rounded(target[k : k + _TILE], tile)
 
     return SimpleNamespace(
         sums=sums,
         gradient=gradient,
-        fused=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, with_metrics=True)),
-        undescribed=_whole_rows(_sums_of_tile(value_of, pull_of, kept=True, with_metrics=False)),
+        fused=_whole_rows(_sums_of_tile(value_of, weighted_grad_of, kept=True, with_metrics=True)),
+        without_metrics=_whole_rows(_sums_of_tile(value_of, weighted_grad_of, kept=True, with_metrics=False)),
     )

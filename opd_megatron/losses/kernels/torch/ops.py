@@ -49,22 +49,22 @@ class TorchKernels:
         student: torch.Tensor,
         teacher: torch.Tensor,
         normalisers: Normalisers,
-        scale: torch.Tensor,
-        shared: torch.Tensor,
+        divergence_coef: torch.Tensor,
+        softmax_coef: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         log_p, log_q = self._log_probabilities(student, teacher, normalisers)
         p = log_p.exp()
         weighted_grad = self.divergence.weighted_grad(p, log_q.exp(), log_p.sub_(log_q), self.divergence.parameter)
-        result = weighted_grad.mul_(scale.unsqueeze(-1)).sub_(p.mul_(shared.unsqueeze(-1)))
+        result = weighted_grad.mul_(divergence_coef.unsqueeze(-1)).sub_(p.mul_(softmax_coef.unsqueeze(-1)))
         # Selection, not multiplication: an infinity of a masked token must not become a NaN.
-        out.copy_(result.masked_fill_(((scale == 0) & (shared == 0)).unsqueeze(-1), 0))
+        out.copy_(result.masked_fill_(((divergence_coef == 0) & (softmax_coef == 0)).unsqueeze(-1), 0))
 
     def fused(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
-        scale: torch.Tensor,
+        divergence_coef: torch.Tensor,
         out: torch.Tensor | None,
         with_metrics: bool = True,
     ) -> tuple[Statistics, torch.Tensor]:
@@ -74,8 +74,8 @@ class TorchKernels:
         )
         sums = self.sums(student, teacher, normalisers)
         if out is not None:
-            shared = (scale * sums[-1]).masked_fill(scale == 0, 0)
-            self.gradient(student, teacher, normalisers, scale, shared, out)
+            softmax_coef = (divergence_coef * sums[-1]).masked_fill(divergence_coef == 0, 0)
+            self.gradient(student, teacher, normalisers, divergence_coef, softmax_coef, out)
         return local, sums
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:

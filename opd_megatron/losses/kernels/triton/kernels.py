@@ -117,8 +117,8 @@ def _probabilities(s_row, t_row, columns, n, inverse, norm, masked: tl.constexpr
 
 @triton.jit
 def _add_sums(
-    sums, s_row, t_row, start, n, inverse, norm, value: tl.constexpr, weighted_grad: tl.constexpr, parameter: tl.constexpr,
-    lanes: tl.constexpr, masked: tl.constexpr,
+    sums, s_row, t_row, start, n, inverse, norm, value: tl.constexpr, weighted_grad: tl.constexpr,
+    parameter: tl.constexpr, lanes: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     log_p, log_q, p, q = _probabilities(s_row, t_row, _columns(start, lanes), n, inverse, norm, masked)
     r = log_p - log_q
@@ -155,12 +155,13 @@ def _sums(
 
 @triton.jit
 def _store_gradient(
-    out_row, s_row, t_row, start, n, inverse, norm, scale, shared, weighted_grad: tl.constexpr, parameter: tl.constexpr,
+    out_row, s_row, t_row, start, n, inverse, norm, divergence_coef, softmax_coef,
+    weighted_grad: tl.constexpr, parameter: tl.constexpr,
     lanes: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     columns = _columns(start, lanes)
     log_p, log_q, p, q = _probabilities(s_row, t_row, columns, n, inverse, norm, masked)
-    gradient = scale * weighted_grad(p, q, log_p - log_q, parameter) - shared * p
+    gradient = divergence_coef * weighted_grad(p, q, log_p - log_q, parameter) - softmax_coef * p
     if masked:
         tl.store(out_row + columns, gradient, mask=columns < n)
     else:
@@ -169,19 +170,44 @@ def _store_gradient(
 
 @triton.jit
 def _gradient(
-    out_row, s_row, t_row, n, inverse, norm, scale, shared, weighted_grad: tl.constexpr, parameter: tl.constexpr,
+    out_row, s_row, t_row, n, inverse, norm, divergence_coef, softmax_coef,
+    weighted_grad: tl.constexpr, parameter: tl.constexpr,
     lanes: tl.constexpr,
 ):  # fmt: skip
     tile: tl.constexpr = lanes * _LINE
     whole = n // tile * tile
-    if (scale != 0) | (shared != 0):
+    if (divergence_coef != 0) | (softmax_coef != 0):
         for start in range(0, whole, tile):
             _store_gradient(
-                out_row, s_row, t_row, start, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes, False
+                out_row,
+                s_row,
+                t_row,
+                start,
+                n,
+                inverse,
+                norm,
+                divergence_coef,
+                softmax_coef,
+                weighted_grad,
+                parameter,
+                lanes,
+                False,
             )
         for start in range(whole, n, tile):
             _store_gradient(
-                out_row, s_row, t_row, start, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes, True
+                out_row,
+                s_row,
+                t_row,
+                start,
+                n,
+                inverse,
+                norm,
+                divergence_coef,
+                softmax_coef,
+                weighted_grad,
+                parameter,
+                lanes,
+                True,
             )
     else:  # whatever the logits are: an infinity of a masked token must not become a NaN
         for start in range(0, n, tile):
@@ -221,17 +247,29 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
-    student, s_stride, teacher, t_stride, norms, factors, out, out_stride, rows, n, inverse,
+    student, s_stride, teacher, t_stride, norms, coefs, out, out_stride, rows, n, inverse,
     weighted_grad: tl.constexpr, parameter: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    """out from norms [4, rows] and factors (scale, shared) [2, rows]."""
+    """out from norms [4, rows] and coefs (divergence_coef, softmax_coef) [2, rows]."""
     s_row, t_row, norm = _row(student, s_stride), _row(teacher, t_stride), _load_row_values(norms, rows)
-    scale, shared = tl.load(factors + tl.program_id(0)), tl.load(factors + rows + tl.program_id(0))
-    _gradient(_row(out, out_stride), s_row, t_row, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes)
+    divergence_coef, softmax_coef = tl.load(coefs + tl.program_id(0)), tl.load(coefs + rows + tl.program_id(0))
+    _gradient(
+        _row(out, out_stride),
+        s_row,
+        t_row,
+        n,
+        inverse,
+        norm,
+        divergence_coef,
+        softmax_coef,
+        weighted_grad,
+        parameter,
+        lanes,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
-def everything_kernel(
+def fused_kernel(
     student, s_stride, teacher, t_stride, scales, out, out_stride, result, rows, n, inverse,
     value: tl.constexpr, weighted_grad: tl.constexpr, parameter: tl.constexpr, write: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
@@ -243,6 +281,18 @@ def everything_kernel(
     _store_results(result, rows, statistics, 5)
     _store_results(result + 5 * rows, rows, sums, 6)
     if write:
-        scale = tl.load(scales + tl.program_id(0))
-        shared = tl.where(scale == 0, 0.0, scale * sums[5])
-        _gradient(_row(out, out_stride), s_row, t_row, n, inverse, norm, scale, shared, weighted_grad, parameter, lanes)
+        divergence_coef = tl.load(scales + tl.program_id(0))
+        softmax_coef = tl.where(divergence_coef == 0, 0.0, divergence_coef * sums[5])
+        _gradient(
+            _row(out, out_stride),
+            s_row,
+            t_row,
+            n,
+            inverse,
+            norm,
+            divergence_coef,
+            softmax_coef,
+            weighted_grad,
+            parameter,
+            lanes,
+        )
