@@ -12,6 +12,7 @@ from opd_megatron import cli
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import ALIASES, parse_run, run_parser
 from opd_megatron.config import RunConfig
+from opd_megatron.losses.objectives import users_of
 from opd_megatron.system import signals
 from opd_megatron.train import main as train_main
 
@@ -85,7 +86,8 @@ SAMPLE = {
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in ALIASES.items() for name in names])
 def test_every_spelling_of_an_alias_sets_its_key(key: str, name: str, dashes: bool, spelling: str) -> None:
     flag = name.replace("_", "-") if dashes else name
-    config = parsed(*spelling.format(flag, SAMPLE[key]).split())
+    users = users_of(key.removeprefix("objective."))
+    config = parsed(*spelling.format(flag, SAMPLE[key]).split(), *[f"objective.type={name}" for name in users[:1]])
     assert value_at(config, key) == SAMPLE[key]
 
 
@@ -223,7 +225,7 @@ def test_torchrun_is_started_exactly_when_ranks_are_missing(
 ) -> None:
     started: list[int | None] = []
     monkeypatch.setattr(launcher, "launch", lambda module, argv, n: started.append(n) or 0)
-    monkeypatch.setattr("opd_megatron.train.run_training", lambda config: started.append(None))
+    monkeypatch.setattr("opd_megatron.train.run_training", lambda *_: started.append(None))
     monkeypatch.setattr(signals, "note_stop_signals", lambda: None)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)

@@ -1,15 +1,30 @@
 """The run configuration: what it refuses, what it says, and that nothing is lost on the way to the file."""
 
+import json
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from opd_megatron.command.cli_args import config_keys
-from opd_megatron.config import ObjectiveConfig, RunConfig, build_config, dump_config, load_config, set_by_path
+from opd_megatron.config import (
+    ObjectiveConfig,
+    RunConfig,
+    Section,
+    StudentRanksTeacherConfig,
+    TeacherConfig,
+    build_config,
+    dump_config,
+    load_config,
+    set_by_path,
+)
+from opd_megatron.config.loading import one_line
+from opd_megatron.config.teachers import by_placement
 from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError
 from opd_megatron.losses.divergences import DIVERGENCES
+from opd_megatron.losses.objectives import KEYS, OBJECTIVES
 
 
 def refusal(*overrides: str) -> str:
@@ -92,10 +107,16 @@ def test_a_value_outside_its_range_is_refused_by_name_and_value(override: str) -
             ("objective.type=jsd", "objective.temperature=2"),
             ("objective.temperature=2.0", "rollout.temperature=1.0", "objective.type=jsd"),
         ),
-        (("objective.clip_low=0.2", "objective.truncation="), ("objective.clip_low=0.2", "objective.clip_high=None")),
-        (("objective.clip_high=0.2", "objective.truncation="), ("objective.clip_low=None", "objective.clip_high=0.2")),
         (
-            ("objective.clip_low=0.2", "objective.clip_high=0.3"),
+            ("objective.type=jsd", "objective.clip_low=0.2", "objective.truncation="),
+            ("objective.clip_low=0.2", "objective.clip_high=None"),
+        ),
+        (
+            ("objective.type=jsd", "objective.clip_high=0.2", "objective.truncation="),
+            ("objective.clip_low=None", "objective.clip_high=0.2"),
+        ),
+        (
+            ("objective.type=jsd", "objective.clip_low=0.2", "objective.clip_high=0.3"),
             ("objective.clip_low=0.2", "objective.truncation=2.0", "objective.truncation=null"),
         ),
         (("objective.lambda_distill=0",), ("objective.lambda_distill=0", "objective.lambda_rl=0")),
@@ -191,19 +212,93 @@ def test_every_type_of_objective_can_be_trained() -> None:
         load_config(None, [f"objective.type={name}"]).require_available()
 
 
+@pytest.mark.parametrize(
+    ("type", "key"), [(name, key) for name, entry in OBJECTIVES.items() for key in KEYS if key not in entry.keys]
+)
+def test_a_key_that_the_type_does_not_use_is_refused_even_at_its_default(type: str, key: str, tmp_path: Path) -> None:
+    written = json.dumps(KEYS[key].default)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"objective: {{type: {type}, {key}: {written}}}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert message == refusal(f"objective.type={type}", f"objective.{key}={written}")
+    assert message.startswith(f"objective.{key}=")
+    assert f"has no effect with objective.type={type}" in message
+    users = [name for name, entry in OBJECTIVES.items() if key in entry.keys]
+    assert all(name in message for name in users)
+
+
+def test_of_two_keys_of_which_one_replaces_the_other_both_are_named() -> None:
+    message = refusal("objective.type=jsd", "objective.beta=0.3", "objective.lambda_coef=0.5")
+    assert "objective.beta=0.3 has no effect beside objective.lambda_coef=0.5" in message
+
+
+@pytest.mark.parametrize("type", OBJECTIVES)
+def test_what_is_dumped_has_the_keys_of_its_type_and_loads_again(type: str, tmp_path: Path) -> None:
+    config = load_config(None, [f"objective.type={type}"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    written = yaml.safe_load(path.read_text())["objective"]
+    assert KEYS.keys() & written.keys() == set(OBJECTIVES[type].keys)
+    assert load_config(path) == config
+    clipped = ["objective.truncation=", "objective.clip_low=0.1", "objective.clip_high=0.2"]
+    if "truncation" in OBJECTIVES[type].keys:
+        path.write_text(dump_config(load_config(path, clipped)))
+        assert load_config(path).objective == load_config(None, [f"objective.type={type}", *clipped]).objective
+
+
+def test_a_reward_term_brings_its_keys_to_every_type() -> None:
+    objective = load_config(None, ["objective.lambda_rl=0.1", "objective.ratio_level=sequence"]).objective
+    assert objective.is_sampled
+    assert "ratio_level" in objective.model_dump()
+    assert "kl_coef" not in objective.model_dump()
+
+
+def test_a_renamed_key_is_refused_with_its_new_name() -> None:
+    message = refusal("rollout.start_timeout=5")
+    assert "'rollout.start_timeout'" in message
+    assert "'rollout.request_timeout'" in message
+
+
+def test_a_placement_selects_the_keys_of_a_teacher() -> None:
+    class Elsewhere(TeacherConfig):
+        placement: Literal["elsewhere"] = "elsewhere"
+        url: str = "u"
+
+    class Run(Section):
+        teachers: list[by_placement(StudentRanksTeacherConfig, Elsewhere)]  # type: ignore[valid-type]
+
+    run = Run.model_validate({"teachers": [{"path": "a"}, {"path": "b", "placement": "elsewhere", "url": "x"}]})
+    assert [type(teacher) for teacher in run.teachers] == [StudentRanksTeacherConfig, Elsewhere]
+    assert {name for name, *_ in config_keys(Run)} == {
+        "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.url",
+    }  # fmt: skip
+    for entry, message in (
+        ({"path": "a", "url": "x"}, "unknown config key 'teachers.0.url': known keys: path, weight, placement, dtype"),
+        ({"path": "a", "placement": "elsewhere", "ur": "x"}, "unknown config key 'teachers.0.ur': did you mean 'url'?"),
+        ({"path": "a", "placement": "nowhere"}, "teachers.0.placement='nowhere' is not one: use student or elsewhere"),
+    ):
+        with pytest.raises(ValidationError) as error:
+            Run.model_validate({"teachers": [entry]})
+        assert one_line(error.value, Run) == message
+
+
 def test_the_loss_may_have_another_temperature_than_sampling_where_the_vocabulary_is_whole() -> None:
     config = load_config(None, ["objective.temperature=2", "rollout.temperature=0.7"])
     assert (config.objective.temperature, config.rollout.temperature) == (2.0, 0.7)
 
 
-def test_a_clip_is_a_pair_or_nothing() -> None:
-    assert ObjectiveConfig().clip is None
-    assert ObjectiveConfig(clip_low=0.1, clip_high=0.3, truncation=None).clip == (0.1, 0.3)
-
-
 def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     listed = list(config_keys())
     assert all(meaning for *_, meaning in listed)
-    defaults = {key: yaml.safe_load(default) for key, _, default, _ in listed if default != "required"}
+    assert all(meaning.endswith(".") for *_, meaning in listed)
+    of_some_types = {f"objective.{key}" for key in KEYS}
+    assert of_some_types <= {key for key, *_ in listed}
+    defaults = {
+        key: yaml.safe_load(default)
+        for key, _, default, _ in listed
+        if default != "required" and key not in of_some_types
+    }
     config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in defaults.items())])
     assert config == load_config(None, ["teachers.0.path=t"])

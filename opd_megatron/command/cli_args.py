@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from opd_megatron.config import RunConfig, load_config
+from opd_megatron.config import RunConfig, load_config, sections_of
 from opd_megatron.errors import ConfigError
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -123,10 +123,14 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
     """Every configuration key, in the order of the schema: (key, type, default, meaning)."""
     for name, field in model.model_fields.items():
         annotation = field.annotation
-        section = next((part for part in (annotation, *_parts(annotation)) if _is_section(part)), None)
-        if section is not None:
-            index = "" if section is annotation else ".0"
-            yield from config_keys(section, f"{prefix}{name}{index}.")
+        sections = sections_of(annotation)
+        if sections:
+            index = "" if sections[0] is annotation else ".0"
+            found: dict[str, tuple[str, str, str, str]] = {}
+            for section in sections:  # the members of a union share most of their keys
+                for row in config_keys(section, f"{prefix}{name}{index}."):
+                    found.setdefault(row[0], row)
+            yield from found.values()
             continue
         default = "required" if field.default is PydanticUndefined else json.dumps(field.default)
         yield prefix + name, _type_name(annotation), default, " ".join((field.description or "").split())
@@ -161,10 +165,6 @@ def _spellings(names: tuple[str, ...]) -> list[str]:
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
     return getattr(annotation, "__args__", ())
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _type_name(annotation: Any) -> str:

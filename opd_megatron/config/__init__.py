@@ -1,11 +1,12 @@
 """The typed run configuration: YAML + `a.b=value` overrides, every rule checked before a process group exists.
 
 Adding an option means adding a field with its `description`; `--help`, the resolved `config.yaml` and the error
-messages follow from it. Rules that need the model's own `config.json` (heads, layers, vocabulary) live in
-`mcore.layout`, which is checked before any process group exists too.
+messages follow from it. The types and keys of `objective:` come from `losses.objectives`. Rules that need the model's
+own `config.json` (heads, layers, vocabulary) live in `models.rules`, checked before any process group exists too.
 """
 
-from opd_megatron.config.loading import build_config, dump_config, load_config, set_by_path
+from opd_megatron.config.loading import build_config, dump_config, load_config, sections_of, set_by_path
+from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.run import RunConfig
 from opd_megatron.config.sections import (
     CheckpointConfig,
@@ -13,7 +14,6 @@ from opd_megatron.config.sections import (
     Dtype,
     EvaluationConfig,
     LoggingConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
@@ -40,5 +40,6 @@ __all__ = [
     "build_config",
     "dump_config",
     "load_config",
+    "sections_of",
     "set_by_path",
 ]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from opd_megatron.config.run import RunConfig
 from opd_megatron.errors import ConfigError, MissingPathError
+
+RENAMED = {"rollout.start_timeout": "rollout.request_timeout"}
+"""Keys of earlier releases, and what they are called now."""
 
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -34,7 +37,7 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(one_line(error)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -101,28 +104,51 @@ def _grow(node: list[Any], part: str, key: str, default: Any) -> None:
         node.append(default)
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
+    """The first problem of a validation, in the words of the command line."""
     # An unknown key is the likelier typo behind a "field required" next to it.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    location = ".".join(str(part) for part in first["loc"])
+    path, model = _section_at(first["loc"][:-1], root)
+    location = ".".join(str(part) for part in (*path, *first["loc"][-1:]))
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        if location in RENAMED:
+            return f"config key {location!r} is called {RENAMED[location]!r} now: rename it"
+        known = list(model.model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown config key {location!r}: {hint}"
-    cause = first.get("ctx", {}).get("error")
+    context = first.get("ctx", {})
+    if first["type"] == "union_tag_invalid":
+        choices = " or ".join(tag.strip() for tag in context["expected_tags"].replace("'", "").split(","))
+        return f"{location}.placement={context['tag']!r} is not one: use {choices}"
+    cause = context.get("error")
     if cause is not None:  # a rule of ours, which names what it concerns
         return str(cause)
     return f"{location}={first['input']!r}: {first['msg']}" if location else first["msg"]
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the section at `location`."""
-    model: type[BaseModel] = RunConfig
+def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[int | str], type[BaseModel]]:
+    """The keys that lead to `location`, and its section: pydantic also names the chosen member of a union there."""
+    path: list[int | str] = []
+    sections: list[type[BaseModel]] = [root]
     for part in location:
-        if isinstance(part, int):
+        field = None if isinstance(part, int) else sections[0].model_fields.get(part)
+        if field is not None:
+            sections = sections_of(field.annotation) or sections
+        elif not isinstance(part, int):
+            sections = [kind for kind in sections if _tag_of(kind) == part] or sections
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+        path.append(part)
+    return path, sections[0]
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """Every section class that an annotation names: one, those of a list's elements, or those of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in sections_of(part)]
+
+
+def _tag_of(section: type[BaseModel]) -> Any:
+    placement = section.model_fields.get("placement")
+    return None if placement is None else placement.default

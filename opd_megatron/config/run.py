@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt, model_validator
 
+from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     LoggingConfig,
     NonNegativeInt,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,

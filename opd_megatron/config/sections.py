@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 Dtype = Literal["bf16", "fp32"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -94,73 +94,6 @@ class RolloutConfig(Section):
     """Seconds the engine may take to start or to answer a call."""
 
 
-class ObjectiveConfig(Section):
-    type: Literal[
-        "reverse_kl", "forward_kl", "gkd", "skew_reverse_kl", "skew_forward_kl", "lambda_jsd",
-        "on_policy_distill", "jsd",
-    ] = "reverse_kl"  # fmt: skip
-    """Divergence at every response token, exact over the whole vocabulary; `on_policy_distill` and `jsd` are the
-    sampled-token forms: a policy gradient that sees the sampled token alone."""
-    beta: Fraction = 0.5
-    """gkd: 0 is forward KL, 1 is reverse KL. jsd: the same beta of the divergence that is sampled."""
-    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """skew_reverse_kl: KL(student|m), m = alpha student + (1 - alpha) teacher (DistiLLM). skew_forward_kl: the same
-    with the models exchanged. 0 is the plain KL."""
-    lambda_coef: Fraction | None = None
-    """lambda_jsd: weight of KL(student|m), the rest is KL(teacher|m), m their mean; 0.5 by default. jsd: where set,
-    this divergence is sampled instead of the one of `beta`."""
-    temperature: PositiveFloat = 1.0
-    """Divides both models' logits in the loss; sampled-token forms need it equal to `rollout.temperature`."""
-    lambda_distill: NonNegativeFloat = 1.0
-    """Weight of the divergence, or of the policy gradient that is its sampled-token form."""
-    lambda_rl: NonNegativeFloat = 0.0
-    """Weight of the policy gradient on rewards."""
-    kl_coef: NonNegativeFloat = 1.0
-    """Sampled-token forms: multiplies the advantage, e.g. log q(a) - log p_rollout(a) of on_policy_distill."""
-    truncation: PositiveFloat | None = 2.0
-    """Sampled-token forms: cap on the importance weight p / p_rollout, which corrects for an engine with other
-    arithmetic than the trainer's; 2 is usual. null: no cap, and `clip_low` with `clip_high` may bound the ratio."""
-    clip_low: Fraction | None = None
-    """Sampled-token forms: the ratio p / p_rollout is clipped below 1 - clip_low as in PPO; null does not clip."""
-    clip_high: NonNegativeFloat | None = None
-    """The same above 1 + clip_high; goes together with `clip_low`, and with truncation=null."""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """Sampled-token forms: a ratio for each token, or its geometric mean over the sequence (GSPO)."""
-    combine: Literal["logit_mean", "prob_mean"] = "logit_mean"
-    """How several teachers are mixed."""
-    chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits exist at one time; chosen for the cache by default."""
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the loss is a policy gradient on the sampled tokens."""
-        return self.type in ("on_policy_distill", "jsd")
-
-    @property
-    def clip(self) -> tuple[float, float] | None:
-        if self.clip_low is None or self.clip_high is None:
-            return None
-        return self.clip_low, self.clip_high
-
-    @model_validator(mode="after")
-    def _rules(self) -> ObjectiveConfig:
-        low, high = self.clip_low, self.clip_high
-        if (low is None) != (high is None):
-            raise ValueError(
-                f"objective.clip_low={low} and objective.clip_high={high} must be given together: PPO uses 0.2 and 0.2"
-            )
-        if low is not None and self.truncation is not None:
-            raise ValueError(
-                f"objective.clip_low={low} has no effect beside objective.truncation={self.truncation}, whose ratio is "
-                "1 at the one update of a step: set objective.truncation=null to clip p / p_rollout instead"
-            )
-        if self.lambda_distill == 0 and self.lambda_rl == 0:
-            raise ValueError(
-                "objective.lambda_distill=0 and objective.lambda_rl=0 leave nothing to minimise: raise lambda_distill"
-            )
-        return self
-
-
 class OptimizerConfig(Section):
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
@@ -190,7 +123,7 @@ class ParallelConfig(Section):
     data: PositiveInt | None = None
     """Data-parallel size; world size / (tensor * pipeline) by default, `expert` when started without torchrun."""
     expert: PositiveInt = 1
-    """Expert-parallel size: so many data-parallel ranks share the experts of every layer out; it divides `data`."""
+    """Expert-parallel size. Must divide the data-parallel size."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tensor > 1."""
     micro_batch_size: PositiveInt | None = None
@@ -216,7 +149,7 @@ class CheckpointConfig(Section):
         | None
     ) = None
     """Keep the checkpoint with the best value of this column of metrics.jsonl besides the newest `keep`; an `eval/`
-    figure is then measured at every checkpoint. null keeps only the newest."""
+    metric is then measured at every checkpoint. null keeps only the newest."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the lowest or the highest value of `best_metric` is the best."""
     export_hf: bool = True

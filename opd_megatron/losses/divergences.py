@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from opd_megatron.losses.core.elementwise import Elementwise, at_least, at_most, expm1, log1p, where
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Divergence:
 
     def df_dp(self, r: torch.Tensor) -> torch.Tensor:
         """df/dp up to a constant, from r = log p - log q alone (f is homogeneous)."""
-        return self.weighted_grad(torch.ones_like(r), torch.exp(-r), r, self.parameter)
+        return self.weighted_grad(r.new_ones(r.shape), (-r).exp(), r, self.parameter)
 
 
 def q_minus_p(p, q, r):  # type: ignore[no-untyped-def]
@@ -167,22 +169,51 @@ def _skew_forward_kl(alpha: float) -> Divergence:
     return FORWARD_KL if alpha == 0 else Divergence(skew_forward_kl_value, skew_forward_kl_weighted_grad, alpha)
 
 
+def _lambda_jsd(weight: float) -> Divergence:
+    return Divergence(lambda_jsd_value, lambda_jsd_weighted_grad, weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """The number of its own that a divergence takes, in [0, 1]."""
+
+    name: str
+    """Keyword of the loss functions, and key of `objective:`."""
+    default: float
+    meaning: str
+    """Of its values, as the documentation and an error say it."""
+    not_one: str | None = None
+    """Why 1 is refused, where it is."""
+
+
+BETA = Parameter("beta", 0.5, "0 is forward KL, 1 is reverse KL")
+ALPHA = Parameter("alpha", 0.1, "0 is the plain KL, 0.1 is usual", not_one="compares a distribution with itself")
+LAMBDA_COEF = Parameter("lambda_coef", 0.5, "0.5 is the Jensen-Shannon divergence")
+
+
 @dataclass(frozen=True, slots=True)
 class DivergenceFamily:
-    """What `type` names: a divergence for every value of one named argument."""
+    """What `type` names: a divergence for every value of its parameter."""
 
     make: Callable[[float], Divergence]
-    argument: str | None = None
-    """`beta`, `alpha` or `lambda_coef`, a number in [0, 1]; None takes none."""
+    parameter: Parameter | None = None
+
+    @property
+    def argument(self) -> str | None:
+        """Name of the parameter."""
+        return None if self.parameter is None else self.parameter.name
 
 
 DIVERGENCES: dict[str, DivergenceFamily] = {
     "reverse_kl": DivergenceFamily(lambda _: REVERSE_KL),
     "forward_kl": DivergenceFamily(lambda _: FORWARD_KL),
-    "gkd": DivergenceFamily(_gkd, "beta"),
-    "skew_reverse_kl": DivergenceFamily(_skew_reverse_kl, "alpha"),
-    "skew_forward_kl": DivergenceFamily(_skew_forward_kl, "alpha"),
-    "lambda_jsd": DivergenceFamily(
-        lambda weight: Divergence(lambda_jsd_value, lambda_jsd_weighted_grad, weight), "lambda_coef"
-    ),
+    "gkd": DivergenceFamily(_gkd, BETA),
+    "skew_reverse_kl": DivergenceFamily(_skew_reverse_kl, ALPHA),
+    "skew_forward_kl": DivergenceFamily(_skew_forward_kl, ALPHA),
+    "lambda_jsd": DivergenceFamily(_lambda_jsd, LAMBDA_COEF),
 }
+
+PARAMETERS: dict[str, Parameter] = {
+    family.parameter.name: family.parameter for family in DIVERGENCES.values() if family.parameter is not None
+}
+"""Every divergence's own number, by its name."""

@@ -66,9 +66,6 @@ def linear_divergence(
     teachers: Sequence[TeacherOutput],
     *,
     type: str = "reverse_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    lambda_coef: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -77,12 +74,13 @@ def linear_divergence(
     token_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
     gather_index: torch.Tensor | None = None,
+    **parameters: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (loss_sum scalar, per_token [T] detached); see `linear_divergence_terms` for arguments and errors."""
     terms = linear_divergence_terms(
-        student_hidden, student_head, teachers, type=type, beta=beta, alpha=alpha, lambda_coef=lambda_coef,
-        temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights, combine=combine,
-        token_weights=token_weights, chunk_tokens=chunk_tokens, gather_index=gather_index, with_metrics=False,
+        student_hidden, student_head, teachers, type=type, temperature=temperature, vocab_size=vocab_size,
+        group=group, teacher_weights=teacher_weights, combine=combine, token_weights=token_weights,
+        chunk_tokens=chunk_tokens, gather_index=gather_index, with_metrics=False, **parameters,
     )  # fmt: skip
     return terms.loss_sum, terms.per_token
 
@@ -122,13 +120,13 @@ def linear_divergence_terms(
             all ranks' rows one after another, and a row of no token is padding. Everything else is [T]. The rows are
             gathered, and the gradient is reduce-scattered in backward.
         with_metrics: False leaves both KLs and both entropies of the result at 0 where that saves time.
-        loss: the fields of `LossArguments`: `type` to `combine` as in `vocab_parallel_divergence`, and
+        loss: `type` to `combine` as in `vocab_parallel_divergence`, with the divergence's own parameter, and
             `lambda_distill`, the weight of the divergence in the loss.
 
     Raises:
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
-    arguments = LossArguments(**loss)
+    arguments = LossArguments.of(**loss)
     projections, topk = split_topk(teachers)
     _check_tensors(student_hidden, student_head, projections)
     # The entries of a top-k teacher are of all columns, whatever the student's.

@@ -13,15 +13,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.losses.linear import DivergenceTerms
-
-METRIC_NAMES = (
-    "loss", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement",
-    "nll", "teacher_nll", "k1", "k2", "k3", "k1_gap",
-)  # fmt: skip
-"""Names of the sums where `targets` are given. `nll` and `teacher_nll` are of the targets; `k1` to `k3` estimate
-`reverse_kl` from them where the student sampled them, and `k1_gap` says by how much `k1` misses it."""
-POLICY_METRIC_NAMES = ("divergence", "policy_loss", "advantage", "ratio", "clip_fraction")
-"""What a policy term adds: the exact divergence of the objective's `type`, and its own loss without its coefficient."""
+from opd_megatron.losses.objectives import DIVERGENCE_METRICS, POLICY_METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +77,14 @@ def _of_policy(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
         return {}
     policy = terms.policy
     values = (terms.divergence, policy.loss, policy.advantage, policy.ratio, policy.clipped)
-    return dict(zip(POLICY_METRIC_NAMES, values, strict=True))
+    return dict(zip(POLICY_METRICS, values, strict=True))
 
 
 def global_means(
     parts: Sequence[TokenSums],
     groups: Sequence[dist.ProcessGroup],
     device: torch.device,
-    names: tuple[str, ...] = METRIC_NAMES,
+    names: tuple[str, ...] = DIVERGENCE_METRICS,
 ) -> tuple[list[float], int]:
     """Means of `names` over the tokens of all micro batches and ranks, and how many tokens those are.
 

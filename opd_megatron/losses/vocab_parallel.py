@@ -23,14 +23,12 @@ def vocab_parallel_divergence(
     teacher_logits: torch.Tensor | Sequence[torch.Tensor] | TopKTeacher,
     *,
     type: str = "reverse_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    lambda_coef: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     teacher_weights: Sequence[float] | None = None,
     combine: str = "logit_mean",
+    **parameters: float,
 ) -> torch.Tensor:
     """Exact divergence per token between vocabulary-sharded logits.
 
@@ -43,14 +41,14 @@ def vocab_parallel_divergence(
             one bucket that holds the rest.
         type: a name in `DIVERGENCES` (losses/divergences.py has the formulae): `reverse_kl`, `forward_kl`, `gkd`,
             `skew_reverse_kl`, `skew_forward_kl`, `lambda_jsd`.
-        beta: of `gkd`; 0 is forward KL, 1 is reverse KL.
-        alpha: of the skewed KLs: how much of its own first argument is mixed into the second; 0 is the plain KL.
-        lambda_coef: of `lambda_jsd`: the student's share.
         temperature: divides all logits; the gradient carries its 1/T and no T^2.
         vocab_size: true vocabulary; columns at or past it take no part. All columns by default.
         group: tensor-parallel process group; None = not sharded.
         teacher_weights: shares of the ensemble, normalised to sum to one; equal by default.
         combine: `logit_mean` mixes the teachers' logits, `prob_mean` their probabilities.
+        parameters: the number of its own that the divergence takes: `beta` of `gkd` (0 is forward KL, 1 is reverse KL),
+            `alpha` of the skewed KLs (how much of its own first argument is mixed into the second; 0 is the plain KL),
+            `lambda_coef` of `lambda_jsd` (the student's share).
 
     Returns:
         [T] divergence in nats, the same on every rank of the group.
@@ -66,7 +64,10 @@ def vocab_parallel_divergence(
     # The entries of a top-k teacher are of all columns, whatever the student's.
     everyone = [student_logits, *(teachers if topk is None else [student_logits])]
     widths, dtypes = [x.shape[1] for x in everyone], [x.dtype for x in everyone]
-    arguments = LossArguments(type, beta, alpha, lambda_coef, temperature, vocab_size, group, teacher_weights, combine)
+    arguments = LossArguments.of(
+        type=type, temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights,
+        combine=combine, **parameters,
+    )  # fmt: skip
     spec = make_spec(arguments, widths, dtypes)
     entries = None if topk is None else check_entries(topk, student_logits, spec)
     differentiable = torch.is_grad_enabled() and student_logits.requires_grad

@@ -1,10 +1,9 @@
-"""The student: a Megatron model with its optimizer, trained on its divergence from its teachers, exact or sampled."""
+"""The student: a Megatron model with its optimizer, trained on the terms of its objective."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -14,8 +13,8 @@ from transformers import PretrainedConfig
 from opd_megatron.config import ObjectiveConfig, RunConfig
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.losses import linear_divergence_terms
-from opd_megatron.losses.policy import PolicyTerm
-from opd_megatron.losses.reduction import METRIC_NAMES, POLICY_METRIC_NAMES, TokenSums, global_means, token_sums
+from opd_megatron.losses.objectives import loss_arguments, metric_names, objective_terms
+from opd_megatron.losses.reduction import TokenSums, global_means, token_sums
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
@@ -79,7 +78,7 @@ class Student:
     def evaluate(
         self, micro_batches: list[Batch], teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int
     ) -> dict[str, float]:
-        """Token means of the same figures, without touching gradients."""
+        """Computes the token means of the same metrics, without touching gradients."""
         self.model.eval()
         loss = self._loss(teachers, objective, vocab_size)
         sums = run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True)
@@ -90,14 +89,16 @@ class Student:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _loss(self, teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int) -> LossFunction:
+        terms = objective_terms(objective)
+
         def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
             mask = batch.weights > 0
             token_weights = batch.weights[mask]
-            terms = linear_divergence_terms(
+            result = linear_divergence_terms(
                 hidden,
                 self.model.head_weight,
                 [teacher.outputs[index] for teacher in teachers],
-                **_divergence(objective),
+                **loss_arguments(terms, batch, mask),
                 temperature=objective.temperature,
                 vocab_size=vocab_size,
                 group=self.grid.groups.tp if self.grid.tp_size > 1 else None,
@@ -106,10 +107,9 @@ class Student:
                 token_weights=token_weights,
                 chunk_tokens=objective.chunk_tokens,
                 targets=batch.targets[mask],
-                policy=_policy_term(objective, batch, mask),
                 gather_index=self.model.gather_index(mask),
             )
-            sums = token_sums(terms, token_weights)
+            sums = token_sums(result, token_weights)
             return sums.loss_sum, sums.num_tokens.to(torch.int), sums
 
         return loss
@@ -118,45 +118,6 @@ class Student:
         """Token means over all micro batches and ranks, the same on every rank."""
         groups = self.grid.groups
         device = next(self.model.parameters()).device
-        names = METRIC_NAMES + (POLICY_METRIC_NAMES if objective.is_sampled else ())
+        names = metric_names(objective_terms(objective))
         means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device, names)
         return dict(zip(names, means, strict=True)), tokens
-
-
-def _divergence(objective: ObjectiveConfig) -> dict[str, Any]:
-    """Which divergence the pass computes and how it counts. Of a sampled-token form it is the one the form stands for:
-    reported exactly, with no weight in the loss."""
-    kind = objective.type
-    if objective.type == "on_policy_distill":
-        kind = "reverse_kl"
-    elif objective.type == "jsd":
-        kind = "gkd" if objective.lambda_coef is None else "lambda_jsd"
-    return {
-        "type": kind,
-        "beta": objective.beta,
-        "alpha": objective.alpha,
-        "lambda_coef": 0.5 if objective.lambda_coef is None else objective.lambda_coef,
-        "lambda_distill": 0.0 if objective.is_sampled else objective.lambda_distill,
-    }
-
-
-def _policy_term(objective: ObjectiveConfig, batch: Batch, mask: torch.Tensor) -> PolicyTerm | None:
-    """The policy gradient of a sampled-token form on the tokens of `mask` [B, S]; None for the other objectives."""
-    if not objective.is_sampled:
-        return None
-    assert batch.rollout_logprobs is not None, "a sampled-token form needs the rollouts' log-probabilities"
-    advantage = "kl"
-    if objective.type == "jsd":
-        advantage = "jsd" if objective.lambda_coef is None else "lambda_jsd"
-    return PolicyTerm(
-        rollout_logprobs=batch.rollout_logprobs[mask],
-        coef=objective.lambda_distill,
-        advantage=advantage,
-        kl_coef=objective.kl_coef,
-        beta=objective.beta,
-        lambda_coef=0.5 if objective.lambda_coef is None else objective.lambda_coef,
-        clip=objective.clip,
-        importance_cap=objective.truncation,
-        level=objective.ratio_level,
-        sequence_ids=batch.sequence_ids[mask] if objective.ratio_level == "sequence" else None,
-    )

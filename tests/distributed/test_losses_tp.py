@@ -352,8 +352,10 @@ def _mean_body(rank: int, ranks: int) -> tuple[list[float], int]:
         reduction.TokenSums(
             loss_sum=torch.tensor(0.0),
             num_tokens=torch.tensor(count),
-            sums=torch.full((len(reduction.METRIC_NAMES),), float(6 * count if rank == 0 else 2), dtype=torch.float64),
-            names=reduction.METRIC_NAMES,
+            sums=torch.full(
+                (len(reduction.DIVERGENCE_METRICS),), float(6 * count if rank == 0 else 2), dtype=torch.float64
+            ),
+            names=reduction.DIVERGENCE_METRICS,
         )
         for count in counts
     ]
@@ -361,4 +363,4 @@ def _mean_body(rank: int, ranks: int) -> tuple[list[float], int]:
 
 
 def test_mean_over_micro_batches_and_ranks_weights_every_token_alike() -> None:
-    assert run_ranks(2, _mean_body) == [([20 / 4] * len(reduction.METRIC_NAMES), 4)] * 2
+    assert run_ranks(2, _mean_body) == [([20 / 4] * len(reduction.DIVERGENCE_METRICS), 4)] * 2

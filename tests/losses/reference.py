@@ -17,7 +17,7 @@ KINDS: tuple[tuple[str, dict[str, float]], ...] = tuple(
     (name, arguments)
     for name, family in DIVERGENCES.items()
     for arguments in ([{}] if family.argument is None else [{family.argument: share} for share in SHARES])
-    if arguments != {"alpha": 1.0}  # the divergence of a distribution from itself
+    if not (family.parameter is not None and family.parameter.not_one and arguments == {family.argument: 1.0})
 )
 """Every divergence of the package with its own argument: a new one is tested as soon as `FORMULAE` has it."""
 NAMES = [" ".join([name, *map(str, arguments.values())]) for name, arguments in KINDS]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from opd_megatron.losses import DivergenceTerms, linear_divergence_terms
 from opd_megatron.losses.policy import PolicyTerm
-from opd_megatron.losses.reduction import METRIC_NAMES, POLICY_METRIC_NAMES, TokenSums, global_means, token_sums
+from opd_megatron.losses.reduction import DIVERGENCE_METRICS, POLICY_METRICS, TokenSums, global_means, token_sums
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_every_metric_equals_its_formula_on_the_tokens_that_count() -> None:
         "k3": (torch.exp(-r) - 1 + r).mean(),
         "k1_gap": (r - kl).mean(),
     }
-    assert tuple(means) == METRIC_NAMES == tuple(expected)
+    assert tuple(means) == DIVERGENCE_METRICS == tuple(expected)
     for name, value in expected.items():
         assert means[name] == pytest.approx(value.item(), rel=1e-9), name
 
@@ -92,7 +92,7 @@ def test_a_policy_term_adds_its_own_figures() -> None:
     terms = _terms(hidden, heads, type="gkd", targets=targets, lambda_distill=0.0, policy=policy)
     sums = token_sums(terms)
     means = _means(sums)
-    assert sums.names == METRIC_NAMES + POLICY_METRIC_NAMES
+    assert sums.names == DIVERGENCE_METRICS + POLICY_METRICS
     ratio, advantage = (log_p - rollout).exp(), log_q - rollout
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
     clipped = surrogate < ratio * advantage
@@ -121,8 +121,8 @@ def test_a_masked_infinity_stays_out_of_every_mean() -> None:
 
 
 def test_a_rank_without_micro_batches_reports_as_many_names() -> None:
-    names = METRIC_NAMES + POLICY_METRIC_NAMES
-    assert global_means([], [], CPU) == ([0.0] * len(METRIC_NAMES), 0)
+    names = DIVERGENCE_METRICS + POLICY_METRICS
+    assert global_means([], [], CPU) == ([0.0] * len(DIVERGENCE_METRICS), 0)
     assert global_means([], [], CPU, names) == ([0.0] * len(names), 0)
     without = token_sums(_terms(*_models(2), targets=torch.arange(2)))
     with pytest.raises(AssertionError, match="policy_loss"):

@@ -65,7 +65,8 @@ def _batches(steps: int) -> list[Batch]:
             weights[row, 4 : 5 + row] = 1
         targets = torch.roll(tokens, -1, dims=1)
         logprobs = -8 + 5 * torch.rand(8, 16, generator=generator)
-        batches.append(Batch(tokens, targets, weights, logprobs * weights))
+        rewards = torch.sin(torch.arange(8.0))[:, None] * weights
+        batches.append(Batch(tokens, targets, weights, logprobs * weights, rewards))
     return batches
 
 
@@ -97,7 +98,7 @@ def _train(
         "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data,
         "parallel.sequence_parallel": sequence_parallel, **objective,
     })  # fmt: skip
-    models = check_run(config)
+    models = check_run(_config(pair, "unused", **{"parallel.tensor": tensor, "parallel.pipeline": pipeline}))
     grid = ParallelGrid.build(
         tensor, pipeline, data, ep_size=config.parallel.expert, sequence_parallel=sequence_parallel
     )
@@ -115,7 +116,7 @@ def _train(
 
 
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""Mean loss, and figures to compare."""
+"""Mean loss, and metrics to compare."""
 LossOfBatch = Callable[[torch.Tensor, torch.Tensor, Batch], Outcome]
 """Of log p and log q [T, V] at the response tokens of a batch."""
 
@@ -140,12 +141,12 @@ def _reference(
         log_p = student(batch.tokens).logits[mask][:, :250].log_softmax(-1)
         with torch.no_grad():
             log_q = teacher(batch.tokens).logits[mask][:, :250].log_softmax(-1)
-        loss, figures = loss_of(log_p, log_q, batch)
+        loss, known = loss_of(log_p, log_q, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
-        curve.append(({"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}, norm.item()))
+        curve.append(({"loss": loss.item(), **{name: value.item() for name, value in known.items()}}, norm.item()))
     return curve, dict(student.named_parameters())
 
 
@@ -167,9 +168,29 @@ def _on_policy_distill(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -
     # The value is that of -w A, the gradient that of -w A log p.
     loss = -(ratio.clamp(max=2) * advantage * (at_p - at_p.detach()).exp()).mean()
     k1 = at_p - at_q
-    figures = {"ratio": ratio.mean(), "advantage": advantage.mean(), "policy_loss": loss, "k1": k1.mean()}
+    known = {"ratio": ratio.mean(), "advantage": advantage.mean(), "policy_loss": loss, "k1": k1.mean()}
     exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    return loss, {**figures, "divergence": exact, "reverse_kl": exact, "k1_gap": k1.mean() - exact}
+    return loss, {**known, "divergence": exact, "reverse_kl": exact, "k1_gap": k1.mean() - exact}
+
+
+def _reverse_kl_and_rewards(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
+    """lambda_rl 0.5, ratios clipped to [0.8, 1.2]: the sum of two losses."""
+    at_p, _, rollout = _at_samples(log_p, log_q, batch)
+    assert batch.advantages is not None
+    ratio, advantage = (at_p - rollout).exp(), batch.advantages[batch.weights > 0].double()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return exact - 0.5 * surrogate.mean(), {"reverse_kl": exact, "policy_loss": -surrogate.mean()}
+
+
+def _on_policy_distill_and_rewards(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
+    """lambda_distill 2, kl_coef 0.5, lambda_rl 0.25, weights capped at 2: one policy gradient on both advantages."""
+    at_p, at_q, rollout = _at_samples(log_p, log_q, batch)
+    assert batch.advantages is not None
+    advantage = 2 * 0.5 * (at_q - rollout) + 0.25 * batch.advantages[batch.weights > 0].double()
+    weight = (at_p - rollout).exp().detach().clamp(max=2)
+    loss = -(weight * advantage * (at_p - at_p.detach()).exp()).mean()
+    return loss, {"policy_loss": loss, "advantage": advantage.mean()}
 
 
 def _jsd_clipped(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
@@ -178,12 +199,12 @@ def _jsd_clipped(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outc
     ratio = (at_p - rollout).exp()
     log_m = torch.log(0.3 * log_q.exp() + 0.7 * log_p.exp())
     advantage = 0.7 * (torch.log(0.3 * at_q.exp() + 0.7 * at_p.exp()) - at_p).detach()
-    gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
     exact = 0.3 * (log_q.exp() * (log_q - log_m)).sum(-1) + 0.7 * (log_p.exp() * (log_p - log_m)).sum(-1)
-    clipped = (gain < ratio * advantage).double()
+    clipped = (surrogate < ratio * advantage).double()
     assert 0 < clipped.mean() < 1
-    figures = {"policy_loss": -gain.mean(), "clip_fraction": clipped.mean(), "divergence": exact.mean()}
-    return -2 * gain.mean(), figures
+    known = {"policy_loss": -surrogate.mean(), "clip_fraction": clipped.mean(), "divergence": exact.mean()}
+    return -2 * surrogate.mean(), known
 
 
 def _lambda_jsd_of_sequences(log_p: torch.Tensor, log_q: torch.Tensor, batch: Batch) -> Outcome:
@@ -219,6 +240,20 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], LossOfBatch]] = {
         },
         _jsd_clipped,
     ),
+    "reverse_kl and rewards": (
+        {
+            "objective.lambda_rl": 0.5, "objective.truncation": "null",
+            "objective.clip_low": 0.2, "objective.clip_high": 0.2,
+        },
+        _reverse_kl_and_rewards,
+    ),
+    "on_policy_distill and rewards": (
+        {
+            "objective.type": "on_policy_distill", "objective.kl_coef": 0.5,
+            "objective.lambda_distill": 2.0, "objective.lambda_rl": 0.25,
+        },
+        _on_policy_distill_and_rewards,
+    ),
     "jsd of lambda, sequences": (
         {"objective.type": "jsd", "objective.lambda_coef": 0.7, "objective.ratio_level": "sequence"},
         _lambda_jsd_of_sequences,
@@ -229,6 +264,9 @@ CASES = [
     *itertools.product(["reverse_kl", "forward_kl"], LAYOUTS),
     *itertools.product(["on_policy_distill", "jsd, clipped", "jsd of lambda, sequences"], LAYOUTS[:2] + LAYOUTS[-1:]),
     ("on_policy_distill", LAYOUTS[4]),
+    ("reverse_kl and rewards", LAYOUTS[0]),
+    ("reverse_kl and rewards", LAYOUTS[-1]),
+    ("on_policy_distill and rewards", LAYOUTS[0]),
 ]
 
 
@@ -249,9 +287,9 @@ def test_training_equals_dense_float64_reference(
     tensor, pipeline, data, _ = layout
     ranks = run_ranks(tensor * pipeline * data, _train, pair, layout, OBJECTIVES[name][0])
     for steps, _ in ranks:
-        for (metrics, tokens, grad_norm, lr), (figures, norm) in zip(steps, curve, strict=True):
-            for figure, value in figures.items():
-                assert metrics[figure] == pytest.approx(value, **close), figure
+        for (metrics, tokens, grad_norm, lr), (known, norm) in zip(steps, curve, strict=True):
+            for metric, value in known.items():
+                assert metrics[metric] == pytest.approx(value, **close), metric
             assert grad_norm == pytest.approx(norm, rel=1e-4)
             assert tokens == sum(range(1, 9))
             assert lr == LR

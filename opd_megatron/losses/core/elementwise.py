@@ -9,26 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-Elementwise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Elementwise = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", float], "torch.Tensor"]
 """(p, q, r = log p - log q, parameter) -> one element of a sum over the vocabulary."""
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp(x)
+    return x.exp()
 
 
 def expm1(x: torch.Tensor) -> torch.Tensor:
     """exp(x) - 1 without losing the digits of a small x."""
-    return torch.expm1(x)
+    return x.expm1()
 
 
 def log1p(x: torch.Tensor) -> torch.Tensor:
     """log(1 + x) without losing the digits of a small x."""
-    return torch.log1p(x)
+    return x.log1p()
 
 
 def at_least(x: torch.Tensor, low: float) -> torch.Tensor:
@@ -40,7 +41,7 @@ def at_most(x: torch.Tensor, high: float) -> torch.Tensor:
 
 
 def where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.where(condition, a, b)
+    return a.where(condition, b)
 
 
 NAMES = ("exp", "expm1", "log1p", "at_least", "at_most", "where")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.errors import ConfigError
-from opd_megatron.losses.divergences import DIVERGENCES, Divergence
+from opd_megatron.losses.divergences import DIVERGENCES, PARAMETERS, Divergence
 
 COMBINATIONS = ("logit_mean", "prob_mean")
 
@@ -46,15 +47,20 @@ class LossArguments:
     """The scalar arguments of both forms, as the caller gave them."""
 
     type: str = "reverse_kl"
-    beta: float = 0.5
-    alpha: float = 0.1
-    lambda_coef: float = 0.5
     temperature: float = 1.0
     vocab_size: int | None = None
     group: dist.ProcessGroup | None = None
     teacher_weights: Sequence[float] | None = None
     combine: str = "logit_mean"
     lambda_distill: float = 1.0
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Those of `PARAMETERS` that were given; the divergence takes its own one."""
+
+    @classmethod
+    def of(cls, **arguments: Any) -> LossArguments:
+        """From keywords among which are the names of `PARAMETERS`."""
+        parameters = {name: arguments.pop(name) for name in PARAMETERS if name in arguments}
+        return cls(**arguments, parameters=parameters)
 
 
 def make_spec(arguments: LossArguments, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> LossSpec:
@@ -64,8 +70,10 @@ def make_spec(arguments: LossArguments, widths: Sequence[int], dtypes: Sequence[
     vocab_size = _check_vocabulary(arguments.vocab_size, widths, ranks)
     first = rank * widths[0]
     family = DIVERGENCES[arguments.type]
+    own = family.parameter
+    value = 0.0 if own is None else arguments.parameters.get(own.name, own.default)
     return LossSpec(
-        divergence=family.make(float(getattr(arguments, family.argument)) if family.argument else 0.0),
+        divergence=family.make(float(value)),
         lambda_distill=float(arguments.lambda_distill),
         temperature=float(arguments.temperature),
         teacher_weights=_normalised(arguments.teacher_weights, len(widths) - 1),
@@ -81,16 +89,12 @@ def make_spec(arguments: LossArguments, widths: Sequence[int], dtypes: Sequence[
 def _check_scalars(arguments: LossArguments) -> None:
     if arguments.type not in DIVERGENCES:
         raise ConfigError(f"type={arguments.type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
-    meanings = {
-        "beta": "0 is forward KL, 1 is reverse KL",
-        "alpha": "0 is the plain KL, 0.1 is usual",
-        "lambda_coef": "0.5 is the Jensen-Shannon divergence",
-    }
-    for name, meaning in meanings.items():
-        if not 0 <= getattr(arguments, name) <= 1:
-            raise ConfigError(f"{name}={getattr(arguments, name)} must lie in [0, 1]: {meaning}")
-    if arguments.alpha == 1:
-        raise ConfigError("alpha=1 compares a distribution with itself and is always 0: use less, 0.1 is usual")
+    for name, value in arguments.parameters.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value} must lie in [0, 1]: {PARAMETERS[name].meaning}")
+        reason = PARAMETERS[name].not_one
+        if value == 1 and reason is not None:
+            raise ConfigError(f"{name}=1 {reason} and is always 0: use less, {PARAMETERS[name].default} is usual")
     if not (math.isfinite(arguments.temperature) and arguments.temperature > 0):
         raise ConfigError(
             f"temperature={arguments.temperature} must be a positive finite number: use 1 for plain softmax"
