@@ -50,7 +50,7 @@ class StopRequestedError(OPDError):
 
 
 class EngineDiedError(RolloutError):
-    """The rollout engine's process ended; the sampler restarts it."""
+    """The rollout engine's process ended; `RolloutClient` restarts it."""
 
 
 class StalePolicyError(RolloutError):
@@ -59,3 +59,15 @@ class StalePolicyError(RolloutError):
 
 class NonFiniteError(OPDError, ArithmeticError):
     """The loss or the gradient norm is NaN or infinite."""
+
+
+def one_line(error: BaseException) -> str:
+    """Class and message of an error, at most 300 characters."""
+    error = cause_of(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Of torch.distributed.checkpoint's collection of all ranks' errors with their tracebacks, the first error."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error

@@ -22,13 +22,14 @@ from opd_megatron.config import RunConfig
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import StopRequestedError
-from opd_megatron.mcore.checkpoint import all_ranks_max, load_checkpoint, named_checkpoint
+from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.build import RunParts, build_run
 from opd_megatron.run.export import export_hf
-from opd_megatron.run.identity import checkpoint_identity
+from opd_megatron.run.identity import check_identity, checkpoint_identity
 from opd_megatron.run.report import write_report
+from opd_megatron.system.collectives import all_ranks_max
 from opd_megatron.system.signals import stop_requested
 from opd_megatron.teacher import ask_teachers
 from opd_megatron.types import Rollout, SampleRequest, Sampling, StepMetrics, StepOutput
@@ -170,7 +171,9 @@ class OPDTrainer(RunParts):
         if name == "latest" and newest is None:
             return
         path = newest.path if newest and name == "latest" else named_checkpoint(self.run_dir.checkpoints, name)
-        state = load_checkpoint(path, self.student, checkpoint_identity(self.config, self.models))
+        state = checkpoint_state(path)
+        check_identity(state.get("identity", {}), checkpoint_identity(self.config, self.models), path)
+        load_checkpoint(path, self.student)
         self.prompts.load_state_dict(state["prompts"])
         self._cursor = self.prompts.state_dict()
         self.step_count = self._saved_step = int(state["policy_version"])

@@ -16,7 +16,7 @@ import torch
 NamedTensor = tuple[str, torch.Tensor]
 """A Hugging Face parameter name and its value: whole, unless the text says shards."""
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Names of number formats in configurations and on command lines."""
 
 Bucket = Sequence[NamedTensor]

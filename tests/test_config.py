@@ -20,7 +20,7 @@ from opd_megatron.config import (
     load_config,
     set_by_path,
 )
-from opd_megatron.config.loading import one_line
+from opd_megatron.config.loading import first_problem
 from opd_megatron.config.teachers import by_placement
 from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError
 from opd_megatron.losses.divergences import DIVERGENCES
@@ -281,7 +281,7 @@ def test_a_placement_selects_the_keys_of_a_teacher() -> None:
     ):
         with pytest.raises(ValidationError) as error:
             Run.model_validate({"teachers": [entry]})
-        assert one_line(error.value, Run) == message
+        assert first_problem(error.value, Run) == message
 
 
 def test_the_loss_may_have_another_temperature_than_sampling_where_the_vocabulary_is_whole() -> None:

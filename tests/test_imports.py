@@ -12,12 +12,20 @@ import opd_megatron
 
 PACKAGE = Path(opd_megatron.__file__).parent
 LEVELS = [
-    {"types", "config", "errors", "identity", "stopping"},
-    {"data", "losses"},
-    {"rollout", "teacher", "mcore", "weights"},
-    {"metrics", "report", "run_dir", "evaluation", "push", "build", "trainer"},
-    {"flags", "launcher", "agent", "doctor", "convert", "train", "cli", "planning"},
+    {"errors"},
+    {"types", "system"},
+    {"losses"},
+    {"config"},
+    {"data", "metrics", "command", "weights"},
+    {"models", "weight_sync"},
+    {"mcore", "rollout"},
+    {"teacher", "doctor"},
+    {"run"},
+    {"planning", "convert", "trainer"},
+    {"train"},
+    {"cli"},
 ]
+"""From the ground up. A room knows those below it and none beside it."""
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -53,11 +61,39 @@ def uses(path: Path, library: str, *, at_import_time: bool = False) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_room_imports_only_its_own_level_and_those_below(path: Path) -> None:
+def test_a_room_imports_only_rooms_of_the_levels_below(path: Path) -> None:
     room = room_of(name_of(path))
     assert room in LEVEL, f"{room} has no place in LEVELS: decide which rooms it may know"
-    above = [name for name in imports(path) if LEVEL.get(room_of(name) or "", -1) > LEVEL[room]]
-    assert not above, f"{name_of(path)} knows {above}"
+    others = [(name, other) for name in imports(path) if (other := room_of(name)) in LEVEL and other != room]
+    wrong = [name for name, other in others if LEVEL[other] >= LEVEL[room]]
+    assert not wrong, f"{name_of(path)} knows {wrong}, which are not below {room}"
+
+
+def test_every_room_exists_and_no_two_modules_import_each_other() -> None:
+    assert set(LEVEL) == {room_of(name_of(path)) for path in FILES}
+    modules = {name_of(path): path for path in FILES}
+    edges = {
+        name: {known for used in imports(path) if (known := _module(used, modules)) != name}
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"a circle: {' -> '.join((*trail[trail.index(name) :], name))}"
+        if name not in done:
+            for known in sorted(edges.get(name, ())):
+                visit(known, (*trail, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())
+
+
+def _module(name: str, modules: dict[str, Path]) -> str:
+    """The module that a name is imported from."""
+    while name not in modules and "." in name:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def test_only_the_mcore_room_imports_megatron() -> None:

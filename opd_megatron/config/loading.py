@@ -37,7 +37,7 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(first_problem(error)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -104,7 +104,7 @@ def _grow(node: list[Any], part: str, key: str, default: Any) -> None:
         node.append(default)
 
 
-def one_line(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
+def first_problem(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
     """The first problem of a validation, in the words of the command line."""
     # An unknown key is the likelier typo behind a "field required" next to it.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")

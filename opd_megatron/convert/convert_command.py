@@ -90,12 +90,12 @@ layout, or a run's checkpoint (RUN/checkpoints/step_...)."""
 
 
 def gguf_to_hf(argv: list[str], prog: str) -> int:
-    from opd_megatron.convert.gguf import DTYPES, convert_gguf
+    from opd_megatron.convert.gguf import convert_gguf
 
     parser = _parser(prog, "GGUF file (llama architecture) to Hugging Face folder.")
     parser.add_argument("--gguf", required=True, metavar="FILE", help="the GGUF file")
     parser.add_argument("--out", required=True, metavar="DIR", help=_OUT)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="type of the written weights")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the written weights")
     _add_quiet(parser)
     args = parser.parse_args(argv)
     convert_gguf(args.gguf, args.out, dtype=args.dtype, progress=_shows_progress(args))
@@ -122,7 +122,7 @@ layout with itself and with the next one. Exit code 1 when a tensor differs."""
     with _work_folder(args.work) as work:
         results = round_trips(
             resolve_model(args.hf), work, layouts,
-            lambda hf, out, at: _convert("hf-to-megatron", ["--hf", str(hf), "--out", str(out)], at),
+            lambda source, out, at: _convert("hf-to-megatron", ["--hf", str(source), "--out", str(out)], at),
             lambda megatron, out, at: _convert("megatron-to-hf", ["--megatron", str(megatron), "--out", str(out)], at),
             _remove,
         )  # fmt: skip

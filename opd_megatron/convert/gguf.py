@@ -19,9 +19,9 @@ from transformers import GenerationConfig, LlamaConfig
 
 from opd_megatron.convert.gguf_tokenizer import build_tokenizer
 from opd_megatron.errors import MissingPathError, UnsupportedModelError, WeightsError
-from opd_megatron.weights.safetensors_writer import PROVENANCE, file_sha256, new_folder, write_safetensors
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from opd_megatron.system.atomic import new_folder
+from opd_megatron.types import DTYPES
+from opd_megatron.weights.safetensors_writer import PROVENANCE, file_sha256, write_safetensors
 
 GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -57,7 +57,7 @@ def convert_gguf(source: str | Path, out: str | Path, *, dtype: str = "bf16", pr
     config.dtype = DTYPES[dtype]
     _check_complete(tensors, config.num_hidden_layers, source)
     tokenizer = build_tokenizer(fields)
-    with new_folder(out) as folder:
+    with new_folder(out, WeightsError) as folder:
         shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
         write_safetensors(
             folder, shapes, lambda name: hf_tensor(name, tensors[name], config), DTYPES[dtype], progress=progress

@@ -20,12 +20,15 @@ import yaml
 
 from opd_megatron.convert.display import Display
 from opd_megatron.errors import ConfigError, MissingPathError, WeightsError
+from opd_megatron.system.atomic import new_folder, partial_path
+from opd_megatron.system.collectives import on_all_ranks
+from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
 from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config, resolve_model
-from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.layout import ShardLayout, pad_vocab
 from opd_megatron.weights.load import load_weights
 from opd_megatron.weights.parts import LocalShards
-from opd_megatron.weights.safetensors_writer import PROVENANCE, SafetensorsWriter, new_folder
+from opd_megatron.weights.safetensors_writer import PROVENANCE, SafetensorsWriter
 from opd_megatron.weights.save import SHARD_BYTES, copy_tokenizer_files, write_parts
 from opd_megatron.weights.sharding import hf_shapes
 
@@ -34,8 +37,6 @@ if TYPE_CHECKING:
 
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import HiddenStatesModel
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +55,30 @@ class ParallelSizes:
     def __str__(self) -> str:
         return f"TP{self.tensor} PP{self.pipeline}" + (f" EP{self.expert}" if self.expert > 1 else "")
 
-    def check(self, hf: PretrainedConfig) -> None:
+    def check(self, hf_config: PretrainedConfig) -> None:
         """Raises ConfigError when the model does not split this way."""
-        experts = Dims.of(hf).experts if family_of(hf).experts else 0
+        experts = Dims.of(hf_config).experts if family_of(hf_config).experts else 0
         if self.expert > 1 and not experts:
             raise ConfigError(f"--expert {self.expert} needs a model of experts, this one has none: leave it out")
         if experts % self.expert:
             raise ConfigError(f"--expert {self.expert} must divide the model's {experts} experts: use another size")
-        for what, size in sizes_split_by_tensor(hf).items():
+        for what, size in sizes_split_by_tensor(hf_config).items():
             if size % self.tensor:
                 raise ConfigError(f"--tensor {self.tensor} must divide the model's {size} {what}: use another size")
-        if hf.num_hidden_layers % self.pipeline:
-            raise ConfigError(
-                f"--pipeline {self.pipeline} must divide the model's {hf.num_hidden_layers} layers: use another size"
-            )
+        layers = hf_config.num_hidden_layers
+        if layers % self.pipeline:
+            raise ConfigError(f"--pipeline {self.pipeline} must divide the model's {layers} layers: use another size")
 
 
 def hf_to_megatron(
-    hf: str | Path, out: str | Path, sizes: ParallelSizes, *, dtype: str | None = None, progress: bool = False
+    hf_dir: str | Path, out: str | Path, sizes: ParallelSizes, *, dtype: str | None = None, progress: bool = False
 ) -> None:
     """Writes the Megatron folder `out` from a Hugging Face folder or hub id. Collective over all ranks.
 
     Raises:
         OPDError: the same on every rank; `out` is then as it was before.
     """
-    source = resolve_model(str(hf))
+    source = resolve_model(str(hf_dir))
     config = load_hf_config(source)
     family_of(config)
     sizes.check(config)
@@ -86,13 +86,13 @@ def hf_to_megatron(
     with _on_ranks(sizes) as grid, _shared_folder(Path(out)) as folder, Display(progress) as display:
         model, layout = _build(config, grid, kind)
         total = sum(parameter.nbytes for parameter in model.parameters())
-        with _together("the model was not read"):
+        with on_all_ranks("the model was not read", WeightsError):
             load_weights(model, source, config, layout, display.bar("reading", total))
         from opd_megatron.mcore.checkpoint.weights_only import save_model
 
         save_model(model, grid, folder, display.bar("writing", total))
         facts = {**asdict(sizes), "padded_vocab": layout.padded_vocab}
-        with _together("the checkpoint was not written: check space and rights"):
+        with on_all_ranks("the checkpoint was not written", WeightsError):
             if dist.get_rank() == 0:
                 shutil.copyfile(source / "config.json", folder / "config.json")
                 copy_tokenizer_files(source, folder)
@@ -131,16 +131,16 @@ def megatron_to_hf(
         parts = LocalShards(model, config, layout)
         shown = display.bar("writing", parts.contributed_numel() * kind.itemsize)
         shapes, first = hf_shapes(config), dist.get_rank() == 0
-        refused = "the model was not written: check space and rights"
-        with _together(refused):
+        refused = "the model was not written"
+        with on_all_ranks(refused, WeightsError):
             if first:
                 writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes)
-        with _together(refused):
+        with on_all_ranks(refused, WeightsError):
             if not first:
                 writer = SafetensorsWriter(folder, shapes, kind, max_shard_size=max_shard_bytes, creates=False)
             with writer:
                 write_parts(parts, writer, shown)
-        with _together(refused):
+        with on_all_ranks(refused, WeightsError):
             if first:
                 _copy_config(tokenizer_files / "config.json", folder / "config.json", kind)
                 copy_tokenizer_files(tokenizer_files, folder)
@@ -163,8 +163,7 @@ def hf_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
 def _build(config: PretrainedConfig, grid: ParallelGrid, kind: torch.dtype) -> tuple[HiddenStatesModel, ShardLayout]:
     from opd_megatron.mcore.model import build_gpt_model
 
-    multiple = grid.tp_size * 8  # as in training: tensor cores want multiples of 8 columns on each rank
-    padded_vocab = -(-config.vocab_size // multiple) * multiple
+    padded_vocab = pad_vocab(config.vocab_size, grid.tp_size)
     model = build_gpt_model(config, grid, padded_vocab=padded_vocab, dtype="fp32" if kind.itemsize == 4 else "bf16")
     return model.to(kind), grid.layout(config.num_hidden_layers, padded_vocab)
 
@@ -211,26 +210,13 @@ def _on_ranks(sizes: ParallelSizes) -> Iterator[ParallelGrid]:
 def _shared_folder(out: Path) -> Iterator[Path]:
     """`new_folder` of rank 0 for all ranks: it becomes `out` when every rank leaves the block well. Collective."""
     with ExitStack() as publishing:
-        folder = out.absolute().with_name(f".{out.absolute().name}.partial")
-        with _together(""):
+        folder = partial_path(out.absolute())
+        with on_all_ranks(f"{str(out)!r} was not written", WeightsError):
             if dist.get_rank() == 0:
-                folder = publishing.enter_context(new_folder(out))
+                folder = publishing.enter_context(new_folder(out, WeightsError))
         yield folder
-        with _together(""):
+        with on_all_ranks(f"{str(out)!r} was not written", WeightsError):
             publishing.close()
-
-
-@contextmanager
-def _together(otherwise: str) -> Iterator[None]:
-    """An error in the block on any rank is raised on all of them at its end. Collective."""
-    from opd_megatron.mcore.checkpoint.weights_only import raise_everywhere
-
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as problem:
-        error = problem
-    raise_everywhere(error, otherwise)
 
 
 def _copy_config(original: Path, copy: Path, kind: torch.dtype) -> None:

@@ -14,12 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opd_megatron.errors import MissingPathError, UnsupportedModelError, WeightsError
-from opd_megatron.weights.safetensors_writer import INDEX_NAME, PROVENANCE, new_folder, write_safetensors
+from opd_megatron.system.atomic import new_folder
+from opd_megatron.weights.hf_reader import SAFETENSORS_DTYPES
+from opd_megatron.weights.safetensors_writer import INDEX_NAME, PROVENANCE, write_safetensors
 
 COPIED = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
           "generation_config.json", "LICENSE*")  # fmt: skip
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PRUNED_DTYPES = {name: SAFETENSORS_DTYPES[name] for name in ("F32", "BF16", "F16")}
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -42,7 +44,7 @@ def prune_depth(source: str | Path, layers: int, out: str | Path, *, progress: b
     config = _read_config(source)
     files = _weight_files(source)
     kept = kept_layers(int(config["num_hidden_layers"]), layers)
-    with ExitStack() as stack, new_folder(out) as folder:
+    with ExitStack() as stack, new_folder(out, WeightsError) as folder:
         names, dtype = _plan(kept, int(config["num_hidden_layers"]), files, stack)
         shapes = {new: tuple(file.get_slice(old).get_shape()) for new, (old, file) in names.items()}
         write_safetensors(folder, shapes, lambda new: _read(new, names), dtype, progress=progress)
@@ -103,9 +105,9 @@ def _plan(
             f"{str(files[0].parent)!r} holds {len(found)} layers named model.layers.N, its config says {total}: "
             "only decoder models with that naming can be pruned"
         )
-    if len(kinds) != 1 or not kinds <= _DTYPES.keys():
+    if len(kinds) != 1 or not kinds <= _PRUNED_DTYPES.keys():
         raise WeightsError(f"{str(files[0].parent)!r} mixes or has unknown tensor types {sorted(kinds)}: convert first")
-    return dict(sorted(names.items())), _DTYPES[kinds.pop()]
+    return dict(sorted(names.items())), _PRUNED_DTYPES[kinds.pop()]
 
 
 def _read(new: str, names: dict[str, tuple[str, Any]]) -> torch.Tensor:

@@ -35,7 +35,7 @@ def pairs(layouts: list[ParallelSizes]) -> list[tuple[ParallelSizes, ParallelSiz
 
 
 def round_trips(
-    hf: Path,
+    hf_dir: Path,
     work: Path,
     layouts: list[ParallelSizes],
     to_megatron: Callable[[Path, Path, ParallelSizes], None],
@@ -46,11 +46,11 @@ def round_trips(
     results = []
     for saved_at, group in itertools.groupby(pairs(layouts), key=lambda pair: pair[0]):
         megatron, back = work / "megatron", work / "hf"
-        to_megatron(hf, megatron, saved_at)
+        to_megatron(hf_dir, megatron, saved_at)
         for _, exported_at in group:
             to_hf(megatron, back, exported_at)
-            names = list(hf_shapes(load_hf_config(hf)))
-            results.append(RoundTrip(saved_at, exported_at, len(names), different_tensors(hf, back, names)))
+            names = list(hf_shapes(load_hf_config(hf_dir)))
+            results.append(RoundTrip(saved_at, exported_at, len(names), different_tensors(hf_dir, back, names)))
             remove(back)
         remove(megatron)
     return results

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.config import DataConfig, RunConfig
-from opd_megatron.errors import DataError, MissingPathError
+from opd_megatron.errors import DataError, MissingPathError, one_line
 
 GSM_SYMBOLIC = "gsm_symbolic"
 GSM_SYMBOLIC_ROWS = 4096
@@ -176,7 +176,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         )
     for index, (number, record) in enumerate(lines):
         if not isinstance(record, dict):
-            raise DataError(f"{str(path)!r} line {number} must be a JSON object, got {type(record).__name__}: mend it")
+            raise DataError(
+                f"{str(path)!r} line {number} must be a JSON object, got {type(record).__name__}: "
+                'write it as {"question": ..., "answer": ...}'
+            )
         yield index, record
 
 
@@ -184,7 +187,9 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where!r} is not valid JSON ({error.msg} at column {error.colno}): mend it") from None
+        raise DataError(
+            f"{where!r} is not valid JSON ({error.msg} at column {error.colno}): correct it there, one object a line"
+        ) from None
 
 
 def read_hub(source: str, subset: str | None, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -196,12 +201,12 @@ def read_hub(source: str, subset: str | None, split: str) -> Iterator[tuple[int,
         rows = datasets.load_dataset(source, name=subset, split=split)
     except ValueError as error:
         raise DataError(
-            f"data set {source!r} has no subset {subset!r} with split {split!r} ({_one_line(error)}): set data.subset, "
+            f"data set {source!r} has no subset {subset!r} with split {split!r} ({one_line(error)}): set data.subset, "
             "data.split or data.eval_split"
         ) from None
     except Exception as error:  # the hub client raises many types, network errors among them
         raise MissingPathError(
-            f"cannot load data set {source!r} ({_one_line(error)}): check the name and the network, or use a local "
+            f"cannot load data set {source!r} ({one_line(error)}): check the name and the network, or use a local "
             ".jsonl file or data.source=gsm_symbolic"
         ) from None
     yield from enumerate(rows)
@@ -209,8 +214,3 @@ def read_hub(source: str, subset: str | None, split: str) -> Iterator[tuple[int,
 
 def _is_file(source: str) -> bool:
     return source.endswith(FILE_SUFFIXES)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:")[:200] if lines else type(error).__name__

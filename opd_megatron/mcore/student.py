@@ -85,6 +85,10 @@ class Student:
         return self._global_means(sums, objective)[0]
 
     @property
+    def dp_rank(self) -> int:
+        return self.grid.dp_rank
+
+    @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 

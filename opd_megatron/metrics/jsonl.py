@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import types
 import uuid
 from collections.abc import Mapping
@@ -12,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.errors import ConfigError, MissingPathError
+from opd_megatron.system.atomic import write_file
 from opd_megatron.types import StepMetrics
 
 MetricsRow = dict[str, Any]
+PHASES = ("rollout", "teacher", "train", "sync")
+"""The timed phases of a step, in order: `time/<phase>`."""
 FILE_NAME = "metrics.jsonl"
 
 
@@ -116,12 +118,7 @@ def _line(row: MetricsRow) -> str:
 
 def _rewrite(path: Path, rows: list[MetricsRow]) -> None:
     """Replaces the file in one move: a crash leaves the old one or the new one."""
-    temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_file(path, "".join(_line(row) for row in rows))
 
 
 def _start_tensorboard(run_dir: Path, resume_step: int | None) -> Any:

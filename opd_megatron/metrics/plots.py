@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd_megatron.metrics.jsonl import read_metrics
+from opd_megatron.metrics.jsonl import PHASES, MetricsRow, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MetricsRow = dict[str, Any]
 COLOURS = ("#3b6fb6", "#d1742b", "#4f9d69", "#8d6bb0", "#9a9a9a")
-PHASES = ("rollout", "teacher", "train", "sync")
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False,

@@ -6,14 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-MetricsRow = dict[str, Any]
+from opd_megatron.metrics.jsonl import PHASES, MetricsRow
+
 LAST_ROWS = 3
-PHASES = ("rollout", "teacher", "train", "sync")
 LABELS = {
     "reverse_kl": "reverse KL on own samples, nats/token",
     "eval/reverse_kl": "held-out reverse KL, nats/token",

@@ -13,6 +13,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
 from opd_megatron.weights.hf_reader import load_hf_config, resolve_model
+from opd_megatron.weights.layout import pad_vocab
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,7 @@ class ResolvedModels:
 
     def padded_vocab(self, tensor: int) -> int:
         """Rows of every embedding and head in the run: one number, so that all heads shard alike."""
-        multiple = tensor * 8  # tensor cores want multiples of 8 columns on each rank
-        return -(-max(hf_config.vocab_size for hf_config in self.configs) // multiple) * multiple
+        return pad_vocab(max(hf_config.vocab_size for hf_config in self.configs), tensor)
 
 
 def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:

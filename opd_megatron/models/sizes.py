@@ -1,4 +1,4 @@
-"""Parameter, layer and token counts that memory, traffic and time are worked out from."""
+"""Parameter and token counts that the estimates of memory, traffic and time use."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
-from opd_megatron.config import Dtype, RunConfig
+from opd_megatron.config import RunConfig
 from opd_megatron.models.rules import ResolvedModels
+from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, family_of
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table
 
-BYTES_PER_ELEMENT: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
-"""Bytes of an element."""
+BYTES_PER_ELEMENT: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +156,15 @@ class RunSizes:
 
 def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[StageShard]:
     """Of every stage. `first` is the place of the grid's first rank."""
-    plan, family = sharding_table(hf_config, first), family_of(hf_config)
+    table, family = sharding_table(hf_config, first), family_of(hf_config)
     shards = []
     for stage in range(first.pp_size):
-        entries = plan.stage(stage)
-        sizes = {entry.megatron: math.prod(plan.shard_shape(entry, first)) for entry in entries}
+        params = table.stage(stage)
+        sizes = {param.megatron: math.prod(table.shard_shape(param, first)) for param in params}
         embedding = sizes.get(family.first[0].megatron, 0)
-        tied = first.pp_size == 1 and plan.tied
+        tied = first.pp_size == 1 and table.tied
         head = embedding if tied else sizes.get(family.head.megatron, 0)
-        experts = sum(sizes[entry.megatron] for entry in entries if entry.expert_rank is not None)
+        experts = sum(sizes[param.megatron] for param in params if param.expert_rank is not None)
         shards.append(
             StageShard(sum(sizes.values()), experts, max(sizes.values()), embedding, head, tied, first.num_layers)
         )
@@ -174,6 +174,6 @@ def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[Stage
 def parameters(hf_config: PretrainedConfig) -> int:
     """Of the whole model."""
     dims = Dims.of(hf_config)
-    plan: ShardingTable = sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
-    entries: list[StageParameter] = plan.exported()
-    return sum(entry.numel for entry in entries)
+    table: ShardingTable = sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
+    params: list[StageParameter] = table.exported()
+    return sum(param.numel for param in params)

@@ -47,32 +47,32 @@ def check_coverage(
         WeightsError: a module's parameter has no place in the table or another shape; a tensor of the checkpoint has no
             place, has another shape or is missing; an element lies in no rank's shard, or in two.
     """
-    plan: ShardingTable | None = None
+    table: ShardingTable | None = None
     held: Held = defaultdict(lambda: defaultdict(list))
     count = 0
     for module, layout in shards:
-        plan = sharding_table(hf_config, layout)
+        table = sharding_table(hf_config, layout)
         if count == 0:
-            _compare_names(plan, known)
-        for entry, parameter in stage_parameters(module, plan, layout):
-            pieces = plan.pieces(entry, layout, layout.tp_rank)
-            _check_shard(entry, pieces, tuple(parameter.shape), layout)
+            _compare_names(table, known)
+        for param, tensor in stage_parameters(module, table, layout):
+            pieces = table.pieces(param, layout, layout.tp_rank)
+            _check_shard(param, pieces, tuple(tensor.shape), layout)
             for piece in pieces:
-                held[piece.name, entry.tied_copy][layout.ep_rank, layout.tp_rank].append(_box(piece, entry))
+                held[piece.name, param.tied_copy][layout.ep_rank, layout.tp_rank].append(_box(piece, param))
         count += 1
-    assert plan is not None, "a grid has ranks"
-    tensors = plan.tensors()
-    experts = layout.ep_size if any(entry.expert_rank is not None for entry in plan.entries) else 1
-    _check_all_held(plan, held, experts, layout.tp_size)
+    assert table is not None, "a grid has ranks"
+    tensors = table.tensors()
+    experts = layout.ep_size if any(param.expert_rank is not None for param in table.params) else 1
+    _check_all_held(table, held, experts, layout.tp_size)
     return Coverage(len(tensors), sum(map(math.prod, tensors.values())), count, known and known[1])
 
 
-def _compare_names(plan: ShardingTable, known: tuple[Shapes, str] | None) -> None:
+def _compare_names(table: ShardingTable, known: tuple[Shapes, str] | None) -> None:
     """Nothing left over on either side, and shapes agree where they are known."""
     if known is None:
         return
-    (theirs, where), ours = known, plan.tensors()
-    extra = [name for name in theirs if name not in ours and not _derived(name, plan)]
+    (theirs, where), ours = known, table.tensors()
+    extra = [name for name in theirs if name not in ours and not _derived(name, table)]
     if extra:
         raise WeightsError(f"{len(extra)} tensors of {where} (first {extra[0]!r}) have no place in the model")
     absent = [name for name in ours if name not in theirs]
@@ -83,31 +83,31 @@ def _compare_names(plan: ShardingTable, known: tuple[Shapes, str] | None) -> Non
             raise WeightsError(f"tensor {name!r} has shape {list(theirs[name] or ())} in {where}, {list(shape)} here")
 
 
-def _derived(name: str, plan: ShardingTable) -> bool:
+def _derived(name: str, table: ShardingTable) -> bool:
     """Stored by some checkpoints although it follows from something else."""
-    return name.endswith("rotary_emb.inv_freq") or (plan.tied and name == "lm_head.weight")
+    return name.endswith("rotary_emb.inv_freq") or (table.tied and name == "lm_head.weight")
 
 
-def _check_shard(entry: StageParameter, pieces: list[ShardSlice], shape: tuple[int, ...], layout: ShardLayout) -> None:
+def _check_shard(param: StageParameter, pieces: list[ShardSlice], shape: tuple[int, ...], layout: ShardLayout) -> None:
     """The pieces fill the shard's rows once; only rows past the vocabulary stay empty."""
     filled = torch.zeros(shape[0], dtype=torch.int32)
     for piece in pieces:
         piece.of_shard(filled).add_(1)
     rows = int((filled == 1).sum())
     padding = 0
-    if entry.shard is TPSharding.VOCAB:
-        ((vocab, *_),) = entry.hf_tensors.values()
+    if param.shard is TPSharding.VOCAB:
+        ((vocab, *_),) = param.hf_tensors.values()
         padding = max(0, (layout.tp_rank + 1) * shape[0] - max(vocab, layout.tp_rank * shape[0]))
     if bool((filled > 1).any()) or rows != shape[0] - padding:
         raise WeightsError(
-            f"parameter {entry.megatron[0]!r} of stage {layout.pp_rank}, tensor-parallel rank {layout.tp_rank}: "
-            f"{rows} of {shape[0] - padding} rows are filled exactly once from {list(entry.hf_tensors)}"
+            f"parameter {param.megatron[0]!r} of stage {layout.pp_rank}, tensor-parallel rank {layout.tp_rank}: "
+            f"{rows} of {shape[0] - padding} rows are filled exactly once from {list(param.hf_tensors)}"
         )
 
 
-def _box(piece: ShardSlice, entry: StageParameter) -> Box:
+def _box(piece: ShardSlice, param: StageParameter) -> Box:
     """The part of the Hugging Face tensor that a piece is."""
-    shape = entry.hf_tensors[piece.name]
+    shape = param.hf_tensors[piece.name]
     cuts = [part.indices(size)[:2] for part, size in zip(piece.slices(), shape, strict=False)]
     box = (*cuts, *((0, size) for size in shape[len(cuts) :]))
     rows = box[0][1] - box[0][0]
@@ -118,23 +118,23 @@ def _box(piece: ShardSlice, entry: StageParameter) -> Box:
     return box
 
 
-def _check_all_held(plan: ShardingTable, held: Held, experts: int, tensors: int) -> None:
+def _check_all_held(table: ShardingTable, held: Held, experts: int, tp_size: int) -> None:
     """Every expert-parallel rank that should hold a tensor holds the whole of it, over its tensor-parallel ranks."""
-    for entry in plan.entries:
-        for name, shape in entry.hf_tensors.items():
-            parts = held.pop((name, entry.tied_copy), {})
-            owners = range(experts) if entry.expert_rank is None else [entry.expert_rank]
+    for param in table.params:
+        for name, shape in param.hf_tensors.items():
+            parts = held.pop((name, param.tied_copy), {})
+            owners = range(experts) if param.expert_rank is None else [param.expert_rank]
             strangers = {expert for expert, _ in parts} - set(owners)
             if strangers:
                 raise WeightsError(f"tensor {name!r} is also held by expert-parallel ranks {sorted(strangers)}")
             for expert in owners:
-                by_rank = [parts.get((expert, tensor), []) for tensor in range(tensors)]
+                by_rank = [parts.get((expert, tp_rank), []) for tp_rank in range(tp_size)]
                 copies = (
-                    by_rank if entry.shard is TPSharding.REPLICATED else [[box for boxes in by_rank for box in boxes]]
+                    by_rank if param.shard is TPSharding.REPLICATED else [[box for boxes in by_rank for box in boxes]]
                 )
                 for boxes in copies:
                     _check_tiles(name, shape, boxes)
-    assert not held, f"pieces of tensors that no entry names: {sorted(held)[:3]}"
+    assert not held, f"pieces of tensors that no parameter names: {sorted(held)[:3]}"
 
 
 def _check_tiles(name: str, shape: tuple[int, ...], boxes: list[Box]) -> None:

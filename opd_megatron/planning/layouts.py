@@ -34,7 +34,7 @@ class Suggestion:
 
 
 def stage_memories(sizes: RunSizes, gpu: Gpu | None) -> list[RankMemory]:
-    """Of one rank of every stage."""
+    """Memory of one rank of each pipeline stage."""
     device = gpu.memory_bytes if gpu else 0.0
     return [rank_memory(sizes, stage, gpu=gpu is not None, device_bytes=device) for stage in range(sizes.pp_size)]
 
@@ -65,15 +65,14 @@ def _layouts(sizes: RunSizes, recompute: bool) -> Iterator[list[RunSizes]]:
 
     Tensor parallelism stays inside a machine.
     """
-    for tensor in _divisors(min(sizes.ranks, GPUS_PER_NODE)):
-        for pipeline in _divisors(sizes.ranks // tensor) if sizes.ranks % tensor == 0 else ():
-            data = sizes.ranks // tensor // pipeline
-            for expert in (
-                _divisors(data) if any(family_of(hf_config).experts for hf_config in sizes.models.configs) else (1,)
-            ):
+    has_experts = any(family_of(hf_config).experts for hf_config in sizes.models.configs)
+    for tp_size in _divisors(min(sizes.ranks, GPUS_PER_NODE)):
+        for pp_size in _divisors(sizes.ranks // tp_size) if sizes.ranks % tp_size == 0 else ():
+            dp_size = sizes.ranks // tp_size // pp_size
+            for ep_size in _divisors(dp_size) if has_experts else (1,):
                 layout = {
-                    "tensor": tensor, "pipeline": pipeline, "data": data, "expert": expert,
-                    "sequence_parallel": tensor > 1,
+                    "tensor": tp_size, "pipeline": pp_size, "data": dp_size, "expert": ep_size,
+                    "sequence_parallel": tp_size > 1,
                 }  # fmt: skip
                 ways = [_with(sizes, layout | {"micro_batch_size": micro}, recompute) for micro in _MICRO_SIZES]
                 yield [way for way in ways if way is not None]

@@ -2,8 +2,8 @@
 
 Activations follow arXiv 2205.05198 (section 4): what a layer keeps for its backward pass, term by term, with what is
 sharded over tensor-parallel ranks (its equation 2), with sequence parallelism (equation 4), with recomputation (only a
-layer's input), times the micro batches that 1F1B has in flight on a stage. Ours keeps no attention scores, having none,
-and no dropout masks.
+layer's input), times the micro batches that 1F1B has in flight on a stage. We do not store attention scores (flash or
+SDPA) nor dropout masks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """Of the training process."""
+        """Bytes of the training process."""
         return sum(self.parts.values())
 
     @property
     def peak(self) -> float:
-        """With the engine beside it."""
+        """Bytes of the training process and the rollout engine beside it."""
         return self.total + self.engine
 
 
@@ -72,7 +72,7 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
 
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
-    """Elements whose optimizer state a rank keeps: shared out over the ranks that have copies of them."""
+    """Elements whose optimizer state a rank keeps: the distributed optimizer divides it among the ranks with copies."""
     return (student.parameters - student.experts + student.experts * sizes.ep_size) / sizes.dp_size
 
 
@@ -81,8 +81,8 @@ def activation_bytes(sizes: RunSizes, stage: int) -> tuple[float, float]:
     return _activations(sizes, stage, recompute=False), _activations(sizes, stage, recompute=True)
 
 
-def layer_elements(layer: LayerSizes, tensor: int, shards: int) -> float:
-    """Elements a token keeps in one layer. `shards`: ranks over which the sequence is shared out between regions.
+def layer_elements(layer: LayerSizes, tp_size: int, shards: int) -> float:
+    """Elements a token keeps in one layer. `shards`: ranks among which the sequence is split (sequence parallelism).
 
     Inputs of both norms and of the linears behind them (4 h); rotated query and key, the projection they and the value
     are parts of, the attention's output and its copy for the next linear; gate and up projection (2), the gate's
@@ -90,7 +90,7 @@ def layer_elements(layer: LayerSizes, tensor: int, shards: int) -> float:
     """
     attention = 4 * layer.query + 3 * layer.key
     copies = 2 * layer.experts_per_token * layer.hidden  # tokens sent to experts, and what comes back
-    return 4 * layer.hidden / shards + (attention + 5 * layer.ffn) / tensor + copies / shards
+    return 4 * layer.hidden / shards + (attention + 5 * layer.ffn) / tp_size + copies / shards
 
 
 def _activations(sizes: RunSizes, stage: int, *, recompute: bool) -> float:
@@ -132,13 +132,13 @@ def _loss(sizes: RunSizes, student: StageShard, gpu: bool) -> tuple[float, float
     of_student = sizes.vocab_per_rank * sizes.bytes_per_element
     of_teachers = sum(cost.logits_bytes for cost in teacher_costs(sizes, sizes.pp_size - 1))
     chunk = min(size, tokens) * (of_student + of_teachers)
-    # More than two chunks are summed in fp32 and rounded at the end (`losses.linear_pass`).
+    # More than two chunks are summed in fp32 and rounded at the end (`losses.core.linear_pass`).
     summed = 4 if sizes.bytes_per_element < 4 and -(-tokens // size) > 2 else 0
     return chunk, student.head * (sizes.bytes_per_element + summed)
 
 
 def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
-    """Temporaries: of one layer's backward pass, and of the largest matrices of parameters."""
+    """Bytes of temporaries: those of one layer's backward pass, and of the largest weight matrices."""
     layer, bytes_per_element = LayerSizes.of(sizes.models.student_config), sizes.bytes_per_element
     of_layer = _layer_temporaries(layer, sizes, gpu)
     # A gradient in the weights' dtype is there until it has been added; a CPU widens it to fp32 to do so.
@@ -149,7 +149,8 @@ def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
 
 
 def _layer_temporaries(layer: LayerSizes, sizes: RunSizes, gpu: bool) -> float:
-    """Of the feed-forward part (six of its width) or of attention, whose scores a CPU makes again if they are few."""
+    """Bytes of temporaries in a layer: of the feed-forward part, or of attention, whose scores a CPU recomputes if
+    few."""
     scores = sizes.micro_size * layer.heads / sizes.tp_size * sizes.length**2
     attention = 6 * layer.query / sizes.tp_size * sizes.tokens
     if not gpu and scores <= SCORES_AT_ONCE:
@@ -159,5 +160,5 @@ def _layer_temporaries(layer: LayerSizes, sizes: RunSizes, gpu: bool) -> float:
 
 
 def weights_bytes(hf_config: PretrainedConfig, bytes_per_element: int) -> float:
-    """Of a whole model."""
+    """Bytes of a whole model's weights."""
     return parameters(hf_config) * bytes_per_element

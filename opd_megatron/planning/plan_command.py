@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd_megatron.command.cli_args import parse_run, run_parser
 from opd_megatron.planning.gpus import GPUS, gpu_named
-from opd_megatron.planning.run_plan import make_plan, text, to_dict
+from opd_megatron.planning.run_plan import format_plan, make_plan, to_dict
 
 _DESCRIPTION = """Check a run without its weights or its machines: builds every distinct rank's shard of student and
 teachers from their config.json alone, checks that each tensor of the checkpoint is held exactly once, and prints
@@ -27,7 +27,7 @@ def plan(argv: Sequence[str]) -> int:
     arguments, _ = parser.parse_known_intermixed_args(list(argv))  # a wrong word is `parse_run`'s to refuse
     gpu = gpu_named(arguments.gpu) if arguments.gpu else None
     found = make_plan(parse_run(parser, argv).config, gpu, [Path(folder) for folder in arguments.model_configs])
-    print(text(found))
+    print(format_plan(found))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(to_dict(found), indent=2) + "\n")
     found.require_fit()

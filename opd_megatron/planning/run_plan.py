@@ -90,8 +90,8 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
     return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)}, in a process of its own beside rank 0"])
 
 
-def text(plan: RunPlan) -> str:
-    """What the command prints."""
+def format_plan(plan: RunPlan) -> str:
+    """The plan as the command prints it."""
     lines = _layout_lines(plan.sizes)
     lines += [f"{'weights':<16} {path}: {_coverage(found)}" for path, found in plan.coverage.items()]
     lines += _memory_lines(plan.stages)
@@ -109,7 +109,7 @@ def text(plan: RunPlan) -> str:
 
 
 def to_dict(plan: RunPlan) -> dict[str, Any]:
-    """The same for a machine: bytes, seconds, counts."""
+    """The plan as JSON: bytes, seconds, counts."""
     sizes = plan.sizes
     return {
         "ranks": sizes.ranks,

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from opd_megatron.errors import EngineDiedError, OPDError, RolloutError, StalePolicyError
+from opd_megatron.errors import EngineDiedError, RolloutError, StalePolicyError
 from opd_megatron.rollout.base import RolloutEngine
+from opd_megatron.system.collectives import on_rank_0
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
 
@@ -142,22 +143,14 @@ class RolloutClient:
 
     def _on_host(self, action: Callable[[RolloutEngine], Result]) -> Result:
         """Runs `action` on rank 0; every rank returns its result or raises its error."""
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self._engine is not None:
-            try:
-                outcome[1] = action(self._engine)
-            except Exception as error:
-                failure = error
-                # A bug's exception may not pickle; its text will do for the other ranks.
-                outcome[0] = error if isinstance(error, OPDError) else RolloutError(f"{type(error).__name__}: {error}")
-        if self._group is not None:
-            dist.broadcast_object_list(outcome, group_src=0, group=self._group, device=torch.device("cpu"))
-        if failure is not None:
-            raise failure
-        if outcome[0] is not None:
-            raise outcome[0]
-        return outcome[1]
+
+        def run() -> Result:
+            assert self._engine is not None
+            return action(self._engine)
+
+        if self._group is None:
+            return run()
+        return on_rank_0(run, "the rollout engine failed", RolloutError, group=self._group)
 
 
 def _exhaust(iterator: Iterable[Any]) -> None:

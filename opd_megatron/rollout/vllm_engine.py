@@ -63,7 +63,7 @@ class VLLMOptions:
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # the model folder's sampling defaults are not ours
             "max_model_len": self.max_model_len,
-            "dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.dtype],
+            "dtype": str(DTYPES[self.dtype]).removeprefix("torch."),
             "enable_prefix_caching": True,
             "tensor_parallel_size": self.tensor,
             "seed": self.seed,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opd_megatron.errors import OPDError
-from opd_megatron.mcore.checkpoint import raise_together
+from opd_megatron.errors import CheckpointError, OPDError
 from opd_megatron.run.build import RunParts
+from opd_megatron.system.collectives import raise_on_all_ranks
 from opd_megatron.types import DTYPES
 from opd_megatron.weight_sync.gathered import gather_student
 from opd_megatron.weights.save import save_hf
@@ -29,5 +29,5 @@ def export_hf(run: RunParts) -> Path:
             failure = error
     for _ in buckets:  # the export is collective: also when nobody reads it, or its reader failed
         pass
-    raise_together(failure, f"the student was not exported to {str(run.run_dir.hf_dir)!r}")
+    raise_on_all_ranks(failure, f"the student was not exported to {str(run.run_dir.hf_dir)!r}", CheckpointError)
     return run.run_dir.hf_dir

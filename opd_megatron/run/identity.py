@@ -1,10 +1,12 @@
-"""What makes a run the run it is, as flat keys: two that disagree in one of them must not be mixed."""
+"""The settings that must not change when a run is resumed, as flat keys."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from opd_megatron.config import RunConfig
+from opd_megatron.errors import CheckpointError
 from opd_megatron.models import ResolvedModels
 
 _ARCHITECTURE = (
@@ -35,6 +37,18 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str,
         if theirs.get(key, value) != value:  # a key the older one lacks had its default then
             return key, theirs[key], value
     return None
+
+
+def check_identity(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError when the checkpoint at `path`, saved with `theirs`, is another run's or another
+    model's."""
+    difference = first_difference(theirs, ours)
+    if difference is not None:
+        key, their_value, our_value = difference
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} belongs to a run with {key}={their_value!r}, this one has {our_value!r}: "
+            "choose another output_dir, or the same settings to resume"
+        )
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

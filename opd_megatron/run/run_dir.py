@@ -13,6 +13,7 @@ import yaml
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.errors import ConfigError
 from opd_megatron.run.identity import first_difference, identity_of
+from opd_megatron.system.atomic import write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,4 @@ class RunDir:
     def prepare(self, config: RunConfig) -> None:
         """Makes the folder and writes the resolved configuration. Rank 0 only, after `check`."""
         self.root.mkdir(parents=True, exist_ok=True)
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(dump_config(config))
-        partial.replace(self.config)
+        write_file(self.config, dump_config(config))

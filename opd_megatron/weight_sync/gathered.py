@@ -29,12 +29,10 @@ from opd_megatron.weight_sync.streaming import (
     when_room,
 )
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.parts import HFTensor, LocalShards, buckets_of
+from opd_megatron.weights.parts import HFTensor, LocalShards, TrainedModel, buckets_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from opd_megatron.mcore.student import Student
 
 
 def export_weights(
@@ -62,14 +60,14 @@ def export_weights(
     gathering.sender.wait()
 
 
-def gather_student(student: Student, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+def gather_student(student: TrainedModel, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
     """Full Hugging Face tensors of a student in bounded buckets, on global rank 0 alone; every rank must exhaust the
     iterator.
 
     The first replica (the data-parallel ranks that hold all experts together) does the work of `export_weights`; the
     other replicas hold the same weights.
     """
-    if student.grid.dp_rank >= student.grid.ep_size:
+    if student.dp_rank >= student.layout.ep_size:
         return iter(())
     return export_weights(student.model, student.hf_config, student.layout, bucket_bytes=bucket_bytes)
 

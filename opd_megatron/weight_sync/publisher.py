@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from opd_megatron.mcore.student import Student
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload
 from opd_megatron.weight_sync.gathered import gather_student
 from opd_megatron.weight_sync.shard_files import ShardFileTransport
 from opd_megatron.weight_sync.sharded import reshard_student, same_tp_layout
+from opd_megatron.weights.parts import TrainedModel
 
 
 class WeightPublisher:
@@ -21,7 +21,7 @@ class WeightPublisher:
 
     def __init__(
         self,
-        student: Student,
+        student: TrainedModel,
         weight_format: WeightFormat,
         world: ProcessGroup | None,
         *,
@@ -53,7 +53,7 @@ class WeightPublisher:
     def _reaches_engine(self) -> bool:
         """Makes the transport of shard files; whether the engine's host can read every rank's."""
         # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.
-        tp_size = self._student.grid.tp_size
+        tp_size = self._student.layout.tp_size
         senders = dist.new_group(list(range(tp_size)), backend="gloo")
         reached = [True]
         if dist.get_rank() < tp_size:

@@ -30,12 +30,10 @@ from opd_megatron.weight_sync.streaming import (
 )
 from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.parts import HFTensor, LocalShards, buckets_of
+from opd_megatron.weights.parts import HFTensor, LocalShards, TrainedModel, buckets_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from opd_megatron.mcore.student import Student
 
 
 def same_tp_layout(layout: ShardLayout, tensor: int) -> bool:
@@ -69,10 +67,10 @@ def export_shards(
     cut.sender.wait()
 
 
-def reshard_student(student: Student, vocab_rows: int, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+def reshard_student(student: TrainedModel, vocab_rows: int, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
     """A student's `export_shards` on the ranks of the first stage; every rank must exhaust the iterator. The first
     data-parallel replica does the work."""
-    if student.grid.dp_rank > 0:
+    if student.dp_rank > 0:
         return iter(())
     return export_shards(
         student.model, student.hf_config, student.layout, vocab_rows=vocab_rows, bucket_bytes=bucket_bytes
@@ -85,7 +83,7 @@ class _ReshardExport:
     def __init__(self, parts: LocalShards, dtype: torch.dtype, device: torch.device, vocab_rows: int) -> None:
         self.sender = AsyncSender()
         self._parts, self._layout, self._dtype, self._device = parts, parts.layout, dtype, device
-        vocab, ranks = parts.plan.dims.vocab, self._layout.tp_size
+        vocab, ranks = parts.table.dims.vocab, self._layout.tp_size
         self._theirs = _bounds(vocab, vocab_rows, ranks)
         self._ours = _bounds(vocab, self._layout.padded_vocab // ranks, ranks)
         assert self._theirs[-1][1] == vocab, f"{vocab_rows} rows a rank do not hold {vocab} tokens"
@@ -105,7 +103,7 @@ class _ReshardExport:
 
     def _shape(self, tensor: HFTensor, tp_rank: int) -> tuple[int, ...]:
         """Of the part that the engine's `tp_rank` holds."""
-        if tensor.entry.shard is not TPSharding.VOCAB:
+        if tensor.param.shard is not TPSharding.VOCAB:
             return self._parts.shape(tensor, tp_rank)
         start, stop = self._theirs[tp_rank]
         return (stop - start, *tensor.shape[1:])
@@ -131,7 +129,7 @@ class _ReshardExport:
     def _begin_part(self, tensor: HFTensor) -> tuple[torch.Tensor, dist.Work | None]:
         """The engine's part of a tensor, and what to wait for before it holds its values."""
         own = self._parts.own(tensor).to(self._dtype)
-        if tensor.entry.shard is not TPSharding.VOCAB or self._ours == self._theirs:
+        if tensor.param.shard is not TPSharding.VOCAB or self._ours == self._theirs:
             return own, None
         return self._exchange(own)
 

@@ -27,7 +27,7 @@ MEGATRON_MARK = ".metadata"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Anything else (int8, fp8, packed 4-bit) is a quantized checkpoint, whose numbers are not the weights.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_BYTES = 32 * 2**20
 """Read at a time where only some columns are wanted, and copied at a time: what loading needs beyond the model."""
 
@@ -121,12 +121,12 @@ class SafetensorsSource:
     def dtype(self, name: str) -> torch.dtype:
         """Raises WeightsError also for a quantized tensor."""
         kind = self._entry(name)["dtype"]
-        if kind not in _DTYPES:
+        if kind not in SAFETENSORS_DTYPES:
             raise WeightsError(
                 f"{self._where(name)} has dtype {kind}: quantized checkpoints are not read, "
                 "use the model's bf16 or fp32 weights"
             )
-        return _DTYPES[kind]
+        return SAFETENSORS_DTYPES[kind]
 
     def get_slice(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
         """`tensor[slices]` on CPU in the file's dtype. Slices of the first two dimensions, step 1."""

@@ -38,3 +38,9 @@ class ShardLayout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+
+def pad_vocab(vocab_size: int, tp_size: int) -> int:
+    """Rows of embedding and head with the padding that lets every rank hold an equal part."""
+    multiple = tp_size * 8  # tensor cores want multiples of 8 columns on each rank
+    return -(-vocab_size // multiple) * multiple

@@ -40,31 +40,31 @@ def load_weights(
         WeightsError: a tensor is absent, damaged, of the wrong shape, or has no place in the model; or the model has
             a parameter that the checkpoint cannot fill.
     """
-    plan = sharding_table(hf_config, layout)
-    pairs = stage_parameters(model, plan, layout)
+    table = sharding_table(hf_config, layout)
+    pairs = stage_parameters(model, table, layout)
     with SafetensorsSource(source_dir) as source:
-        _refuse_unknown(source, plan)
-        for entry, parameter in pairs:
-            _fill(parameter, entry, plan, layout, source)
-            progress(parameter.nbytes)
+        _refuse_unknown(source, table)
+        for param, tensor in pairs:
+            _fill(tensor, param, table, layout, source)
+            progress(tensor.nbytes)
 
 
 def _fill(
-    parameter: torch.Tensor, entry: StageParameter, plan: ShardingTable, layout: ShardLayout, source: SafetensorsSource
+    tensor: torch.Tensor, param: StageParameter, table: ShardingTable, layout: ShardLayout, source: SafetensorsSource
 ) -> None:
-    for name, shape in entry.hf_tensors.items():
+    for name, shape in param.hf_tensors.items():
         source.expect_shape(name, shape)
-    pieces = plan.pieces(entry, layout, layout.tp_rank)
-    if sum(piece.blocks * piece.width for piece in pieces) < parameter.shape[0]:
-        parameter.zero_()
+    pieces = table.pieces(param, layout, layout.tp_rank)
+    if sum(piece.blocks * piece.width for piece in pieces) < tensor.shape[0]:
+        tensor.zero_()
     for piece in pieces:
-        source.copy_slice(piece.name, piece.slices(), piece.of_shard(parameter))
+        source.copy_slice(piece.name, piece.slices(), piece.of_shard(tensor))
 
 
-def _refuse_unknown(source: SafetensorsSource, plan: ShardingTable) -> None:
-    known = plan.tensors()
+def _refuse_unknown(source: SafetensorsSource, table: ShardingTable) -> None:
+    known = table.tensors()
     unknown = [name for name in source.names if name not in known and not _DERIVED.fullmatch(name)]
-    if plan.tied:
+    if table.tied:
         unknown = [name for name in unknown if name != "lm_head.weight"]
     if unknown:
         raise WeightsError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class HFTensor:
 
     name: str
     shape: tuple[int, ...]
-    entry: StageParameter
+    param: StageParameter
 
     @property
     def numel(self) -> int:
@@ -38,12 +38,27 @@ class HFTensor:
     @property
     def owner(self) -> tuple[int, int]:
         """(pipeline stage, expert-parallel rank) that exports it: of what all expert-parallel ranks hold, the first."""
-        return self.entry.stage, self.entry.expert_rank or 0
+        return self.param.stage, self.param.expert_rank or 0
 
     @property
     def replicated(self) -> bool:
         """Whether every tensor-parallel rank holds all of it."""
-        return self.entry.shard is TPSharding.REPLICATED
+        return self.param.shard is TPSharding.REPLICATED
+
+
+class TrainedModel(Protocol):
+    """One rank's shard of a model that is trained, as those see it who send its weights elsewhere."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def hf_config(self) -> PretrainedConfig: ...
+    @property
+    def layout(self) -> ShardLayout: ...
+    @property
+    def dp_rank(self) -> int:
+        """Which data-parallel replica of the model this rank belongs to."""
+        ...
 
 
 class LocalShards:
@@ -52,10 +67,10 @@ class LocalShards:
     def __init__(self, model: nn.Module, hf_config: PretrainedConfig, layout: ShardLayout) -> None:
         """Raises WeightsError: see `stage_parameters`."""
         self.layout = layout
-        self.plan = sharding_table(hf_config, layout)
-        self._parameters = {entry.megatron: value for entry, value in stage_parameters(model, self.plan, layout)}
+        self.table = sharding_table(hf_config, layout)
+        self._parameters = {param.megatron: value for param, value in stage_parameters(model, self.table, layout)}
         self.tensors = [
-            HFTensor(name, shape, entry) for entry in self.plan.exported() for name, shape in entry.hf_tensors.items()
+            HFTensor(name, shape, param) for param in self.table.exported() for name, shape in param.hf_tensors.items()
         ]
         """All of the model's, in streaming order; the same on every rank."""
 
@@ -74,7 +89,7 @@ class LocalShards:
 
     def piece(self, tensor: HFTensor, tp_rank: int) -> ShardSlice | None:
         """What `tp_rank` holds of a tensor; None where it holds vocabulary padding alone."""
-        pieces = self.plan.pieces(tensor.entry, self.layout, tp_rank)
+        pieces = self.table.pieces(tensor.param, self.layout, tp_rank)
         return next((piece for piece in pieces if piece.name == tensor.name), None)
 
     def shape(self, tensor: HFTensor, tp_rank: int) -> tuple[int, ...]:
@@ -87,7 +102,7 @@ class LocalShards:
     def own(self, tensor: HFTensor) -> torch.Tensor:
         """This rank's part of a tensor that it holds: a view of the parameter, or, of what Megatron interleaves
         (queries, keys and values), a copy."""
-        parameter = self._parameters[tensor.entry.megatron]
+        parameter = self._parameters[tensor.param.megatron]
         piece = self.piece(tensor, self.layout.tp_rank)
         if piece is None:
             return parameter.new_empty((0, *tensor.shape[1:]))

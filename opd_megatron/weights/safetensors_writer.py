@@ -1,4 +1,4 @@
-"""Hugging Face folders written whole or not at all."""
+"""Safetensors files of known shapes, filled in any order by one process or several."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,51 +16,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from rich.progress import track
 
-from opd_megatron.errors import OPDError, WeightsError
+from opd_megatron.weights.hf_reader import SAFETENSORS_DTYPES
 
 INDEX_NAME = "model.safetensors.index.json"
 PROVENANCE = "conversion.json"
 """What a converted folder was made from, and how."""
 _COPY_BYTES = 32 * 2**20
 """Cast and written at a time: what writing needs beyond the tensors."""
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A sibling to write into; it becomes `out` when the block ends well and vanishes when it does not.
-
-    A process that is killed leaves the sibling, `.NAME.partial`, behind; the next attempt starts it afresh.
-
-    Raises:
-        WeightsError: `out` is a file, or a folder with something in it; or the disk refused (full, no rights).
-    """
-    out = Path(os.path.abspath(out))
-    try:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise WeightsError(f"output {str(out)!r} exists and is not an empty folder: give a new path or remove it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(out) as partial:
-            yield partial
-            if out.is_dir():
-                out.rmdir()  # empty, as checked; rename onto an existing folder is not portable
-            partial.rename(out)
-    except OSError as error:
-        if isinstance(error, OPDError):
-            raise
-        raise WeightsError(f"cannot write {str(out)!r}: check space and rights ({error})") from error
-
-
-@contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """An empty `.NAME.partial` beside `out`, removed at the end of the block unless it was renamed."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_safetensors(

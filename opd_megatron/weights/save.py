@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from opd_megatron.errors import WeightsError
+from opd_megatron.system.atomic import new_folder
 from opd_megatron.types import Bucket
 from opd_megatron.weights.families import architecture_of
 from opd_megatron.weights.hf_reader import INDEX_FILE
 from opd_megatron.weights.parts import LocalShards
-from opd_megatron.weights.safetensors_writer import SafetensorsWriter, partial_folder
+from opd_megatron.weights.safetensors_writer import SafetensorsWriter
 from opd_megatron.weights.sharding import hf_shapes
 
 if TYPE_CHECKING:
@@ -48,14 +49,10 @@ def save_hf(
     """
     out_dir = Path(out_dir).absolute()
     _refuse_foreign(out_dir)
-    try:
-        with partial_folder(out_dir) as partial:
-            write_hf(
-                buckets, hf_config, partial, tokenizer_files=tokenizer_dir, dtype=dtype, max_shard_bytes=max_shard_bytes
-            )
-            _replace(out_dir, partial)
-    except OSError as error:
-        raise WeightsError(f"cannot write the export to {str(out_dir)!r}: check space and rights ({error})") from error
+    with new_folder(out_dir, WeightsError, replaces=True) as partial:
+        write_hf(
+            buckets, hf_config, partial, tokenizer_files=tokenizer_dir, dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
     return out_dir
 
 
@@ -122,12 +119,3 @@ def _refuse_foreign(out_dir: Path) -> None:
     foreign = [path.name for path in inside if path.name not in ours and path.suffix != ".safetensors"]
     if foreign:
         raise WeightsError(f"export folder {str(out_dir)!r} holds {foreign[0]!r}, which is no export's: choose another")
-
-
-def _replace(out_dir: Path, new: Path) -> None:
-    old = out_dir.with_name(f".{out_dir.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out_dir.exists():
-        out_dir.rename(old)
-    new.rename(out_dir)
-    shutil.rmtree(old, ignore_errors=True)

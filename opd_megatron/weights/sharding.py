@@ -72,48 +72,48 @@ class ShardSlice:
 class ShardingTable:
     """All parameters of a model in streaming order: embedding, layers, final norm, output layer."""
 
-    entries: tuple[StageParameter, ...]
+    params: tuple[StageParameter, ...]
     dims: Dims
     tied: bool
 
     def stage(self, pp_rank: int, ep_rank: int = 0) -> list[StageParameter]:
         """What a rank of that stage holds."""
-        return [entry for entry in self.entries if entry.stage == pp_rank and entry.expert_rank in (None, ep_rank)]
+        return [param for param in self.params if param.stage == pp_rank and param.expert_rank in (None, ep_rank)]
 
     def exported(self) -> list[StageParameter]:
-        return [entry for entry in self.entries if not entry.tied_copy]
+        return [param for param in self.params if not param.tied_copy]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model and its shape, in streaming order."""
-        return {name: shape for entry in self.entries for name, shape in entry.hf_tensors.items()}
+        return {name: shape for param in self.params for name, shape in param.hf_tensors.items()}
 
-    def pieces(self, entry: StageParameter, layout: ShardLayout, tp_rank: int) -> list[ShardSlice]:
+    def pieces(self, param: StageParameter, layout: ShardLayout, tp_rank: int) -> list[ShardSlice]:
         """What makes up `tp_rank`'s shard of a parameter; padding rows of the vocabulary are in no piece."""
-        if entry.shard is TPSharding.VOCAB:
-            return _vocab_pieces(entry, self.dims.vocab, layout.padded_vocab // layout.tp_size, tp_rank)
-        if entry.shard is TPSharding.ROW:
-            ((name, (rows, columns)),) = entry.hf_tensors.items()
+        if param.shard is TPSharding.VOCAB:
+            return _vocab_pieces(param, self.dims.vocab, layout.padded_vocab // layout.tp_size, tp_rank)
+        if param.shard is TPSharding.ROW:
+            ((name, (rows, columns)),) = param.hf_tensors.items()
             part = _divide(columns, layout.tp_size)
             return [ShardSlice(name, 1, tp_rank * part, part, blocks=1, offset=0, width=rows)]
-        replicated = entry.shard is TPSharding.REPLICATED
+        replicated = param.shard is TPSharding.REPLICATED
         split, index = (1, 0) if replicated else (layout.tp_size, tp_rank)
-        blocks = _divide(self.dims.groups, split) if entry.shard is TPSharding.QKV else 1
+        blocks = _divide(self.dims.groups, split) if param.shard is TPSharding.QKV else 1
         pieces, offset = [], 0
-        for name, (rows, *_) in entry.hf_tensors.items():
+        for name, (rows, *_) in param.hf_tensors.items():
             part = _divide(rows, split)
             width = _divide(part, blocks)
             pieces.append(ShardSlice(name, 0, index * part, part, blocks, offset, width))
             offset += width
         return pieces
 
-    def shard_shape(self, entry: StageParameter, layout: ShardLayout) -> tuple[int, ...]:
+    def shard_shape(self, param: StageParameter, layout: ShardLayout) -> tuple[int, ...]:
         """Shape of one rank's parameter, the same on all tensor-parallel ranks."""
-        rows, rest = sum(shape[0] for shape in entry.hf_tensors.values()), next(iter(entry.hf_tensors.values()))[1:]
-        if entry.shard is TPSharding.VOCAB:
+        rows, rest = sum(shape[0] for shape in param.hf_tensors.values()), next(iter(param.hf_tensors.values()))[1:]
+        if param.shard is TPSharding.VOCAB:
             return (_divide(layout.padded_vocab, layout.tp_size), *rest)
-        if entry.shard is TPSharding.ROW:
+        if param.shard is TPSharding.ROW:
             return (rows, _divide(rest[0], layout.tp_size))
-        return (rows if entry.shard is TPSharding.REPLICATED else _divide(rows, layout.tp_size), *rest)
+        return (rows if param.shard is TPSharding.REPLICATED else _divide(rows, layout.tp_size), *rest)
 
 
 def sharding_table(hf_config: PretrainedConfig, layout: ShardLayout) -> ShardingTable:
@@ -128,27 +128,28 @@ def sharding_table(hf_config: PretrainedConfig, layout: ShardLayout) -> Sharding
     assert layout.num_layers == per_stage, f"{layout.num_layers} layers on this stage, {per_stage} expected"
     assert layout.first_layer == layout.pp_rank * per_stage
     assert layout.padded_vocab >= dims.vocab
-    entries = [_entry(row, dims, stage=0) for row in family.first]
+    params = [_stage_parameter(mapping, dims, stage=0) for mapping in family.first]
     for layer in range(dims.layers):
         stage, local = divmod(layer, per_stage)
-        entries += [_entry(row, dims, stage, layer, local) for row in family.layer]
+        params += [_stage_parameter(mapping, dims, stage, layer, local) for mapping in family.layer]
         for expert in range(dims.experts if family.experts else 0):
             rank, index = divmod(expert, _divide(dims.experts, layout.ep_size))
-            entries += [
-                _expert_entry(row, dims, stage, (layer, expert), (local, index), rank) for row in family.experts
+            params += [
+                _expert_parameter(mapping, dims, stage, (layer, expert), (local, index), rank)
+                for mapping in family.experts
             ]
-    entries += [_entry(row, dims, stages - 1) for row in family.last]
+    params += [_stage_parameter(mapping, dims, stages - 1) for mapping in family.last]
     tied = bool(hf_config.tie_word_embeddings)
     if not tied:
-        entries.append(_entry(family.head, dims, stages - 1))
+        params.append(_stage_parameter(family.head, dims, stages - 1))
     elif stages > 1:
         embedding = family.first[0]
-        entries.append(
-            _entry(
+        params.append(
+            _stage_parameter(
                 ParamMapping(family.head.megatron, embedding.shard, embedding.hf_tensors), dims, stages - 1, tied=True
             )
         )
-    return ShardingTable(tuple(entries), dims, tied)
+    return ShardingTable(tuple(params), dims, tied)
 
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -158,27 +159,27 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stage_parameters(
-    model: nn.Module, plan: ShardingTable, layout: ShardLayout
+    model: nn.Module, table: ShardingTable, layout: ShardLayout
 ) -> list[tuple[StageParameter, torch.Tensor]]:
-    """This rank's entries with their parameters, wrappers (`module.`) seen through. Nothing may be left over.
+    """This rank's parameters as (description, tensor), wrappers (`module.`) seen through. Nothing may be left over.
 
     Raises:
         WeightsError: the model has a parameter the table does not name, lacks one, or has one of another shape.
     """
     parameters = {_unwrapped(name): parameter.detach() for name, parameter in model.named_parameters()}
     pairs = []
-    for entry in plan.stage(layout.pp_rank, layout.ep_rank):
-        names = [name for name in entry.megatron if name in parameters]
+    for param in table.stage(layout.pp_rank, layout.ep_rank):
+        names = [name for name in param.megatron if name in parameters]
         if len(names) != 1:
             raise WeightsError(
-                f"the Megatron model has no parameter {entry.megatron[0]!r} for {list(entry.hf_tensors)}"
+                f"the Megatron model has no parameter {param.megatron[0]!r} for {list(param.hf_tensors)}"
             )
-        parameter, shape = parameters.pop(names[0]), plan.shard_shape(entry, layout)
+        parameter, shape = parameters.pop(names[0]), table.shard_shape(param, layout)
         if tuple(parameter.shape) != shape:
             raise WeightsError(
                 f"parameter {names[0]!r} has shape {list(parameter.shape)}, the config says {list(shape)}"
             )
-        pairs.append((entry, parameter))
+        pairs.append((param, parameter))
     if parameters:
         raise WeightsError(f"the Megatron model has parameters without a Hugging Face tensor: {sorted(parameters)[:3]}")
     return pairs
@@ -190,26 +191,30 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _entry(
-    row: ParamMapping, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False
+def _stage_parameter(
+    mapping: ParamMapping, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False
 ) -> StageParameter:
-    hf_tensors = {name.format(layer=layer): dims.shape(shape) for name, shape in row.hf_tensors.items()}
-    return StageParameter(stage, tuple(name.format(layer=local) for name in row.megatron), row.shard, hf_tensors, tied)
+    hf_tensors = {name.format(layer=layer): dims.shape(shape) for name, shape in mapping.hf_tensors.items()}
+    return StageParameter(
+        stage, tuple(name.format(layer=local) for name in mapping.megatron), mapping.shard, hf_tensors, tied
+    )
 
 
-def _expert_entry(
-    row: ParamMapping, dims: Dims, stage: int, theirs: tuple[int, int], ours: tuple[int, int], rank: int
+def _expert_parameter(
+    mapping: ParamMapping, dims: Dims, stage: int, theirs: tuple[int, int], ours: tuple[int, int], rank: int
 ) -> StageParameter:
     """`theirs` and `ours` are (layer, expert), in the whole model and on the rank."""
     layer, expert = theirs
-    hf_tensors = {name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in row.hf_tensors.items()}
+    hf_tensors = {
+        name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in mapping.hf_tensors.items()
+    }
     layer, expert = ours
-    megatron = tuple(name.format(layer=layer, expert=expert) for name in row.megatron)
-    return StageParameter(stage, megatron, row.shard, hf_tensors, expert_rank=rank)
+    megatron = tuple(name.format(layer=layer, expert=expert) for name in mapping.megatron)
+    return StageParameter(stage, megatron, mapping.shard, hf_tensors, expert_rank=rank)
 
 
-def _vocab_pieces(entry: StageParameter, vocab: int, rows: int, tp_rank: int) -> list[ShardSlice]:
-    ((name, _),) = entry.hf_tensors.items()
+def _vocab_pieces(param: StageParameter, vocab: int, rows: int, tp_rank: int) -> list[ShardSlice]:
+    ((name, _),) = param.hf_tensors.items()
     start = tp_rank * rows
     length = min(vocab, start + rows) - start
     return [ShardSlice(name, 0, start, length, blocks=1, offset=0, width=length)] if length > 0 else []

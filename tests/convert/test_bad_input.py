@@ -217,7 +217,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sharded: Path, megatron: Pat
         2, _with_a_full_disk, source, tmp_path / "out", back, 60_000
     )  # the ranks' own store needs some
     assert messages[0] == messages[1]
-    assert "check space and rights" in messages[0]
+    assert "free disk space" in messages[0]
     assert "File too large" in messages[0]
     assert "\n" not in messages[0]
     assert list(tmp_path.iterdir()) == []

@@ -235,7 +235,7 @@ def _compile(kernel, constants: dict[str, Any], warps: int, student: str, teache
     from triton.compiler import ASTSource
 
     types = {"student": f"*{student}", "teacher": f"*{teacher}", "out": f"*{student}", "inverse": "fp32"}
-    types |= dict.fromkeys(("norms", "factors", "scales", "result"), "*fp32")
+    types |= dict.fromkeys(("norms", "coefs", "scales", "result"), "*fp32")
     constants = {**constants, "lanes": 32 * warps}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if name not in ("rows", "inverse", *constants, *odd)]

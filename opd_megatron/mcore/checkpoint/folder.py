@@ -1,9 +1,7 @@
 """The folder of checkpoints: what lies in it, and the order in which things appear and disappear there.
 
-    step_00000050/           complete by construction: it was renamed to this name after its last byte was on disk
-    .step_00000100.partial/  being written, or left by a run that was killed; never read
-    .step_00000010.deleted/  on its way out
-    latest, best             text files with the name of a checkpoint, replaced in one move
+    step_00000050/    a complete checkpoint (`system.atomic` has the names of incomplete ones)
+    latest, best      text files with the name of a checkpoint, replaced in one move
 
 All functions but the two readers are for rank 0 alone.
 """
@@ -12,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from opd_megatron.system.atomic import partial_path, remove, write_file
 
 STATE_FILE = "run.json"
 LATEST, BEST = "latest", "best"
@@ -79,19 +78,6 @@ def make_partial(final: Path) -> Path:
     return partial
 
 
-def partial_path(final: Path) -> Path:
-    return final.with_name(f".{final.name}.partial")
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Gives a complete checkpoint its name; its files are on disk already."""
-    sync(partial)
-    if final.exists():  # a damaged one of the same step
-        remove(final)
-    os.rename(partial, final)
-    sync(final.parent)
-
-
 def prune(folder: Path, newest: int, keep: int, best: BestCheckpoint | None) -> None:
     """Renews `latest` and `best`, then removes all but those and the last `keep` up to step `newest`.
 
@@ -100,34 +86,10 @@ def prune(folder: Path, newest: int, keep: int, best: BestCheckpoint | None) -> 
     every = list_checkpoints(folder)
     found = [item for item in every if item[0] <= newest]
     chosen = best.choose(found) if best else None
-    _point(folder / LATEST, found[-1][1].name)
+    write_file(folder / LATEST, f"{found[-1][1].name}\n")
     if chosen is not None:
-        _point(folder / BEST, chosen.name)
+        write_file(folder / BEST, f"{chosen.name}\n")
     kept = {path for _, path in found[-keep:]} | {chosen}
     for _, path in every:
         if path not in kept:
             remove(path)
-
-
-def remove(path: Path) -> None:
-    """Takes the name away before the content: a killed removal leaves no half checkpoint with a real name."""
-    going = path.with_name(f".{path.name}.deleted")
-    shutil.rmtree(going, ignore_errors=True)
-    os.rename(path, going)
-    shutil.rmtree(going, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder's list of names: a power cut must not leave a name without content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_name(f".{pointer.name}.new")
-    temporary.write_text(f"{name}\n", encoding="utf-8")
-    sync(temporary)
-    temporary.replace(pointer)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opd_megatron.errors import CheckpointError, MissingPathError
-from opd_megatron.mcore.checkpoint.agreement import IO_ERRORS, one_line
+from opd_megatron.errors import CheckpointError, MissingPathError, one_line
 from opd_megatron.mcore.checkpoint.folder import BEST, list_checkpoints, read_state
+from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.checkpoint.manifest import find_damage
 from opd_megatron.mcore.checkpoint.state import load_state
 from opd_megatron.mcore.cpu.platform import release_memory
 from opd_megatron.mcore.student import Student
-from opd_megatron.run.identity import first_difference
+from opd_megatron.system.collectives import on_rank_0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,27 @@ def choose_checkpoint(folder: Path) -> FoundCheckpoint | None:
     return None
 
 
-def load_checkpoint(path: Path, student: Student, identity: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Fills the student from a checkpoint and returns the `state` it was saved with. Collective over all ranks.
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """The `state` that a checkpoint was saved with, the same on every rank. Collective over all ranks.
 
-    Args:
-        identity: what makes the run what it is, as flat keys; the checkpoint's own must agree.
+    Raises CheckpointError when it is damaged.
+    """
+    return on_rank_0(
+        lambda: read_state(path),
+        f"checkpoint {str(path)!r} is damaged",
+        CheckpointError,
+        remedy="remove it to resume from the one before",
+    )
+
+
+def load_checkpoint(path: Path, student: Student) -> bool:
+    """Fills the student from a checkpoint. Collective over all ranks.
+
+    Returns whether it was saved on the same layout, so that random number states could be taken over too.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or belongs to another run or another model.
+        CheckpointError: the checkpoint is damaged, or another model's.
     """
-    state = _state_of(path)
-    _check_identity(state.get("identity", {}), identity or {}, path)
     try:
         same_layout = load_state(path, student)
     except IO_ERRORS as problem:
@@ -71,7 +81,7 @@ def load_checkpoint(path: Path, student: Student, identity: dict[str, Any] | Non
             "model; remove it to resume from the one before"
         ) from problem
     release_memory()
-    return {**state, "same_layout": same_layout}
+    return same_layout
 
 
 def named_checkpoint(folder: Path, name: str) -> Path:
@@ -105,29 +115,3 @@ def _damage(path: Path) -> str | None:
     answers: list[str | None] = [None] * world
     dist.all_gather_object(answers, find_damage(path, slice(rank, None, world)))
     return next((answer for answer in answers if answer is not None), None)
-
-
-def _state_of(path: Path) -> dict[str, Any]:
-    """Rank 0 reads it for all, so that all see the same file or the same error."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = read_state(path)
-        except (OSError, ValueError) as problem:
-            answer[1] = one_line(problem)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} is damaged ({answer[1]}): remove it to resume from the one before"
-        )
-    return answer[0]
-
-
-def _check_identity(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    difference = first_difference(theirs, ours)
-    if difference is not None:
-        key, their_value, our_value = difference
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} belongs to a run with {key}={their_value!r}, this one has {our_value!r}: "
-            "choose another output_dir, or the same settings to resume"
-        )

@@ -13,12 +13,15 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
+from opd_megatron.errors import CheckpointError
 from opd_megatron.mcore.checkpoint import folder as files
-from opd_megatron.mcore.checkpoint.agreement import IO_ERRORS, raise_together
+from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.checkpoint.manifest import MANIFEST, write_manifest
 from opd_megatron.mcore.checkpoint.state import state_to_save
 from opd_megatron.mcore.checkpoint.writer import ShardWriter
 from opd_megatron.mcore.student import Student
+from opd_megatron.system import atomic
+from opd_megatron.system.collectives import raise_on_all_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,10 @@ class CheckpointSaver:
         final = files.checkpoint_path(self.folder, step)
         partial = self._make_partial(final)
         writer = ShardWriter(partial, snapshot=self._asynchronous)
-        # Whether every shard has exactly one writer: what is true of a run's first checkpoint is true of all.
+        # The layout never changes in a run, so it is validated once that every shard has exactly one writer.
         sharded, common = save_preprocess(state_to_save(student), validate_access_integrity=not self._validated)
         self._validated = True
-        writer.plan(sharded)
+        writer.prepare(sharded)
         del sharded
         self._in_flight = _InFlight(step, final, partial, writer, common, state)
         if self._asynchronous:
@@ -89,7 +92,7 @@ class CheckpointSaver:
             return
         current, self._in_flight = self._in_flight, None
         current.writer.wait()
-        raise_together(current.writer.error, _not_written(current.final))
+        _raise_unwritten(current.writer.error, current.final)
         written: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(written, (current.writer.results, current.writer.digests))
         error: BaseException | None = None
@@ -98,7 +101,7 @@ class CheckpointSaver:
                 self._publish(current, written)
             except IO_ERRORS as problem:
                 error = problem
-        raise_together(error, _not_written(current.final))
+        _raise_unwritten(error, current.final)
 
     def _make_partial(self, final: Path) -> Path:
         error: BaseException | None = None
@@ -107,8 +110,8 @@ class CheckpointSaver:
                 files.make_partial(final)
             except OSError as problem:
                 error = problem
-        raise_together(error, _not_written(final))
-        return files.partial_path(final)
+        _raise_unwritten(error, final)
+        return atomic.partial_path(final)
 
     def _publish(self, current: _InFlight, written: list[Any]) -> None:
         partial = current.partial
@@ -121,11 +124,12 @@ class CheckpointSaver:
         write_manifest(partial, shards)
         for path in partial.iterdir():
             if path.name not in shards:  # those are on disk already
-                files.sync(path)
+                atomic.flush(path)
         assert (partial / MANIFEST).exists()
-        files.publish(partial, current.final)
+        atomic.publish(partial, current.final)
         files.prune(self.folder, current.step, self._keep, self._best)
 
 
-def _not_written(final: Path) -> str:
-    return f"checkpoint {str(final)!r} was not written, earlier ones are intact"
+def _raise_unwritten(error: BaseException | None, final: Path) -> None:
+    what = f"checkpoint {str(final)!r} was not written, earlier ones are intact"
+    raise_on_all_ranks(error, what, CheckpointError, remedy="choose another output_dir")

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -26,21 +25,21 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from opd_megatron.errors import MissingPathError, OPDError, WeightsError
+from opd_megatron.errors import MissingPathError, OPDError, WeightsError, one_line
+from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.checkpoint.streaming_reader import StreamingReader
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.system.collectives import raise_on_all_ranks
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that are done since the last call."""
 
 _OPTIMIZER = ("optimizer", "chained_")
 """Beginnings of tensor names that a training checkpoint holds beside the model's."""
-_Problems = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError, CheckpointingException)
 
 
 def save_model(model: HiddenStatesModel, grid: ParallelGrid, folder: Path, progress: Progress = lambda _: None) -> None:
@@ -53,9 +52,9 @@ def save_model(model: HiddenStatesModel, grid: ParallelGrid, folder: Path, progr
     error: BaseException | None = None
     try:
         dist_checkpointing.save(state, str(folder), sharded_strategy=_TensorByTensor(progress))
-    except (*_Problems, TorchCheckpointException) as problem:
-        error = _cause(problem)
-    raise_everywhere(error, f"Megatron checkpoint {folder.name!r} was not written: check space and rights")
+    except IO_ERRORS as problem:
+        error = problem
+    raise_on_all_ranks(error, f"Megatron checkpoint {folder.name!r} was not written", WeightsError)
 
 
 def load_model(
@@ -81,9 +80,11 @@ def load_model(
         dcp.load(
             mcore_to_pyt_state_dict(grouped, is_loading=True), storage_reader=StreamingReader(folder), planner=planner
         )
-    except (*_Problems, TorchCheckpointException) as problem:
-        error = _cause(problem)
-    raise_everywhere(error, f"Megatron checkpoint {str(folder)!r} cannot be read: copy it again")
+    except IO_ERRORS as problem:
+        error = problem
+    raise_on_all_ranks(
+        error, f"Megatron checkpoint {str(folder)!r} cannot be read", WeightsError, remedy="copy it again"
+    )
     _clear_padding(tensors.values(), vocab_size)
 
 
@@ -119,7 +120,7 @@ def read_index(folder: Path) -> Metadata:
         index = FileSystemReader(folder).read_metadata()
         places = [(key.fqn, folder / info.relative_path, info) for key, info in index.storage_data.items()]
     except Exception as error:  # unpickling damaged bytes raises anything
-        raise WeightsError(f"'{folder}/.metadata' is damaged: copy the checkpoint again ({_one_line(error)})") from None
+        raise WeightsError(f"'{folder}/.metadata' is damaged: copy the checkpoint again ({one_line(error)})") from None
     sizes: dict[Path, int] = {}
     for name, path, info in sorted(places, key=lambda place: (place[1], place[2].offset)):
         if path not in sizes:
@@ -131,23 +132,6 @@ def read_index(folder: Path) -> Metadata:
                 f"tensor {name!r} in {str(path)!r} cannot be read: the file was cut short, copy it again"
             )
     return index
-
-
-def raise_everywhere(error: BaseException | None, otherwise: str) -> None:
-    """Raises the first failing rank's error on every rank, so that none waits for another. Collective.
-
-    An OPDError keeps its type and message; anything else becomes a WeightsError that begins with `otherwise`.
-    """
-    mine: tuple[type[OPDError], str] | None = None
-    if isinstance(error, OPDError):
-        mine = (type(error), str(error))
-    elif error is not None:
-        mine = (WeightsError, f"{otherwise} ({_one_line(error)})")
-    found: list[tuple[type[OPDError], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    first = next((failure for failure in found if failure is not None), None)
-    if first is not None:
-        raise first[0](first[1]) from error
 
 
 class _TensorByTensor(TorchDistSaveShardedStrategy):
@@ -215,7 +199,7 @@ def _check_belongs(folder: Path, tensors: dict[str, ShardedTensor], vocab_size: 
             error = WeightsError(f"Megatron checkpoint {str(folder)!r} {mismatch}: it is another model's")
     except OPDError as problem:
         error = problem
-    raise_everywhere(error, "")
+    raise_on_all_ranks(error, "", WeightsError)
 
 
 def _mismatches(
@@ -240,14 +224,3 @@ def _clear_padding(tensors: Any, vocab_size: int) -> None:
         if tensor.allow_shape_mismatch:
             first = max(0, vocab_size - tensor.global_offset[0])
             tensor.data[first:].zero_()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The first rank's own error: torch's is a collection of all of them with tracebacks."""
-    if isinstance(error, TorchCheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

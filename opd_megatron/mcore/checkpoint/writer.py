@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from opd_megatron.mcore.checkpoint.agreement import IO_ERRORS
+from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.cpu.platform import release_memory
 
 
@@ -52,7 +52,7 @@ class ShardWriter(FileSystemWriterAsync):
         self._file_name = ""
         self._thread: threading.Thread | None = None
 
-    def plan(self, state: ShardedStateDict) -> None:
+    def prepare(self, state: ShardedStateDict) -> None:
         """Agrees with the other ranks on who writes what, and takes the snapshot. Collective."""
         named, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -61,7 +61,7 @@ class ShardWriter(FileSystemWriterAsync):
         )
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Called by `plan`: what this rank will write, in order."""
+        """Called by `prepare`: what this rank will write, in order."""
         self._file_name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         for item in plan.items:
             data = planner.resolve_data(item)
@@ -98,7 +98,7 @@ class ShardWriter(FileSystemWriterAsync):
             stream = _HashedStream(raw)
             try:
                 self._write_items(stream)
-            except RuntimeError as problem:  # torch's, about a position in the file: what it stumbled over says more
+            except RuntimeError as problem:  # torch hides the disk error behind its own: raise the disk error
                 raise stream.error or problem from None
             raw.flush()
             os.fsync(raw.fileno())
