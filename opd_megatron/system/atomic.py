@@ -31,7 +31,7 @@ def disk_remedy(error: BaseException) -> str | None:
     if number in _NO_RIGHTS:
         return "check the rights of the folder or choose another one"
     if number in _NOT_THERE:
-        return "its folder is gone: make it again or choose another one"
+        return "its folder does not exist: make it or choose another one"
     return None
 
 

@@ -133,7 +133,9 @@ def test_missing_sources_are_named_with_a_remedy(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(MissingPathError, match=r"'openai/gsm8k' \(Couldn't reach the hub\): check the name") as caught:
+    with pytest.raises(
+        MissingPathError, match=r"'openai/gsm8k' \(ConnectionError: Couldn't reach the hub long story\): check the name"
+    ) as caught:
         train_and_eval_rows(run_config("openai/gsm8k"))
     assert len(str(caught.value).splitlines()) == 1
 

@@ -18,7 +18,7 @@ CAUSES: dict[str, tuple[Exception, str]] = {
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "free disk space"),
     "rights": (PermissionError(errno.EACCES, "Permission denied"), "check the rights"),
     "read only": (OSError(errno.EROFS, "Read-only file system"), "check the rights"),
-    "gone": (FileNotFoundError(errno.ENOENT, "No such file"), "make it again"),
+    "gone": (FileNotFoundError(errno.ENOENT, "No such file"), "make it or"),
     "anything else": (KeyError("a name"), "ask somebody"),
 }
 REMEDIES = {words for _, words in CAUSES.values()}
