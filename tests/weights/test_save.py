@@ -96,5 +96,5 @@ def test_a_folder_of_other_files_is_never_replaced(checkpoints: dict[str, Path],
     with pytest.raises(WeightsError, match=r"holds 'thesis.tex', which is no export's: choose another"):
         save_hf(_buckets(source), load_hf_config(source), tmp_path, dtype=torch.float32)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(WeightsError, match="cannot write ./proc"):
+    with pytest.raises(WeightsError, match=r"cannot write ./proc"):
         save_hf(_buckets(source), load_hf_config(source), "/proc/hf", dtype=torch.float32)
