@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code: 0, 2 for an error a user can mend, 130 for Ctrl-C."""
+    """The console script. Returns the exit code: 0, 2 for an error that a user can correct, 130 for Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     return launcher.run_command(lambda: _dispatch(words))
 
@@ -60,7 +60,7 @@ def _export(argv: list[str]) -> int:
 def _on_newest_weights(
     command: str, description: str, argv: list[str], action: Callable[[OPDTrainer], list[str]], *, scoring: bool
 ) -> int:
-    """Restores a checkpoint of a run on all its ranks, acts on it and prints the lines that come of it."""
+    """Restores a checkpoint of a run on all its ranks, calls `action` and prints the lines that it returns."""
     parser = run_parser(f"opd-megatron {command}", description)
     parser.add_argument(
         "--checkpoint", default="latest", metavar="NAME", help="`latest` (the default), `best`, or the number of a step"

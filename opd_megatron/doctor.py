@@ -1,4 +1,4 @@
-"""`opd-megatron doctor`: can this environment run, and what would mend it? One line for each thing."""
+"""`opd-megatron doctor`: whether this environment can run, and what to do if not. One line for each check."""
 
 from __future__ import annotations
 

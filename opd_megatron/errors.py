@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each message names the value, the rule it breaks and the remedy, in one line.
+"""Errors that a user can act on. Each message names the value, the rule it breaks and the remedy, in one line.
 
 Every class also inherits the matching standard type, so that callers who know nothing of this package can
 still write `except ValueError`. The command line prints the message without a traceback and exits with code 2.
@@ -62,12 +62,12 @@ class NonFiniteError(OPDError, ArithmeticError):
 
 
 def one_line(error: BaseException) -> str:
-    """Class and message of an error, at most 300 characters."""
+    """Describes an error by class and message, in at most 300 characters."""
     error = cause_of(error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Of torch.distributed.checkpoint's collection of all ranks' errors with their tracebacks, the first error."""
+    """Unwraps torch.distributed.checkpoint's collection of all ranks' errors: returns the first one."""
     failures = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error

@@ -37,14 +37,14 @@ def check(config: RunConfig) -> ResolvedModels:
 
 
 def describe(config: RunConfig, models: ResolvedModels) -> str:
-    """What `--dry-run` prints: the resolved configuration, the process layout and the memory per rank."""
+    """Writes what `--dry-run` prints: the resolved configuration, the process layout and the memory per rank."""
     from opd_megatron.planning import run_plan
 
     return f"{dump_config(config)}\n{run_plan.describe(config, models)}"
 
 
 def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
-    """Runs the `train` command; returns an exit code, raises OPDError for what a user can mend."""
+    """Runs the `train` command; returns an exit code, raises OPDError for what a user can correct."""
     description = "Distil teachers into a student on the student's own samples."
     arguments = parse_run(run_parser(prog, description), argv)
     config = arguments.config

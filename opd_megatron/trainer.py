@@ -69,7 +69,7 @@ class OPDTrainer(RunParts):
     # The line
 
     def step(self) -> StepMetrics:
-        """One optimizer step on fresh samples of the student."""
+        """Makes one optimizer step on fresh samples of the student."""
         timers = self.timers
         requests = self._next_requests()
         with timers.phase("rollout"):
@@ -88,7 +88,7 @@ class OPDTrainer(RunParts):
     # Pieces of the line
 
     def _next_requests(self) -> list[SampleRequest]:
-        """The samples to draw in this step. Every sequence of a run has a seed of its own, so that an answer depends
+        """Asks for the samples of this step. Every sequence of a run has a seed of its own, so that an answer depends
         neither on the engine nor on the order of requests, and a resumed run draws the same one."""
         answers = self.config.rollout.samples_per_prompt
         first = self.config.seed * 1_000_003 + self.step_count * self.config.sequences_per_step

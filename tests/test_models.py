@@ -102,7 +102,7 @@ def test_rules_of_experts(pair: tuple[Path, Path], experts: Path, values: dict[s
 def test_expert_parallel_needs_experts_and_ranks_to_hold_them(
     pair: tuple[Path, Path], experts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"parallel.expert=2 needs a model of experts"):
+    with pytest.raises(ConfigError, match=r"parallel.expert=2 needs a MoE model"):
         check_run(_config(pair, **{"parallel.expert": 2}))
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match=r"parallel.expert=2 must divide data-parallel size 1"):

@@ -51,7 +51,7 @@ A run that needs several ranks and was not started by torchrun starts torchrun o
 
 @dataclass(frozen=True, slots=True)
 class RunArguments:
-    """What a command line of `train` or `evaluate` says."""
+    """The parsed command line of `train` or `evaluate`."""
 
     config: RunConfig
     dry_run: bool = False
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_parser(prog: str, description: str) -> Parser:
-    """Parser of a command that takes a run configuration."""
+    """Builds the parser of a command that takes a run configuration."""
     parser = Parser(prog=prog, description=description, epilog=EXAMPLES)
     parser.add_argument("arguments", nargs="*", metavar="CONFIG | key.path=value", help="YAML file, then overrides")
     parser.add_argument("--config", metavar="CONFIG", help="the YAML file, where it is not given by position")
@@ -106,7 +106,7 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
 
 
 def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
-    """One line on a flag that does not exist: the closest one, or the key it may have meant."""
+    """Explains in one line that a flag does not exist, and names the closest flag or key."""
     name = flag.partition("=")[0]
     known = [option for action in parser._actions for option in action.option_strings]
     key = name.lstrip("-")
@@ -120,7 +120,7 @@ def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Every configuration key, in the order of the schema: (key, type, default, meaning)."""
+    """Lists every configuration key in the order of the schema: (key, type, default, meaning)."""
     for name, field in model.model_fields.items():
         annotation = field.annotation
         sections = sections_of(annotation)
@@ -137,7 +137,7 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
 
 
 def config_reference() -> str:
-    """The text of `opd-megatron config`: one key a line, its meaning below."""
+    """Writes the text of `opd-megatron config`: one key a line, its meaning below."""
     lines = [f"{key}  ({kind}, default {default})\n    {meaning}" for key, kind, default, meaning in config_keys()]
     return "\n".join(lines)
 

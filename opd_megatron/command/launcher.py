@@ -1,4 +1,4 @@
-"""How a command starts, fails and ends: one process or torchrun's ranks, one line for an error a user can mend.
+"""How a command starts, fails and ends: one process or torchrun's ranks, one line for an error that a user can correct.
 
 Exit codes: 0 done, or stopped by a signal with everything saved (`stopping`), 2 an OPDError (one line on stderr, no
 traceback), 130 Ctrl-C, anything else as Python has it.
@@ -57,12 +57,12 @@ def run_command(body: Callable[[], int | None]) -> int:
 
 
 def is_rank() -> bool:
-    """True in a process that torchrun (ours or the user's) started."""
+    """Returns True in a process that torchrun (ours or the user's) started."""
     return "WORLD_SIZE" in os.environ
 
 
 def is_first_rank() -> bool:
-    """True on the one process that prints results."""
+    """Returns True on the one process that prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -111,7 +111,8 @@ def run_agent(agent: Callable[[], object]) -> int:
 
 
 class _PassStopSignalsOn:
-    """The launcher's side of `stopping`: the ranks, which are sessions of their own, get the signal that it gets."""
+    """The launcher's side of `system.signals`: the ranks, which are sessions of their own, get the signal that it
+    gets."""
 
     def __init__(self) -> None:
         self.first: float | None = None
@@ -142,7 +143,7 @@ def _child_pids() -> list[int]:
 
 
 def available_cores() -> int:
-    """CPU cores this process may use."""
+    """Counts the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -41,7 +41,7 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, in the order of the schema."""
+    """Writes the resolved configuration as YAML, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -105,7 +105,7 @@ def _grow(node: list[Any], part: str, key: str, default: Any) -> None:
 
 
 def first_problem(error: ValidationError, root: type[BaseModel] = RunConfig) -> str:
-    """The first problem of a validation, in the words of the command line."""
+    """Describes the first problem of a validation in one line, with the key as the user writes it."""
     # An unknown key is the likelier typo behind a "field required" next to it.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path, model = _section_at(first["loc"][:-1], root)
@@ -128,7 +128,7 @@ def first_problem(error: ValidationError, root: type[BaseModel] = RunConfig) -> 
 
 
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[int | str], type[BaseModel]]:
-    """The keys that lead to `location`, and its section: pydantic also names the chosen member of a union there."""
+    """Finds the section at pydantic's `location` and the keys that lead there, without the tags of unions."""
     path: list[int | str] = []
     sections: list[type[BaseModel]] = [root]
     for part in location:
@@ -143,7 +143,7 @@ def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """Every section class that an annotation names: one, those of a list's elements, or those of a union."""
+    """Lists the section classes in an annotation: itself, a list's elements, or the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in get_args(annotation) for found in sections_of(part)]

@@ -81,7 +81,7 @@ class CommonObjectiveConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What is written can be read again: without the keys that the type does not use."""
+        """Leaves out the keys that the type does not use, so that a dump can be read again."""
         unused = KEYS.keys() - self.used_keys
         return {name: value for name, value in serialize(self).items() if name not in unused}
 

@@ -75,8 +75,8 @@ class RunConfig(Section):
             )
         if parallel.data is not None and parallel.data % parallel.expert:
             raise ValueError(
-                f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}, whose ranks share the "
-                "experts out: change one of them"
+                f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}, whose ranks divide "
+                "the experts: change one of them"
             )
         if optimizer.warmup_steps >= self.steps and optimizer.warmup_steps > 0:
             raise ValueError(

@@ -78,12 +78,12 @@ class RolloutConfig(Section):
     tensor: PositiveInt = 1
     """Tensor-parallel size inside the engine."""
     bucket_mib: PositiveInt = 256
-    """Weights leave the trainer in buckets: what a rank may hold of them beyond its own shards, in MiB (a tensor with
-    more than a third of it travels alone, whole). Larger is faster until a step's weights are few buckets."""
+    """Extra memory per rank for weight sync, in MiB: weights are sent in buckets of a third of it, and a tensor above
+    that is sent alone. Larger is faster until a step's weights are few buckets."""
     shard_to_shard: bool = True
     """Where `tensor` equals `parallel.tensor` (and is more than 1), each rank hands its shards to the engine's worker
-    of the same rank and no full tensor is built. False gathers them, as is done where the two differ, where experts
-    are shared out (`parallel.expert` above 1) and where the ranks share no folder with the engine."""
+    of the same rank and no full tensor is built. False gathers them, as is done where the two differ, with expert
+    parallelism, and where the ranks share no folder with the engine."""
     kv_cache_gib: PositiveFloat = 1.0
     """Key-value cache on CPU, in GiB."""
     gpu_memory_utilization: Fraction = 0.4

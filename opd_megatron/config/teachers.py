@@ -28,7 +28,7 @@ class StudentRanksTeacherConfig(TeacherConfig):
 
 
 def by_placement(*classes: type[TeacherConfig]) -> Any:
-    """The annotation of an entry of `teachers:`: the class that its `placement` names, the first class by default."""
+    """Builds the annotation of one teacher: the class that its `placement` names, the first class by default."""
     if len(classes) == 1:
         return classes[0]
     names = [kind.model_fields["placement"].default for kind in classes]

@@ -28,13 +28,14 @@ _OUT = "new folder; refused when it holds anything, and there only when it is wh
 
 
 def main(what: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """One conversion as a command of its own. Returns the exit code: 0, 1 for a difference, 2 for a user's error."""
+    """Runs one conversion as a command of its own. Returns the exit code: 0, 1 for a difference, 2 for a user's
+    error."""
     words = sys.argv[1:] if argv is None else list(argv)
     return launcher.run_command(lambda: COMMANDS[what][0](words, prog or f"{what.replace('-', '_')}.py"))
 
 
 def dispatch(words: Sequence[str]) -> int:
-    """`opd-megatron convert WHAT ...`."""
+    """Runs `opd-megatron convert WHAT ...`."""
     prog = "opd-megatron convert"
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {prog} WHAT ...\n\nConvert a model's weights.\n\nWHAT is one of:")
@@ -184,7 +185,7 @@ def _on_ranks(what: str, argv: list[str], args: argparse.Namespace) -> int:
 
 
 def _refuse_early(args: argparse.Namespace) -> None:
-    """What can be known before ranks are started: starting them takes seconds."""
+    """Refuses what can be refused before ranks are started, which takes seconds."""
     out = Path(args.out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise WeightsError(f"output {str(out)!r} exists and is not an empty folder: give a new path or remove it")
@@ -221,7 +222,7 @@ def _work_folder(base: str | None) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Once no rank reads it any more."""
+    """Removes a folder once no rank reads it any more."""
     if launcher.is_rank():
         import torch.distributed as dist
 

@@ -84,7 +84,7 @@ def open_gguf(source: Path) -> GGUFReader:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face parameter name of a GGUF tensor. Raises UnsupportedModelError."""
+    """Translates a GGUF tensor's name to Hugging Face's. Raises UnsupportedModelError."""
     if name in GLOBAL_NAMES:
         return GLOBAL_NAMES[name]
     block, _, rest = name.partition(".")
@@ -98,7 +98,7 @@ def hf_name(name: str) -> str:
 
 
 def hf_config(fields: dict[str, Any], *, tied: bool) -> LlamaConfig:
-    """The model's config from GGUF metadata. Raises UnsupportedModelError, WeightsError."""
+    """Builds the model's config from GGUF metadata. Raises UnsupportedModelError, WeightsError."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedModelError(f"GGUF architecture {architecture!r} is not supported: only 'llama' files convert")
@@ -130,7 +130,7 @@ def hf_config(fields: dict[str, Any], *, tied: bool) -> LlamaConfig:
 
 
 def hf_tensor(name: str, tensor: Any, config: LlamaConfig) -> torch.Tensor:
-    """A GGUF tensor as fp32 in Hugging Face's row order."""
+    """Dequantises a GGUF tensor to fp32 in Hugging Face's row order."""
     values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(_shape(tensor))
     if ".q_proj." in name:
         values = _unpermute(values, config.num_attention_heads)
@@ -156,7 +156,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """[heads * d, ...]: a head holds its rotary pairs (i, i + d/2) side by side; puts the first halves first."""
+    """Reorders [heads * d, ...] from interleaved rotary pairs to halves: each head's first halves come first."""
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 

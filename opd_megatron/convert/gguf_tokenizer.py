@@ -14,7 +14,7 @@ USER_DEFINED_TOKEN = 4
 
 
 def build_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer described by `tokenizer.*` fields, chat template included.
+    """Builds the tokenizer described by `tokenizer.*` fields, chat template included.
 
     Raises:
         UnsupportedModelError: not byte-level BPE, or a pre-tokenizer that is not known here.

@@ -59,7 +59,7 @@ class ParallelSizes:
         """Raises ConfigError when the model does not split this way."""
         experts = Dims.of(hf_config).experts if family_of(hf_config).experts else 0
         if self.expert > 1 and not experts:
-            raise ConfigError(f"--expert {self.expert} needs a model of experts, this one has none: leave it out")
+            raise ConfigError(f"--expert {self.expert} needs a MoE model, this one has no experts: leave it out")
         if experts % self.expert:
             raise ConfigError(f"--expert {self.expert} must divide the model's {experts} experts: use another size")
         for what, size in sizes_split_by_tensor(hf_config).items():
@@ -148,7 +148,7 @@ def megatron_to_hf(
 
 
 def hf_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
-    """The one type of a Hugging Face folder's weights. Raises WeightsError when there are several."""
+    """Reads the dtype of a Hugging Face folder's weights. Raises WeightsError when there are several."""
     wanted = hf_shapes(config).keys()
     with SafetensorsSource(source) as files:
         found = {files.dtype(name): name for name in files.names if name in wanted}
@@ -169,7 +169,7 @@ def _build(config: PretrainedConfig, grid: ParallelGrid, kind: torch.dtype) -> t
 
 
 def _config_folder(megatron: Path, hf_config: str | Path | None) -> Path:
-    """Where config.json and tokenizer are: named, in the Megatron folder, or the student of the run it belongs to."""
+    """Finds config.json and tokenizer: the named folder, the Megatron folder, or its run's student."""
     if hf_config is not None:
         return resolve_model(str(hf_config))
     if not megatron.is_dir():
@@ -208,7 +208,7 @@ def _on_ranks(sizes: ParallelSizes) -> Iterator[ParallelGrid]:
 
 @contextmanager
 def _shared_folder(out: Path) -> Iterator[Path]:
-    """`new_folder` of rank 0 for all ranks: it becomes `out` when every rank leaves the block well. Collective."""
+    """Opens one `new_folder` for all ranks: it becomes `out` when every rank leaves the block well. Collective."""
     with ExitStack() as publishing:
         folder = partial_path(out.absolute())
         with on_all_ranks(f"{str(out)!r} was not written", WeightsError):
@@ -220,7 +220,7 @@ def _shared_folder(out: Path) -> Iterator[Path]:
 
 
 def _copy_config(original: Path, copy: Path, kind: torch.dtype) -> None:
-    """The model's own config.json rather than this transformers' rendering of it; only the type may be another."""
+    """Copies the model's config.json as it is, except for the dtype; transformers would rewrite the rest."""
     tree = json.loads(original.read_text())
     key = "torch_dtype" if "torch_dtype" in tree else "dtype"
     name = str(kind).removeprefix("torch.")

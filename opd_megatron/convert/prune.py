@@ -25,7 +25,7 @@ _PRUNED_DTYPES = {name: SAFETENSORS_DTYPES[name] for name in ("F32", "BF16", "F1
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """Indices of `keep` evenly spaced layers out of `total`; the first and the last are always among them."""
+    """Chooses `keep` evenly spaced layers out of `total`; the first and the last are always among them."""
     if not 2 <= keep <= total:
         raise WeightsError(f"cannot keep {keep} of {total} layers: give a number from 2 to {total}")
     gaps = keep - 1

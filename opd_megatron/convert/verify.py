@@ -28,7 +28,7 @@ class RoundTrip:
 
 
 def pairs(layouts: list[ParallelSizes]) -> list[tuple[ParallelSizes, ParallelSizes]]:
-    """(saved at, exported at): every layout with itself and with the next one, grouped by what is saved."""
+    """Pairs every layout with itself and with the next one, as (saved at, exported at), grouped by the first."""
     following = layouts[1:] + layouts[:1]
     found = itertools.chain.from_iterable(((a, a), (a, b)) for a, b in zip(layouts, following, strict=True))
     return list(dict.fromkeys(found))
@@ -57,7 +57,7 @@ def round_trips(
 
 
 def different_tensors(one: Path, other: Path, names: list[str]) -> list[str]:
-    """Names of tensors that the two folders do not hold with the same type, shape and bytes."""
+    """Lists the tensors that differ between the folders in type, shape or bytes."""
     with SafetensorsSource(one) as a, SafetensorsSource(other) as b:
         surplus = [name for name in b.names if name not in set(names)]
         return surplus + [name for name in names if not (name in b.names and _same(a, b, name))]

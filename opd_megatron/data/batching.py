@@ -26,11 +26,11 @@ class MicroBatchBuilder:
     device: torch.device
 
     def build(self, rollouts: Sequence[Rollout]) -> list[Batch]:
-        """Micro batches of `size` from this rank's balanced share of a step (`shard_rollouts`)."""
+        """Builds micro batches of `size` from this rank's balanced share of a step (`shard_rollouts`)."""
         return self._batches(shard_rollouts(rollouts, self.dp_rank, self.dp_size), self.size, rollouts)
 
     def build_any_number(self, rollouts: Sequence[Rollout]) -> list[Batch]:
-        """The same for a number that need not divide, for evaluation: some are repeated until every rank has equally
+        """Does the same for any number of rollouts, for evaluation: some are repeated until every rank has equally
         many, and a micro batch has the largest size up to `size` that divides them."""
         padded = [*rollouts, *rollouts[: -len(rollouts) % self.dp_size]]
         padded += padded[:1] * (-len(padded) % self.dp_size)  # fewer rollouts than ranks
@@ -49,7 +49,7 @@ class MicroBatchBuilder:
 def make_batch(
     rollouts: Sequence[Rollout], *, multiple_of: int = 1, length: int | None = None, pad_id: int = 0
 ) -> Batch:
-    """One right-padded batch of the rollouts in their order.
+    """Pads the rollouts on the right to one batch, in their order.
 
     Position i predicts token i + 1, so a response of r tokens after a prompt of p tokens has weight 1 at the
     positions p - 1 .. p + r - 2 and 0 elsewhere: the last prompt position predicts the first response token.
@@ -86,7 +86,7 @@ def make_batch(
 
 
 def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> list[Rollout]:
-    """This data-parallel rank's share: equally many sequences on each rank, and nearly equally many tokens.
+    """Selects this data-parallel rank's share: equally many sequences on each rank, and nearly equally many tokens.
 
     Longest first, each to the rank with the fewest tokens that still has room. A share is sorted by length, so
     that the sequences of a micro batch are alike. Every rank must pass the same rollouts in the same order.
@@ -103,7 +103,7 @@ def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> l
 
 
 def round_up(value: int, multiple_of: int) -> int:
-    """The smallest multiple that is at least `value`."""
+    """Rounds up to the next multiple."""
     return -(-value // multiple_of) * multiple_of
 
 

@@ -127,7 +127,7 @@ class PromptStream:
         self._order = self._shuffle()
 
     def next_prompts(self) -> list[Prompt]:
-        """The next `prompts_per_step` prompts."""
+        """Takes the next `prompts_per_step` prompts."""
         indices: list[int] = []
         while len(indices) < self.prompts_per_step:
             if self.position == len(self._order):
@@ -139,11 +139,11 @@ class PromptStream:
         return [self.dataset[index] for index in indices]
 
     def state_dict(self) -> dict[str, int]:
-        """The data cursor, and what it is only valid for."""
+        """Returns the data cursor, with the data set and seed that it is valid for."""
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": len(self.dataset)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. Raises CheckpointError when data set or seed are others."""
+        """Continues where `state` was taken. Raises CheckpointError when data set or seed are others."""
         for name, mine in (("rows", len(self.dataset)), ("seed", self.seed)):
             if int(state[name]) != mine:
                 raise CheckpointError(
@@ -158,7 +158,7 @@ class PromptStream:
 
 
 def build_train_and_eval(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptStream, list[Prompt]]:
-    """The stream of training prompts, and the held-out prompts, each with `answer_ids`.
+    """Builds the stream of training prompts, and the held-out prompts, each with `answer_ids`.
 
     The held-out list is empty when evaluation is off or there are no gold answers. Held-out answers are cut to
     `rollout.max_new_tokens`, the length that training sees.

@@ -36,7 +36,7 @@ class Example:
 
 
 def train_and_eval_rows(config: RunConfig) -> tuple[list[Example], list[Example]]:
-    """Training rows, and up to `evaluation.prompts` held-out rows that have a gold answer.
+    """Reads training rows, and up to `evaluation.prompts` held-out rows that have a gold answer.
 
     Held-out rows come from `data.eval_source`, else from the source itself: another random stream for
     `gsm_symbolic`, the `eval_split` of a hub data set, and for a file its last rows (at most a fifth of it).
@@ -124,7 +124,7 @@ def _row(
     question = record[prompt_column]
     if not isinstance(question, str) or not question.strip():
         raise DataError(
-            f"row {index} of {source!r}: column {prompt_column!r} must hold a text, got {str(question)[:40]!r}: mend "
+            f"row {index} of {source!r}: column {prompt_column!r} must hold text, got {str(question)[:40]!r}: correct "
             "the row or set data.prompt_column"
         )
     answer = record[answer_column] if answer_column is not None else None
@@ -132,7 +132,7 @@ def _row(
 
 
 def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Example]:
-    """Up to `count` distinct grade-school problems with worked answers, made offline by reasoning-gym.
+    """Makes up to `count` distinct grade-school problems with worked answersoffline with reasoning-gym.
 
     The same seed gives the same rows; different seeds share no random stream (the generator draws row i from
     seed + i, hence the stride), though a short template may still give the same question twice.

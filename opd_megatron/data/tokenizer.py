@@ -17,7 +17,7 @@ _PADDING_TOKEN = re.compile(r"(reserved|unused|extra_?id|placeholder|dummy|paddi
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub id.
+    """Loads the tokenizer of a Hugging Face folder or hub id.
 
     Raises:
         MissingPathError: there is none, or it cannot be read.
@@ -45,7 +45,7 @@ def check_same_tokenizer(
     student_path: str = "student",
     teacher_path: str = "teacher",
 ) -> None:
-    """Every token id must mean the same to both; only ids kept free for later may be missing in one of them.
+    """Raises TokenizerMismatchError unless every token id means the same to both; reserved ids may be missing in one.
 
     Raises:
         TokenizerMismatchError: names the first id that differs and what it means to each.
@@ -63,7 +63,7 @@ def check_same_tokenizer(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path | None = None) -> tuple[int, ...]:
-    """Ids that end an answer, ascending: the tokenizer's end of sequence, those in the model's
+    """Collects the ids that end an answer, ascending: the tokenizer's end of sequence, those in the model's
     generation_config.json, and the chat template's end of turn.
     """
     ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
@@ -75,7 +75,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path | N
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts after an assistant's message; end of sequence without one."""
+    """Finds the special token that the chat template puts after an assistant's message; end of sequence without one."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.eos_token_id
     marker = "opd-answer"
@@ -90,7 +90,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool
 ) -> str:
-    """The chat as text. Raises DataError when the tokenizer has no template or the template refuses the messages."""
+    """Renders the chat as text. Raises DataError when the tokenizer has no template or the template refuses the
+    messages."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template: set data.template=raw, or use an "

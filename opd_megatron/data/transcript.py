@@ -8,7 +8,7 @@ from opd_megatron.types import Rollout
 
 
 def readable_sample(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, max_chars: int = 600) -> str:
-    """Question, the student's answer and the gold one, each cut to `max_chars` with its middle left out.
+    """Formats question, the student's answer and the gold one, each cut to `max_chars` with its middle left out.
 
     Special tokens of the answer are shown: whether it ended by itself is worth seeing. Plain text, no markup.
     """
@@ -27,7 +27,7 @@ def readable_sample(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, max
 
 
 def _trim(text: str, limit: int) -> str:
-    """Printable text of at most `limit` characters; later lines are indented."""
+    """Cuts to printable text of at most `limit` characters; later lines are indented."""
     clean = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text.strip())
     if len(clean) > limit:
         head = limit * 2 // 3

@@ -38,7 +38,7 @@ class Divergence:
     parameter: float = 0.0
 
     def df_dp(self, r: torch.Tensor) -> torch.Tensor:
-        """df/dp up to a constant, from r = log p - log q alone (f is homogeneous)."""
+        """Computes df/dp up to a constant, from r = log p - log q alone (f is homogeneous)."""
         return self.weighted_grad(r.new_ones(r.shape), (-r).exp(), r, self.parameter)
 
 

@@ -123,7 +123,7 @@ _RATIO_KEYS = ("truncation", "clip_low", "clip_high", "ratio_level")
 
 
 def _exact(name: str, formula: str, paper: str = "") -> Objective:
-    """A divergence over the whole vocabulary, with its own parameter as key."""
+    """Makes the leaf of a divergence over the whole vocabulary, with its own parameter as key."""
     own = DIVERGENCES[name].argument
 
     def term(values: Any) -> Term:
@@ -135,7 +135,7 @@ def _exact(name: str, formula: str, paper: str = "") -> Objective:
 
 
 def _policy(values: Any, weight: float, **advantage: Any) -> dict[str, Any]:
-    """A policy gradient with the importance ratios of `_RATIO_KEYS`."""
+    """Fields of a `PolicyTerm` with the importance ratios of `_RATIO_KEYS`."""
     clip = None if values.clip_low is None or values.clip_high is None else (values.clip_low, values.clip_high)
     ratios = {"clip": clip, "importance_cap": values.truncation, "level": values.ratio_level}
     return {"coef": weight, **advantage, **ratios}
@@ -191,22 +191,22 @@ REWARDS = Objective(
 
 
 def leaves(values: Any) -> list[Objective]:
-    """The leaves of a section `objective:`."""
+    """Lists the leaves that a section `objective:` selects."""
     return [OBJECTIVES[values.type], *([REWARDS] if values.lambda_rl > 0 else [])]
 
 
 def objective_terms(values: Any) -> list[Term]:
-    """The terms whose sum is minimised."""
+    """Lists the terms whose sum is minimised."""
     return [leaf.term(values) for leaf in leaves(values)]
 
 
 def users_of(key: str) -> list[str]:
-    """The types that use a key of `KEYS`."""
+    """Lists the types that use a key of `KEYS`."""
     return [name for name, leaf in OBJECTIVES.items() if key in leaf.keys]
 
 
 def metric_names(terms: Iterable[Term]) -> tuple[str, ...]:
-    """Names of the token means of a step, in order."""
+    """Names the token means that a step reports, in order."""
     return tuple(dict.fromkeys(name for term in terms for name in term.metrics))
 
 

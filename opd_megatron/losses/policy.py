@@ -61,7 +61,7 @@ class PolicyTerm:
     one rank."""
 
     def rows(self, rows: slice) -> PolicyTerm:
-        """The same term of some of the tokens."""
+        """Selects some of the tokens."""
         names = ("rollout_logprobs", "advantages", "old_logprobs", "sequence_ids")
         values = {name: getattr(self, name) for name in names}
         return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
@@ -126,7 +126,7 @@ def _check_choices(term: PolicyTerm) -> None:
 def policy_loss(
     term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, mask: torch.Tensor | None
 ) -> PolicyResult:
-    """The loss of each token and its derivative.
+    """Computes the loss of each token and its derivative.
 
     Args:
         term: of these T tokens.
@@ -170,7 +170,7 @@ def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch
 
 
 def _ratio(term: PolicyTerm, log_ratio: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """exp of the log ratio, or of its mean over each sequence."""
+    """Computes exp of the log ratio, or of its mean over each sequence."""
     if term.level == "token" or not len(log_ratio):
         return log_ratio.exp()
     assert term.sequence_ids is not None

@@ -58,7 +58,10 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
 
 
 def _of_targets(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
-    """[T] each. The estimators of KL(p|q) from a sample of p: http://joschu.net/blog/kl-approx.html"""
+    """Computes the metrics of the targets, [T] each.
+
+    The estimators of KL(p|q) from a sample of p: http://joschu.net/blog/kl-approx.html
+    """
     if terms.student_logprob is None or terms.teacher_logprob is None:
         return {}
     r = (terms.student_logprob - terms.teacher_logprob).double()
@@ -86,7 +89,7 @@ def global_means(
     device: torch.device,
     names: tuple[str, ...] = DIVERGENCE_METRICS,
 ) -> tuple[list[float], int]:
-    """Means of `names` over the tokens of all micro batches and ranks, and how many tokens those are.
+    """Computes the means of `names` over the tokens of all micro batches and ranks, and counts those tokens.
 
     Args:
         parts: this rank's micro batches; none on the pipeline stages that compute no loss.

@@ -66,7 +66,8 @@ class TopKEntries:
 
 
 def split_topk(teachers: Any) -> tuple[Any, TopKTeacher | None]:
-    """(nothing, the top-k teacher) where `teachers` is one or a list of one; (`teachers`, None) where they are others.
+    """Returns (nothing, the top-k teacher) where `teachers` is one or a list of one; (`teachers`, None) where they are
+    others.
 
     Raises:
         ConfigError: it is one of several.
@@ -144,7 +145,7 @@ def _check_tensors(teacher: TopKTeacher, like: torch.Tensor) -> None:
 
 
 def _check_content(teacher: TopKTeacher, vocab_size: int, total: torch.Tensor, off: torch.Tensor) -> None:
-    """`off` marks the rows whose `total` mass is wrong."""
+    """Checks ids, padding and mass; `off` marks the rows whose `total` mass is wrong."""
     ids = teacher.ids
     ordered = ids.sort(-1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING)

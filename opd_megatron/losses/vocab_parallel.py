@@ -30,7 +30,7 @@ def vocab_parallel_divergence(
     combine: str = "logit_mean",
     **parameters: float,
 ) -> torch.Tensor:
-    """Exact divergence per token between vocabulary-sharded logits.
+    """Computes the exact divergence per token between vocabulary-sharded logits.
 
     Rank r of the group holds columns [r v, (r + 1) v). Teachers are constants. Statistics are fp32 (float64 when an
     input is); the gradient comes back in the dtype of `student_logits`, 0 in padded columns.
@@ -38,7 +38,7 @@ def vocab_parallel_divergence(
     Args:
         student_logits: [T, v], this rank's shard; differentiable.
         teacher_logits: [T, v], or a list of them (an ensemble); or a `TopKTeacher`: the divergence of its entries and
-            one bucket that holds the rest.
+            one tail that holds the rest.
         type: a name in `DIVERGENCES` (losses/divergences.py has the formulae): `reverse_kl`, `forward_kl`, `gkd`,
             `skew_reverse_kl`, `skew_forward_kl`, `lambda_jsd`.
         temperature: divides all logits; the gradient carries its 1/T and no T^2.

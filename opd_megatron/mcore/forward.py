@@ -29,7 +29,7 @@ def run_schedule(
     *,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Forward (and backward) of all micro batches; returns what `loss_function` gave as its third item.
+    """Runs forward (and backward) of all micro batches; returns what `loss_function` gave as its third item.
 
     `model` is a HiddenStatesModel or a DDP wrapper of one. The list is empty on all but the last pipeline stage.
     All micro batches of all ranks of a pipeline must share one shape.

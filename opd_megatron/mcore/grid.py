@@ -88,7 +88,7 @@ class ParallelGrid:
         return self.pp_rank == self.pp_size - 1
 
     def layout(self, num_layers: int, padded_vocab: int) -> ShardLayout:
-        """This rank's part of a model with `num_layers` layers."""
+        """Returns this rank's part of a model with `num_layers` layers."""
         per_stage = num_layers // self.pp_size
         return ShardLayout(
             padded_vocab=padded_vocab,
@@ -109,7 +109,7 @@ class ParallelGrid:
 def _add_expert_groups(
     groups: ProcessGroupCollection, tp_size: int, ep_size: int, expert_dp_size: int, pp_size: int, rank_offset: int
 ) -> None:
-    """`expert_dp_size` ranks hold the same experts."""
+    """Makes the expert-parallel groups; `expert_dp_size` ranks hold the same experts."""
     groups.expt_tp = groups.tp
     if ep_size == 1:  # upstream wants the groups even so
         groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.mp, groups.dp
@@ -122,7 +122,8 @@ def _add_expert_groups(
 
 
 def _first_and_last_stage_group(comm: HyperCommGrid) -> dist.ProcessGroup | None:
-    """Group of first and last pipeline stage, which hold copies of a tied embedding; None on ranks in between."""
+    """Makes the group of first and last pipeline stage, which hold copies of a tied embedding; None on ranks in
+    between."""
     mine = None
     for ranks in comm.get_rank_enum("pp"):
         members = sorted({ranks[0], ranks[-1]})

@@ -1,4 +1,4 @@
-"""Any rank's shard of a model on one machine: real modules in a pretended process group, with nothing behind them."""
+"""Builds any rank's modules on meta tensors under a fake process group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from opd_megatron.weights.layout import ShardLayout
 def distinct_shards(
     hf_config: PretrainedConfig, parallel: ParallelConfig, data: int, padded_vocab: int
 ) -> Iterator[tuple[torch.nn.Module, ShardLayout]]:
-    """The module of every pipeline stage, tensor- and (of a model of experts) expert-parallel rank, and its place.
+    """Builds the module of every pipeline stage, tensor- and (MoE) expert-parallel rank, with its layout.
 
     Data-parallel copies are the same and are left out. Parameters are meta tensors: names and shapes, no memory. The
     process must not be in a process group.
@@ -32,7 +32,7 @@ def distinct_shards(
     experts = parallel.expert if family_of(hf_config).experts else 1
     places = itertools.product(range(parallel.pipeline), range(experts), range(parallel.tensor))
     for stage, expert, tensor in places:
-        # From slowest to fastest as in `ParallelGrid`; the first data-parallel ranks share the experts out.
+        # From slowest to fastest as in `ParallelGrid`; the first data-parallel ranks divide the experts.
         rank = (stage * data + expert) * parallel.tensor + tensor
         with fake_process_group(rank, parallel.model * data), _MetaParameters():
             grid = ParallelGrid.build(
@@ -47,7 +47,7 @@ def distinct_shards(
 
 @contextmanager
 def fake_process_group(rank: int, world: int) -> Iterator[None]:
-    """A default process group of `world` ranks in which this process is `rank` and collectives do nothing."""
+    """Makes a default process group of `world` ranks in which this process is `rank` and collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a planner must not run inside a training process"
@@ -59,7 +59,7 @@ def fake_process_group(rank: int, world: int) -> Iterator[None]:
 
 
 class _MetaParameters(TorchFunctionMode):
-    """What parameters are made of, uninitialised memory and ones, becomes meta tensors; moves to a GPU do nothing."""
+    """Makes parameters on the meta device; moves to a GPU do nothing."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -54,7 +54,7 @@ class HiddenStatesModel(GPTModel):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[v, h]: this rank's rows of the LM head (the embedding where tied). Last stage only."""
+        """Returns [v, h]: this rank's rows of the LM head (the embedding where tied). Last stage only."""
         assert self.post_process, "the head lives on the last pipeline stage"
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -91,7 +91,7 @@ class HiddenStatesModel(GPTModel):
 
 
 def _by_sequence_shard(mask: torch.Tensor, ranks: int) -> torch.Tensor:
-    """[B, S] -> [ranks, B * S / ranks]: the part of the mask that each sequence-parallel rank has positions of."""
+    """Splits the mask [B, S] into the sequence-parallel ranks' parts, [ranks, B * S / ranks]."""
     batch, length = mask.shape
     return mask.view(batch, ranks, length // ranks).transpose(0, 1).reshape(ranks, -1)
 
@@ -104,7 +104,7 @@ def transformer_config(
     recompute: bool = False,
     transformer_engine: bool = False,
 ) -> TransformerConfig:
-    """Megatron's description of a Llama-like (RMSNorm, SwiGLU, rotary, grouped-query) model, dense or of experts.
+    """Describes a Llama-like model (RMSNorm, SwiGLU, rotary, grouped-query attention) to Megatron, dense or MoE.
 
     Raises:
         UnsupportedModelError: see `families.family_of`.
@@ -184,7 +184,7 @@ def build_gpt_model(
     recompute: bool = False,
     transformer_engine: bool = False,
 ) -> HiddenStatesModel:
-    """This rank's shard of the model, with unset weights (`weights.load_weights` fills them)."""
+    """Builds this rank's shard of the model, with unset weights (`weights.load_weights` fills them)."""
     config = transformer_config(
         hf_config, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine
     )

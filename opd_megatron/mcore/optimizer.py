@@ -16,7 +16,7 @@ from opd_megatron.mcore.model import HiddenStatesModel
 
 
 def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataParallel:
-    """Gradients summed in fp32 buffers that the distributed optimizer shards over data-parallel ranks."""
+    """Wraps the model so that gradients are summed in fp32 buffers, which the distributed optimizer shards."""
     ddp = DistributedDataParallel(
         config=get_model_config(model),
         ddp_config=DistributedDataParallelConfig(
@@ -43,7 +43,7 @@ def _count_padding(ddp: DistributedDataParallel) -> None:
 
 
 def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid: ParallelGrid) -> ChainedOptimizer:
-    """AdamW over fp32 main weights, its state sharded over data-parallel ranks."""
+    """Builds AdamW over fp32 main weights, with its state sharded over data-parallel ranks."""
     model_config = get_model_config(ddp)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -69,7 +69,7 @@ def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid:
 
 
 def build_scheduler(config: OptimizerConfig, optimizer: ChainedOptimizer, steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up, then decay to `min_lr` just after the last step.
+    """Builds the schedule: linear warm-up, then decay to `min_lr` just after the last step.
 
     Call `step(1)` before each optimizer step, so that the first update already has a learning rate above 0.
     """

@@ -15,17 +15,17 @@ from opd_megatron.weights.families import Dims
 
 
 def inverse_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
-    """[head_dim / 2] in fp32, on the CPU: radians a position, fastest first."""
+    """Computes [head_dim / 2] in fp32, on the CPU: radians a position, fastest first."""
     return _parameters(hf_config)[0]
 
 
 def attention_factor(hf_config: PretrainedConfig) -> float:
-    """What rotated queries and keys are multiplied by; 1 except with YaRN."""
+    """Computes the factor of rotated queries and keys; 1 except with YaRN."""
     return float(_parameters(hf_config)[1])
 
 
 def rope_theta(hf_config: PretrainedConfig) -> float:
-    """Base of the rotary frequencies; its place in the config moved in transformers 5."""
+    """Reads the base of the rotary frequencies; its place in the config moved in transformers 5."""
     parameters = getattr(hf_config, "rope_parameters", None) or {}
     return float(parameters.get("rope_theta") or getattr(hf_config, "rope_theta", None) or 10000.0)
 

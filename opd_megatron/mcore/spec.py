@@ -15,12 +15,12 @@ from opd_megatron.mcore.cpu.platform import has_gpu
 
 
 def use_transformer_engine(choice: str) -> bool:
-    """Whether `student.transformer_engine=choice` means Transformer Engine layers on this machine."""
+    """Decides whether `student.transformer_engine=choice` means Transformer Engine layers on this machine."""
     return choice == "auto" and has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def block_spec(config: TransformerConfig, num_layers: int, *, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage and the final norm (which the block builds on the last stage only)."""
+    """Specifies the layers of this pipeline stage and the final norm (built on the last stage only)."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

@@ -52,7 +52,7 @@ class Student:
     def update(
         self, micro_batches: list[Batch], teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int
     ) -> StepOutput:
-        """Forward, divergence and its gradient, backward, clip, optimizer step.
+        """Makes one optimizer step: forward, loss and its gradient, backward, clip, update.
 
         Raises:
             NonFiniteError: loss or gradient norm is NaN or infinite, on every rank and before weights change.
@@ -119,7 +119,7 @@ class Student:
         return loss
 
     def _global_means(self, sums: list[TokenSums], objective: ObjectiveConfig) -> tuple[dict[str, float], int]:
-        """Token means over all micro batches and ranks, the same on every rank."""
+        """Reduces to token means over all micro batches and ranks, the same on every rank."""
         groups = self.grid.groups
         device = next(self.model.parameters()).device
         names = metric_names(objective_terms(objective))

@@ -22,16 +22,16 @@ class NullDisplay:
         """Reports a row of metrics.jsonl: an optimizer step, an evaluation, or both."""
 
     def note(self, text: str) -> None:
-        """One line the user should read."""
+        """Prints one line that the user should read."""
 
     def sample(self, text: str) -> None:
-        """A prompt and an answer of the student, as text."""
+        """Shows a prompt and an answer of the student, as text."""
 
     def print(self, renderable: Any) -> None:
-        """Anything rich can draw, such as `result_table(rows)`."""
+        """Prints anything that rich can draw, such as `result_table(rows)`."""
 
     def close(self) -> None:
-        """Takes the progress bar down. Safe to call twice."""
+        """Removes the progress bar. Safe to call twice."""
 
     def __enter__(self) -> NullDisplay:
         return self

@@ -88,7 +88,7 @@ class MetricsLog(NullLog):
 
 
 def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
-    """Rows of `<run_dir>/metrics.jsonl` in order; a last line cut off by a killed run is left out.
+    """Reads the rows of `<run_dir>/metrics.jsonl` in order; a last line cut off by a killed run is left out.
 
     Raises MissingPathError when there is no such file.
     """
@@ -102,7 +102,7 @@ def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise ConfigError(f"{str(path)!r} line {number} is not JSON: mend or remove the line") from None
+                raise ConfigError(f"{str(path)!r} line {number} is not JSON: correct or remove the line") from None
     return rows
 
 

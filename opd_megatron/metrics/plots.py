@@ -79,7 +79,7 @@ def _lines(ax: Axes, rows: list[MetricsRow], labels: dict[str, str], marker: str
 
 
 def _phase_times(ax: Axes, rows: list[MetricsRow]) -> None:
-    """Stacked bars; what no phase claims of `time/step` is drawn as other."""
+    """Draws stacked bars; the part of `time/step` outside all phases is drawn as other."""
     timed = [row for row in rows if row.get("time/step")]
     bottom = [0.0] * len(timed)
     steps = [row["step"] for row in timed]

@@ -41,7 +41,7 @@ class Summary:
     """The last step."""
 
     def ratio(self, key: str) -> float:
-        """Trained / untrained."""
+        """Computes trained / untrained."""
         before, after = self.change.get(key, (math.nan, math.nan))
         return after / before if before else math.nan
 
@@ -59,7 +59,7 @@ def summarize(rows: Sequence[MetricsRow]) -> Summary:
 
 
 def result_table(rows: Sequence[MetricsRow]) -> RenderableType:
-    """What training changed (step 0 against last), and how fast it went; print it with a rich console."""
+    """Builds the table of what training changed (step 0 against last) and how fast, for a rich console."""
     summary = summarize(rows)
     change = Table(title=f"Result after {summary.steps} steps", title_justify="left")
     for heading, justify in (("", "left"), ("step 0", "right"), ("last", "right"), ("last / step 0", "right")):

@@ -45,7 +45,7 @@ class PhaseTimers:
             self._open.pop()
 
     def collect(self) -> dict[str, float]:
-        """Seconds since the last call, as `time/<phase>` and `time/step`; clears them."""
+        """Returns the seconds since the last call, as `time/<phase>` and `time/step`, and clears them."""
         assert not self._open, f"collect() inside phase {self._open[-1]!r}"
         begin = self._begin
         seconds = {f"time/{name}": value for name, value in self._seconds.items()}
@@ -69,7 +69,8 @@ class PhaseTimers:
 
 
 def peak_memory_bytes() -> int:
-    """`memory/peak`: most GPU memory PyTorch has held in this process; without a GPU, its largest resident set."""
+    """Measures `memory/peak`: most GPU memory PyTorch has held in this process; without a GPU, its largest resident
+    set."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

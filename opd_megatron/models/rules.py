@@ -28,7 +28,7 @@ class ResolvedModels:
 
     @property
     def vocab_size(self) -> int:
-        """Columns that every model has: anything past them is padding to one of them."""
+        """Vocabulary columns that every model has; anything past them is padding to one of them."""
         return min(hf_config.vocab_size for hf_config in self.configs)
 
     @property
@@ -36,13 +36,13 @@ class ResolvedModels:
         return [self.student_config, *(hf_config for _, hf_config in self.teachers)]
 
     def padded_vocab(self, tensor: int) -> int:
-        """Rows of every embedding and head in the run: one number, so that all heads shard alike."""
+        """Pads the vocabulary: one number for every embedding and head in the run, so that all heads shard alike."""
         return pad_vocab(max(hf_config.vocab_size for hf_config in self.configs), tensor)
 
 
 def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
-    """Finds the models of a run and checks every rule of the student's layout. What a teacher's layout must obey is its
-    placement's own affair (`teacher.check_teachers`).
+    """Finds the models of a run and checks every rule of the student's layout. A teacher's
+    placement checks its own layout (`teacher.check_teachers`).
 
     `resolve` finds the folder of a model; only its config.json is read.
 
@@ -71,7 +71,7 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
 
 
 def _data_parallel(config: RunConfig) -> int:
-    """Data-parallel size that the world size (torchrun's, or what the config asks for) leaves."""
+    """Computes the data-parallel size that the world size (torchrun's, or the config's) leaves."""
     parallel = config.parallel
     world = int(os.environ.get("WORLD_SIZE", config.world_size))
     data, rest = divmod(world, parallel.model)
@@ -110,12 +110,12 @@ def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
     parallel = config.parallel
     if parallel.expert > 1 and not any(family_of(hf_config).experts for hf_config in resolved.configs):
         raise ConfigError(
-            f"parallel.expert={parallel.expert} needs a model of experts, student and teachers have none: set it to 1"
+            f"parallel.expert={parallel.expert} needs a MoE model, student and teachers have no experts: set it to 1"
         )
     if resolved.data_parallel % parallel.expert:
         raise ConfigError(
             f"parallel.expert={parallel.expert} must divide data-parallel size {resolved.data_parallel}, whose ranks "
-            "share the experts out: start more ranks or lower it"
+            "divide the experts: start more ranks or lower it"
         )
     if family_of(resolved.student_config).experts and parallel.tensor > 1 and not parallel.sequence_parallel:
         raise ConfigError(

@@ -93,17 +93,17 @@ class RunSizes:
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks that share out the activations between tensor-parallel regions."""
+        """Ranks among which activations between tensor-parallel regions are split (sequence parallelism)."""
         return self.tp_size if self.config.parallel.sequence_parallel else 1
 
     @property
     def micro_size(self) -> int:
-        """Sequences of a micro batch."""
+        """Sequences in a micro batch."""
         return self.config.micro_batch_size(self.dp_size)
 
     @property
     def micro_batches(self) -> int:
-        """Of a rank in a step."""
+        """Micro batches of a rank in a step."""
         return self.config.sequences_per_step // self.dp_size // self.micro_size
 
     @property
@@ -114,7 +114,7 @@ class RunSizes:
 
     @property
     def tokens(self) -> int:
-        """Of a micro batch of longest sequences."""
+        """Tokens in a micro batch of longest sequences."""
         return self.micro_size * self.length
 
     @property
@@ -124,26 +124,26 @@ class RunSizes:
 
     @property
     def vocab_per_rank(self) -> int:
-        """Vocabulary columns of a rank."""
+        """Vocabulary columns on each tensor-parallel rank."""
         return self.models.padded_vocab(self.tp_size) // self.tp_size
 
     @property
     def bytes_per_element(self) -> int:
-        """Bytes of one of the student's numbers."""
+        """Bytes of one element of the student's weights."""
         return BYTES_PER_ELEMENT[self.config.student.dtype]
 
     def body_flops(self, hf_config: PretrainedConfig) -> float:
-        """Operations of one forward pass of a step's tokens through all layers of a model."""
+        """Counts the operations of one forward pass of a step's tokens through all layers of a model."""
         layer, tokens = LayerSizes.of(hf_config), self.config.sequences_per_step * self.length
         return hf_config.num_hidden_layers * tokens * (2 * layer.matmul_params + 2 * self.length * layer.query)
 
     def head_flops(self, hf_config: PretrainedConfig) -> float:
-        """Operations of the LM head on a step's response tokens."""
+        """Counts the operations of the LM head on a step's response tokens."""
         response_tokens = self.config.sequences_per_step * self.config.rollout.max_new_tokens
         return 2.0 * response_tokens * hf_config.vocab_size * hf_config.hidden_size
 
     def stage(self, hf_config: PretrainedConfig, stage: int) -> StageShard:
-        """By the weight tables, so that it is what the modules hold (`coverage` builds and compares them)."""
+        """Counts a stage's parameters by the sharding table, which `planning.coverage` compares with real modules."""
         layers = hf_config.num_hidden_layers // self.pp_size
         first = ShardLayout(
             self.models.padded_vocab(self.tp_size), 0, layers,
@@ -155,7 +155,7 @@ class RunSizes:
 
 
 def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[StageShard]:
-    """Of every stage. `first` is the place of the grid's first rank."""
+    """Counts the parameters of every stage. `first` is the layout of the grid's first rank."""
     table, family = sharding_table(hf_config, first), family_of(hf_config)
     shards = []
     for stage in range(first.pp_size):
@@ -172,7 +172,7 @@ def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[Stage
 
 
 def parameters(hf_config: PretrainedConfig) -> int:
-    """Of the whole model."""
+    """Counts the parameters of a whole model."""
     dims = Dims.of(hf_config)
     table: ShardingTable = sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
     params: list[StageParameter] = table.exported()

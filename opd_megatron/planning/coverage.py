@@ -26,7 +26,7 @@ Held = dict[tuple[str, bool], dict[tuple[int, int], list[Box]]]
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What was checked of one model."""
+    """The outcome of checking one model."""
 
     tensors: int
     elements: int
@@ -68,7 +68,7 @@ def check_coverage(
 
 
 def _compare_names(table: ShardingTable, known: tuple[Shapes, str] | None) -> None:
-    """Nothing left over on either side, and shapes agree where they are known."""
+    """Requires the same names on both sides, and the same shapes where they are known."""
     if known is None:
         return
     (theirs, where), ours = known, table.tensors()
@@ -84,12 +84,12 @@ def _compare_names(table: ShardingTable, known: tuple[Shapes, str] | None) -> No
 
 
 def _derived(name: str, table: ShardingTable) -> bool:
-    """Stored by some checkpoints although it follows from something else."""
+    """Tells whether a tensor is stored by some checkpoints although it follows from others."""
     return name.endswith("rotary_emb.inv_freq") or (table.tied and name == "lm_head.weight")
 
 
 def _check_shard(param: StageParameter, pieces: list[ShardSlice], shape: tuple[int, ...], layout: ShardLayout) -> None:
-    """The pieces fill the shard's rows once; only rows past the vocabulary stay empty."""
+    """Requires that the pieces fill the shard's rows once; only rows past the vocabulary stay empty."""
     filled = torch.zeros(shape[0], dtype=torch.int32)
     for piece in pieces:
         piece.of_shard(filled).add_(1)
@@ -106,7 +106,7 @@ def _check_shard(param: StageParameter, pieces: list[ShardSlice], shape: tuple[i
 
 
 def _box(piece: ShardSlice, param: StageParameter) -> Box:
-    """The part of the Hugging Face tensor that a piece is."""
+    """Computes which part of the Hugging Face tensor a piece is."""
     shape = param.hf_tensors[piece.name]
     cuts = [part.indices(size)[:2] for part, size in zip(piece.slices(), shape, strict=False)]
     box = (*cuts, *((0, size) for size in shape[len(cuts) :]))
@@ -119,7 +119,7 @@ def _box(piece: ShardSlice, param: StageParameter) -> Box:
 
 
 def _check_all_held(table: ShardingTable, held: Held, experts: int, tp_size: int) -> None:
-    """Every expert-parallel rank that should hold a tensor holds the whole of it, over its tensor-parallel ranks."""
+    """Requires that every expert-parallel rank's tensor-parallel ranks together hold the whole of its tensors."""
     for param in table.params:
         for name, shape in param.hf_tensors.items():
             parts = held.pop((name, param.tied_copy), {})
@@ -138,7 +138,7 @@ def _check_all_held(table: ShardingTable, held: Held, experts: int, tp_size: int
 
 
 def _check_tiles(name: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
-    """Boxes inside the tensor that do not meet and have its volume together are the whole of it, once."""
+    """Requires that the boxes tile the tensor: inside it, disjoint, and of its volume together."""
     inside = all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True))
     ordered = sorted(boxes)
     apart = all(not _meet(a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 :])
@@ -161,7 +161,7 @@ def build_and_check(
     padded_vocab: int,
     known: tuple[Shapes, str] | None,
 ) -> Coverage:
-    """`check_coverage` over every distinct rank of a layout."""
+    """Runs `check_coverage` over every distinct rank of a layout."""
     from opd_megatron.mcore.meta_shards import distinct_shards
 
     return check_coverage(hf_config, distinct_shards(hf_config, parallel, data, padded_vocab), known)

@@ -1,4 +1,4 @@
-"""Published figures of a few GPUs: NVIDIA's data sheets of the SXM and DGX forms."""
+"""Published specifications of a few GPUs: NVIDIA's data sheets of the SXM and DGX forms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises ConfigError for a GPU that is not in the table."""
+    """Looks a GPU up by name. Raises ConfigError for one that is not in the table."""
     found = {known.lower(): gpu for known, gpu in GPUS.items()}.get(name.lower())
     if found is None:
         raise ConfigError(f"--gpu {name!r} is not in the table: use one of {', '.join(GPUS)}")

@@ -45,7 +45,7 @@ def usable(gpu: Gpu) -> float:
 
 
 def suggestions(sizes: RunSizes, gpu: Gpu, limit: int = 3) -> list[Suggestion]:
-    """Layouts of as many ranks that fit, by the estimated time of a step; with recomputation only where needed."""
+    """Finds layouts of as many ranks that fit, fastest first; with recomputation only where needed."""
     found = []
     for recompute in dict.fromkeys([sizes.config.student.recompute, True]):
         for ways in _layouts(sizes, recompute):
@@ -61,7 +61,7 @@ def suggestions(sizes: RunSizes, gpu: Gpu, limit: int = 3) -> list[Suggestion]:
 
 
 def _layouts(sizes: RunSizes, recompute: bool) -> Iterator[list[RunSizes]]:
-    """Every way to divide the ranks that student and teachers allow, each with several micro batches, largest first.
+    """Lists every way to divide the ranks, each with several micro batch sizes, largest first.
 
     Tensor parallelism stays inside a machine.
     """
@@ -79,7 +79,7 @@ def _layouts(sizes: RunSizes, recompute: bool) -> Iterator[list[RunSizes]]:
 
 
 def _with(sizes: RunSizes, layout: dict[str, int | bool], recompute: bool) -> RunSizes | None:
-    """The run in another layout; None where a rule forbids it."""
+    """Puts the run in another layout; None where a rule forbids it."""
     tree = sizes.config.model_dump()
     tree["parallel"] |= layout
     tree["student"]["recompute"] = recompute
@@ -93,7 +93,7 @@ def _with(sizes: RunSizes, layout: dict[str, int | bool], recompute: bool) -> Ru
 
 
 def _differences(before: RunConfig, after: RunConfig) -> dict[str, object]:
-    """The layout, and what else has changed."""
+    """Lists the overrides: the layout, and what else has changed."""
     always = ("parallel.tensor", "parallel.pipeline", "parallel.data")
     others = ("parallel.expert", "parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute")
     old, new = before.model_dump(), after.model_dump()

@@ -16,7 +16,7 @@ memory, traffic and, for a GPU, the time of a step. Exit code 2 when a rank does
 
 
 def plan(argv: Sequence[str]) -> int:
-    """The command. Raises OPDError for what a user can mend, and when the run does not fit the named GPU."""
+    """Runs the command. Raises OPDError for what a user can correct, and when the run does not fit the named GPU."""
     parser = run_parser("opd-megatron plan", _DESCRIPTION)
     parser.add_argument("--gpu", metavar="NAME", help=f"judge and time it on this GPU: {', '.join(GPUS)}")
     parser.add_argument("--json", metavar="PATH", help="write the plan as JSON too")

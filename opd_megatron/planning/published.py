@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...] | None]
 
 
 def find_model(path: str, folders: Sequence[Path] = ()) -> Path:
-    """The folder that holds the config.json of a folder or hub id; no weights are needed.
+    """Finds the folder with the config.json of a folder or hub id; no weights are needed.
 
     Looked for in this order: `path` itself, FOLDER/path for each of `folders`, the published configs that come with
     this package, and the hub (its cache first), of which only the small files are taken.
@@ -32,7 +32,7 @@ def find_model(path: str, folders: Sequence[Path] = ()) -> Path:
 
 
 def known_tensors(path: str, folder: Path) -> tuple[Shapes, str] | None:
-    """The tensors of the model's real checkpoint and where they are known from; None where nobody has said.
+    """Looks up the tensors of the model's published checkpoint, and where they are known from; None if unknown.
 
     The checkpoint's own files come first (shapes where they are all there, else the names of its index).
 
@@ -54,7 +54,7 @@ def known_tensors(path: str, folder: Path) -> tuple[Shapes, str] | None:
 
 
 def published_models() -> list[str]:
-    """Hub ids whose config.json comes with this package."""
+    """Lists the hub ids whose config.json comes with this package."""
     return sorted(str(file.parent.relative_to(PUBLISHED)) for file in PUBLISHED.rglob("config.json"))
 
 
@@ -64,7 +64,7 @@ def _published() -> list[dict]:
 
 
 def _expanded(entry: dict) -> Shapes:
-    """Patterns with {layer} and {expert} written out."""
+    """Writes the patterns with {layer} and {expert} out."""
     shapes: Shapes = {}
     for name, shape in entry["tensors"].items():
         for layer in range(entry["layers"] if "{layer}" in name else 1):

@@ -1,4 +1,4 @@
-"""A run's plan: what was checked, memory of each stage, traffic, time, and layouts that fit. As text and as JSON."""
+"""The plan of a run: coverage, memory of each stage, traffic, time, and layouts that fit; as text and as JSON."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, gpu: Gpu | None = None, folders: Sequence[Path] = ()) -> RunPlan:
-    """Builds every distinct shard, checks it and works everything out. No weights, GPU or other process is needed.
+    """Builds every distinct shard, checks its coverage and estimates the run. Needs no weights, GPU or other process.
 
     Raises:
         OPDError: what `check_run` finds, or a model whose tensors are not covered (`coverage.check_coverage`).
@@ -83,7 +83,7 @@ def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Covera
 
 
 def describe(config: RunConfig, models: ResolvedModels) -> str:
-    """Process layout and memory of each rank, for `--dry-run`: the models' configs are read, nothing is built."""
+    """Describes process layout and memory of each rank for `--dry-run`: reads the configs, builds nothing."""
     sizes = RunSizes(config, models)
     gpu = has_gpu()
     lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)])]
@@ -166,7 +166,7 @@ def _memory_lines(stages: Sequence[RankMemory]) -> list[str]:
 
 
 def _recompute_lines(sizes: RunSizes) -> list[str]:
-    """Activations of the first stage, which has the most micro batches in flight."""
+    """Compares activations of the first stage, which has the most micro batches in flight."""
     kept, recomputed = (value / GIB for value in activation_bytes(sizes, 0))
     return [f"activations      stage 0: {kept:.2f} GiB kept whole, {recomputed:.2f} with student.recompute=true"]
 
@@ -176,7 +176,7 @@ def _listed(parts: dict[str, float], unit: float) -> str:
 
 
 def _engine(sizes: RunSizes, gpu: bool) -> str:
-    """What the engine takes: a share of the GPU where there is one, else weights and cache."""
+    """Describes the engine's memory: a share of the GPU where there is one, else weights and cache."""
     rollout = sizes.config.rollout
     if gpu:
         return f"{rollout.gpu_memory_utilization:.0%} of the memory of {rollout.tensor} GPU(s)"

@@ -1,4 +1,4 @@
-"""Seconds of a step on a GPU of the table. An estimate from published figures; its assumptions are printed with it."""
+"""Estimates the seconds of a step from a GPU's published specifications; the assumptions are printed too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASSUMPTIONS = (
 
 
 def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
-    """Seconds of the phases of one step, one after the other."""
+    """Estimates the seconds of the phases of one step, one after the other."""
     student = sizes.models.student_config
     flops = gpu.bf16_flops * _FLOPS_USED
     bubble = 1 + (sizes.pp_size - 1) / sizes.micro_batches
@@ -45,7 +45,7 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
 
 
 def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
-    """Prefill, then one pass over weights, keys and values for each new token of all sequences at once."""
+    """Estimates prefill, then one pass over weights, keys and values for each new token of all sequences."""
     hf_config, rollout = sizes.models.student_config, sizes.config.rollout
     bytes_per_element = BYTES_PER_ELEMENT[rollout.dtype or sizes.config.student.dtype]
     waves = -(-sizes.config.sequences_per_step // _SEQUENCES_AT_ONCE)
@@ -58,5 +58,5 @@ def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
 
 
 def _link(ranks: int, gpu: Gpu) -> float:
-    """Bytes a second within a group whose members span `ranks` neighbouring ranks."""
+    """Bandwidth (bytes a second) in a group that spans `ranks` neighbouring ranks."""
     return gpu.nvlink if ranks <= GPUS_PER_NODE else gpu.network

@@ -28,7 +28,7 @@ class Traffic:
 
 
 def traffic(sizes: RunSizes) -> Traffic:
-    """Of a step whose sequences are as long as they may be."""
+    """Estimates the bytes of a step whose sequences have the greatest length."""
     student = sizes.models.student_config
     recompute = sizes.config.student.recompute
     # Two all-reduces a layer in each direction; under sequence parallelism the backward pass gathers inputs again.
@@ -57,7 +57,7 @@ def traffic(sizes: RunSizes) -> Traffic:
 
 
 def _to_experts(sizes: RunSizes) -> float:
-    """Bytes that a token sends and gets back on a rank's layers: forward and backward, and once more to recompute."""
+    """Estimates the bytes of expert dispatch for a token: forward, backward, and once more to recompute."""
     hf_config, passes = sizes.models.student_config, 3 if sizes.config.student.recompute else 2
     bytes_ = (
         passes

@@ -23,7 +23,7 @@ __all__ = ["RolloutClient", "RolloutEngine", "build_engine", "weight_format"]
 
 
 def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightFormat:
-    """What the engine that `config.rollout` names takes as weights, for ranks that have no engine too."""
+    """Says which weights the engine named by `config.rollout` takes; known on ranks without an engine too."""
     rollout = config.rollout
     dtype = DTYPES[rollout.dtype or config.student.dtype]
     if rollout.engine == "torch" or not rollout.shard_to_shard:
@@ -34,7 +34,7 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
 
 
 def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> RolloutEngine:
-    """The engine that `config.rollout` names, not started yet.
+    """Makes the engine named by `config.rollout`, not started yet.
 
     Args:
         model_dir: folder with the student's HF `config.json`.

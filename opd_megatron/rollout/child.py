@@ -1,4 +1,4 @@
-"""A child process that answers requests over a socket pair: started, watched, ended, its last words quoted.
+"""A child process that answers requests over a socket pair: started, watched, ended, its last error quoted.
 
 Knows nothing of vLLM. The pair is private to the two processes, so no address and no key are needed, and either
 side notices the other's end at once.
@@ -57,7 +57,7 @@ class ChildProcess:
         _alive.add(self)
 
     def call(self, name: str, arguments: Any) -> Any:
-        """One request and its reply. Raises EngineDiedError, or RolloutError when the child refuses."""
+        """Sends one request and returns its reply. Raises EngineDiedError, or RolloutError when the child refuses."""
         self.send(name, arguments)
         return self.receive(name)
 
@@ -100,7 +100,7 @@ class ChildProcess:
             ) from None
 
     def last_error_line(self) -> str:
-        """The last line of this process's log that names an error, else its last line."""
+        """Finds the last line of this process's log that names an error, else its last line."""
         with contextlib.suppress(OSError), self.log_path.open("rb") as log:
             log.seek(max(self._log_start, self.log_path.stat().st_size - 20_000))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -125,7 +125,7 @@ class ChildProcess:
 
 @contextlib.contextmanager
 def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """A process that is started in the block keeps these signals blocked; this thread hears them afterwards."""
+    """Blocks signals for a process that is started inside; this thread receives them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -126,7 +126,7 @@ def _whole(payload: WeightPayload) -> Bucket:
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:
-    """Where a tensor belongs. transformers stacks a layer's experts, which checkpoints hold one by one."""
+    """Finds where a tensor belongs. transformers stacks a layer's experts, which checkpoints hold one by one."""
     expert = _EXPERT.fullmatch(name)
     if expert is None or name in state:
         return state.get(name)
@@ -141,7 +141,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _policy(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[V] logits -> [V] logprobs that tokens are drawn from; temperature 0 keeps the model's own."""
+    """Turns [V] logits into the [V] logprobs that tokens are drawn from; temperature 0 keeps the model's own."""
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
     if sampling.top_k:

@@ -48,7 +48,7 @@ class VLLMOptions:
     """Where vLLM's log goes; by default a temporary file that lives as long as the engine."""
 
     def for_vllm(self, on_gpu: bool) -> dict[str, object]:
-        """Arguments of `vllm.LLM`."""
+        """Builds the arguments of `vllm.LLM`."""
         memory: dict[str, object] = {"gpu_memory_utilization": self.gpu_memory_utilization}
         if not on_gpu:
             # Compiling costs a minute and gained nothing on CPU; vLLM's own kernels gain 6%.
@@ -73,7 +73,7 @@ class VLLMOptions:
         }
 
     def environment(self, on_gpu: bool) -> dict[str, str]:
-        """The child's environment: this process's without torchrun's variables, plus vLLM's."""
+        """Builds the child's environment: this process's without torchrun's variables, plus vLLM's."""
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         env = {
             name: value
@@ -106,7 +106,7 @@ class VLLMOptions:
 
 
 def vocab_rows(vocab_size: int, tensor: int) -> int:
-    """Rows of embedding and head in each vLLM worker, the last one's padding included: it pads to 64, then divides."""
+    """Computes the rows of embedding and head in each vLLM worker: vLLM pads to 64, then divides."""
     return -(-vocab_size // 64) * 64 // tensor
 
 
@@ -271,4 +271,4 @@ class VLLMEngine:
 
 
 class _BadTensorError(Exception):
-    """vLLM's own words about a tensor it cannot load."""
+    """A tensor that vLLM cannot load, in its own words."""

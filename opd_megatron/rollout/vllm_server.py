@@ -67,7 +67,7 @@ class Server:
         self.llm.collective_rpc("opd_begin_update")
 
     def load(self, paths: list[str]) -> str | None:
-        """One file of full tensors for all workers, or a file of shards for each."""
+        """Loads one file of full tensors into all workers, or a file of shards into each."""
         problem = _first(self.llm.collective_rpc("opd_load", args=(paths,)))
         for path in paths:
             os.unlink(path)

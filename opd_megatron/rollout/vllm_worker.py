@@ -88,7 +88,7 @@ class WeightReceiver:
 
 
 class _PreShardedLoading:
-    """Until `undo`, every layer loads what it is given as it is: as the first rank of a checkpoint that ends there.
+    """Pretends to be TP rank 0 of a model as large as this shard, so that vLLM loads the shard unsliced, until `undo`.
 
     vLLM's loaders take `tp_rank`'s part of a full tensor. For rank 0 that part begins at the tensor's first row or
     column and has the shard's size, so of a tensor that is just the shard it is all. Experts' loaders divide what they
@@ -125,7 +125,7 @@ def _load_as_shard(load: Callable[..., None]) -> Callable[..., None]:
 
 
 def _forget_packed_experts(model: nn.Module) -> None:
-    """On a CPU experts are packed for the kernel when it is made, and only then: an update needs a new one.
+    """Makes a new expert kernel at the next call: on a CPU it packs the experts when it is made, and only then.
 
     (`UnquantizedFusedMoEMethod._setup_kernel` takes raw weights for packed ones at every update; on a GPU nothing is
     done to them at that place.)

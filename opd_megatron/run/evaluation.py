@@ -41,7 +41,8 @@ class Evaluator:
         self._inputs: list[TeacherInputs] = []
 
     def evaluate(self, student: Student) -> dict[str, float]:
-        """Nats per token: `eval/forward_kl`, `eval/reverse_kl`, `eval/nll` and the teacher's `eval/teacher_nll`.
+        """Measures in nats per token: `eval/forward_kl`, `eval/reverse_kl`, `eval/nll` and the teacher's
+        `eval/teacher_nll`.
 
         Collective over all ranks.
         """
@@ -65,7 +66,7 @@ class Evaluator:
 
 
 def _gold(prompt: Prompt) -> Rollout:
-    """The gold answer as if it had been sampled. Without one, the second half of the prompt is scored."""
+    """Treats the gold answer as if it had been sampled. Without one, the second half of the prompt is scored."""
     if prompt.answer_ids:
         return Rollout(prompt, torch.tensor(prompt.answer_ids), None, policy_version=-1)
     half = max(1, len(prompt.token_ids) // 2)

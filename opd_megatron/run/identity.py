@@ -19,12 +19,12 @@ _IDENTITY = ("seed", "student", "teachers", "data", "objective")
 
 
 def identity_of(tree: dict[str, Any]) -> dict[str, Any]:
-    """What a run may not change, of a configuration as nested dictionaries: `objective.type`, `teachers.0.path`, ..."""
+    """Flattens the settings that a run may not change: `objective.type`, `teachers.0.path`, ..."""
     return dict(_flatten({key: tree.get(key) for key in _IDENTITY}))
 
 
 def checkpoint_identity(config: RunConfig, models: ResolvedModels) -> dict[str, Any]:
-    """What a checkpoint must agree with to be one of this run: the settings that make it, and its model."""
+    """Collects what a checkpoint must agree with to belong to this run: its settings and its model."""
     hf_config = models.student_config
     return identity_of(config.model_dump(mode="json")) | {
         f"model.{name}": getattr(hf_config, name, None) for name in _ARCHITECTURE
@@ -32,7 +32,7 @@ def checkpoint_identity(config: RunConfig, models: ResolvedModels) -> dict[str, 
 
 
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key on which two identities disagree, with both values."""
+    """Finds the first key on which two identities disagree, with both values."""
     for key, value in ours.items():
         if theirs.get(key, value) != value:  # a key the older one lacks had its default then
             return key, theirs[key], value

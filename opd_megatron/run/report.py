@@ -1,4 +1,4 @@
-"""What came of a run: the table, and the curves as a picture."""
+"""The results of a run: the table, and the curves as a picture."""
 
 from __future__ import annotations
 

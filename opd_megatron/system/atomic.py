@@ -24,7 +24,7 @@ _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 
 
 def disk_remedy(error: BaseException) -> str | None:
-    """What a user can do about a disk that refuses, by its cause; None where the cause is another one."""
+    """Says what a user can do about a disk error, by its cause; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in _NO_SPACE:
         return "free disk space or choose another folder"
@@ -37,7 +37,7 @@ def disk_remedy(error: BaseException) -> str | None:
 
 @contextmanager
 def new_folder(out: Path, kind: type[OPDError], *, replaces: bool = False) -> Iterator[Path]:
-    """A sibling to write into. It becomes `out` when the block ends well and vanishes when it does not.
+    """Makes a sibling folder to write into. It becomes `out` when the block ends well and vanishes when it does not.
 
     Args:
         kind: class of the error when the folder cannot be written.
@@ -64,7 +64,7 @@ def new_folder(out: Path, kind: type[OPDError], *, replaces: bool = False) -> It
 
 
 def partial_path(out: Path) -> Path:
-    """Where `out` is written before it has its name."""
+    """Names the sibling in which `out` is written."""
     return out.with_name(f".{out.name}.partial")
 
 

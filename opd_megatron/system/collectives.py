@@ -1,4 +1,4 @@
-"""What all ranks have to know before any of them may act: an error, a result, a wish."""
+"""Sharing one rank's error, result or flag with all ranks before any of them acts on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def raise_on_all_ranks(
 def on_all_ranks(
     what: str, kind: type[OPDError], *, remedy: str = "", group: dist.ProcessGroup | None = None
 ) -> Iterator[None]:
-    """An error in the block on any rank is raised on all of them at its end. Collective."""
+    """Raises an error in the block of any rank on all ranks, at the block's end. Collective."""
     error: Exception | None = None
     try:
         yield
@@ -75,7 +75,7 @@ def on_rank_0(
 
 
 def all_ranks_max(*flags: bool) -> list[bool]:
-    """Each flag, true on every rank when it is true on any. Collective, on the CPU."""
+    """Combines flags: each is true on every rank when it is true on any. Collective, on the CPU."""
     values = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""Asked to stop: a signal that lets the current step end and its state be saved.
+"""Graceful stop on SIGTERM or SIGUSR1: the current step ends and its state is saved.
 
 SIGTERM is what SLURM, Kubernetes and `kill` send; SIGUSR1 is what `sbatch --signal=USR1@120` sends before a time
 limit. The first one only leaves a note, which the trainer reads between steps; a second one ends the process at once.
@@ -21,7 +21,8 @@ _first: float | None = None
 
 
 def note_stop_signals() -> None:
-    """From here on a stop signal is a request. A later one is SystemExit, so that `with` blocks end the engine."""
+    """Turns stop signals into requests from here on. A later one is SystemExit, so that `with` blocks end the
+    engine."""
     global _first
     _first = None
     for number in STOP_SIGNALS:
@@ -29,18 +30,18 @@ def note_stop_signals() -> None:
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop. Other ranks may not have been."""
+    """Tells whether this process was asked to stop. Other ranks may not have been."""
     return _first is not None
 
 
 def raise_if_stop_requested() -> None:
-    """For waits that no step depends on. Raises StopRequestedError."""
+    """Raises StopRequestedError if a stop was requested: for waits that no step depends on."""
     if stop_requested():
         raise StopRequestedError("asked to stop by a signal")
 
 
 def is_repeated(first: float | None) -> bool:
-    """Whether a signal that arrives now is another request than the one that arrived at `first`."""
+    """Tells whether a signal that arrives now is another request than the one that arrived at `first`."""
     return first is not None and time.monotonic() - first > SAME_REQUEST_SECONDS
 
 

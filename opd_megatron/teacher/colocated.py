@@ -40,14 +40,14 @@ class ColocatedTeacher:
         return TeacherInputs([(states, head) for states in hidden], self._weight)
 
     def close(self) -> None:
-        """Holds nothing but memory."""
+        """Does nothing: memory is all that it holds."""
 
 
 class StudentRanks:
     """`placement: student`."""
 
     def check(self, teacher: StudentRanksTeacherConfig, hf_config: PretrainedConfig, config: RunConfig) -> None:
-        """The student's sizes must divide the teacher's heads, columns, layers and experts too."""
+        """Requires that the student's sizes divide the teacher's heads, columns, layers and experts too."""
         check_divisible(f"teacher {teacher.path!r}", hf_config, config)
 
     def build(
@@ -72,7 +72,7 @@ class StudentRanks:
     def cost(
         self, teacher: StudentRanksTeacherConfig, hf_config: PretrainedConfig, sizes: RunSizes, stage: int
     ) -> TeacherCost:
-        """Its shard of frozen weights, a head on the last stage, and there the hidden states of a whole step."""
+        """Estimates its shard of frozen weights, its head on the last stage, and there the hidden states of a step."""
         element, shard, layer = (
             BYTES_PER_ELEMENT[teacher.dtype],
             sizes.stage(hf_config, stage),

@@ -43,7 +43,7 @@ def export_weights(
     bucket_bytes: int = BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Bucket]:
-    """Full Hugging Face tensors in buckets; a rank holds at most `bucket_bytes` beyond its shards.
+    """Gathers full Hugging Face tensors in buckets; a rank holds at most `bucket_bytes` beyond its shards.
 
     That is the bucket in use, the next one on its way and what it is made of: so a bucket has at most a third of it.
     A tensor with more (an embedding, often) travels alone, when the bucket before it is no longer needed: beyond it a
@@ -61,7 +61,7 @@ def export_weights(
 
 
 def gather_student(student: TrainedModel, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
-    """Full Hugging Face tensors of a student in bounded buckets, on global rank 0 alone; every rank must exhaust the
+    """Gathers a student's full Hugging Face tensors in bounded buckets on global rank 0; every rank must exhaust the
     iterator.
 
     The first replica (the data-parallel ranks that hold all experts together) does the work of `export_weights`; the
@@ -89,7 +89,7 @@ class _GatherExport:
                 yield when_room(start, fits)
 
     def _start(self, bucket: list[HFTensor], fits: bool) -> Callable[[], PendingTransfer] | None:
-        """What this rank does for a bucket; None when it is not concerned."""
+        """Starts this rank's part of a bucket; None when it has none."""
         layout = self._layout
         if self._parts.exports(bucket[0]):
             if layout.tp_size == 1 and layout.is_first_stage and layout.ep_rank == 0:
@@ -101,7 +101,7 @@ class _GatherExport:
         return None
 
     def _own_tensors(self, bucket: Sequence[HFTensor]) -> list[NamedTensor]:
-        """Of an unsharded stage; only what Megatron interleaves, or another dtype, is copied."""
+        """Reads the tensors of an unsharded stage; copies only what Megatron interleaves or another dtype needs."""
         return [(tensor.name, self._parts.own(tensor).to(self._dtype)) for tensor in bucket]
 
     def _gather(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
@@ -135,7 +135,7 @@ class _GatherExport:
         return finish
 
     def _gather_alone(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
-        """The same for a tensor that is larger than a bucket: what can be is received where it belongs."""
+        """Gathers one tensor that is larger than a bucket, in place where its layout allows."""
         (tensor,) = bucket
         first = self._layout.tp_rank == 0
         if not first:
@@ -164,7 +164,7 @@ class _GatherExport:
         return finish
 
     def _receive(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
-        """On the first expert-parallel rank of a stage: begins to take what comes by; finishing sends it on."""
+        """Begins to receive on the first expert-parallel rank of a stage; finishing sends it on."""
         stage, expert_rank = bucket[0].owner
         at_home = stage == self._layout.pp_rank
         group, source = (self._layout.ep_group, expert_rank) if at_home else (self._layout.pp_group, stage)
@@ -180,7 +180,7 @@ class _GatherExport:
         return finish
 
     def _send_on(self, flat: torch.Tensor, tensors: dict[str, torch.Tensor]) -> list[NamedTensor] | None:
-        """To the first expert-parallel rank of the stage, from there to the first stage; there it is returned."""
+        """Sends to the stage's first expert-parallel rank, from there to the first stage, which returns it."""
         layout = self._layout
         if layout.ep_rank == 0 and layout.is_first_stage:
             return list(tensors.items())
@@ -196,7 +196,7 @@ class _GatherExport:
         return torch.empty(numel, dtype=self._dtype, device=self._device)
 
     def _empty_bucket(self, bucket: Sequence[HFTensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One flat buffer and the full tensors, by name, as views of it."""
+        """Allocates one flat buffer, and the full tensors, by name, as views of it."""
         sizes = [tensor.numel for tensor in bucket]
         flat = self._empty(sum(sizes))
         parts = zip(bucket, flat.split(sizes), strict=True)

@@ -51,7 +51,7 @@ class WeightPublisher:
         return self._shard_files
 
     def _reaches_engine(self) -> bool:
-        """Makes the transport of shard files; whether the engine's host can read every rank's."""
+        """Makes the transport of shard files, and tells whether the engine's host can read every rank's."""
         # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.
         tp_size = self._student.layout.tp_size
         senders = dist.new_group(list(range(tp_size)), backend="gloo")

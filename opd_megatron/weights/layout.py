@@ -29,7 +29,7 @@ class ShardLayout:
     """Which equal share of every layer's experts this rank holds, in the experts' order."""
     ep_size: int = 1
     ep_group: ProcessGroup | None = None
-    """Ranks of this stage and tensor-parallel rank that share the experts out; None only when ep_size is 1."""
+    """Ranks of this stage and tensor-parallel rank that divide the experts; None only when ep_size is 1."""
 
     @property
     def is_first_stage(self) -> bool:

@@ -263,5 +263,5 @@ def test_what_splits_a_model_of_experts_is_the_width_of_an_expert() -> None:
 def test_expert_parallelism_needs_experts_that_it_divides() -> None:
     with pytest.raises(ConfigError, match="--expert 3 must divide the model's 4 experts: use another size"):
         ParallelSizes(expert=3).check(CONFIGS["qwen3_moe"])
-    with pytest.raises(ConfigError, match="--expert 2 needs a model of experts, this one has none: leave it out"):
+    with pytest.raises(ConfigError, match="--expert 2 needs a MoE model, this one has no experts: leave it out"):
         ParallelSizes(expert=2).check(CONFIGS["llama"])

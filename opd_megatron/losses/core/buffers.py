@@ -46,7 +46,7 @@ class BufferPool:
         return torch.from_numpy(array).view(dtype).view(shape)
 
     def release(self) -> None:
-        """Gives the memory that nobody uses back to the system."""
+        """Returns unused memory to the system."""
         with self._lock:
             self._free.clear()
 
@@ -86,6 +86,6 @@ gradient_memory = BufferPool(keep=1, slack=1.0)
 
 
 def release_memory() -> None:
-    """Gives the memory that is kept for the next call back to the system."""
+    """Returns the memory that is kept for the next call to the system."""
     chunk_memory.release()
     gradient_memory.release()

@@ -1,4 +1,4 @@
-"""Which tokens have their logits at the same time."""
+"""How tokens are split into chunks whose logits exist at the same time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIN_CHUNK_TOKENS = 64
 
 
 def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, policy: PolicyTerm | None) -> list[slice]:
-    """Slices of [0, tokens) of at most `chunk_tokens`, or of equal size in bounded memory.
+    """Splits [0, tokens) into slices of at most `chunk_tokens`, or of equal size in bounded memory.
 
     Computed from what is the same on all ranks of a group. A policy term at the level of sequences moves every bound to
     the end of a sequence, because a sequence's ratio needs all its tokens.
@@ -33,7 +33,8 @@ def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, poli
 
 
 def default_chunk(tokens: int, row_bytes: int, device: str) -> int:
-    """Tokens of a chunk: equal parts of `tokens` whose logits, `row_bytes` a token, stay within the device's bound."""
+    """Chooses the tokens of a chunk: equal parts of `tokens` whose logits, `row_bytes` a token, stay within the
+    device's bound."""
     tokens = max(tokens, 1)
     limit = _CHUNK_BYTES.get(device, _CHUNK_BYTES_GPU) // row_bytes
     chunks = -(-tokens // max(limit, _MIN_CHUNK_TOKENS))

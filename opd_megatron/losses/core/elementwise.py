@@ -48,7 +48,7 @@ NAMES = ("exp", "expm1", "log1p", "at_least", "at_most", "where")
 
 
 def rebind(function: Any, names: Mapping[str, Any], wrap: Callable[[FunctionType], Any]) -> Any:
-    """`wrap` of a copy of `function` in which each of `NAMES` means what `names` says.
+    """Wraps a copy of `function` in which each of `NAMES` is bound to the backend's own function.
 
     Functions of the same module that it calls are copied and wrapped likewise.
     """

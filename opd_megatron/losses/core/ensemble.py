@@ -11,7 +11,7 @@ from opd_megatron.losses.kernels.base import LOG_ZERO
 
 
 def mean_logits(teachers: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """sum_i w_i t_i, [R, n]."""
+    """Computes sum_i w_i t_i, [R, n]."""
     mixed = teachers[0].to(dtype, copy=True).mul_(weights[0])
     for weight, logits in zip(weights[1:], teachers[1:], strict=True):
         mixed.add_(logits, alpha=weight)
@@ -26,7 +26,7 @@ def mean_probabilities(
     log_sums: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Logits whose softmax at `temperature` is sum_i w_i q_i and whose normaliser is 0, [R, n].
+    """Computes logits whose softmax at `temperature` is sum_i w_i q_i and whose normaliser is 0, [R, n].
 
     Args:
         maxima: [teachers, R], of logits / temperature over the whole vocabulary.

@@ -80,8 +80,8 @@ class FusedLinearDivergence(torch.autograd.Function):
 
 
 def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The product, in place unless a later backward wants the gradient again (`retain_graph`): it is as large as the
-    head. Without even that pass where the factor is 1 and asking costs no synchronisation."""
+    """Multiplies, in place unless a later backward wants the gradient again (`retain_graph`): it is as large as the
+    head. Skips even that pass where the factor is 1 and asking costs no synchronisation."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor
     return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient.mul_(factor)
@@ -95,7 +95,7 @@ def _summed(gradient: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
 
 
 def _scattered(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
-    """The same where the rows are sharded: the sums of this rank's rows [R, h], 0 for padding."""
+    """Sums d hidden over the ranks and returns this rank's rows [R, h] (sequence parallelism), 0 for padding."""
     ranks = 1 if ctx.group is None else dist.get_world_size(ctx.group)
     everyones = gradient.new_zeros(ranks * ctx.rows, gradient.shape[1]).index_copy_(0, ctx.gather_index, gradient)
     if ctx.group is None or not gradient.numel():
@@ -106,7 +106,7 @@ def _scattered(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
 
 
 def _gathered(hidden: torch.Tensor, args: FusedLinearArgs) -> torch.Tensor:
-    """Hidden states [T, h] of all tokens, from this rank's rows where they are sharded."""
+    """Gathers the hidden states [T, h] of all tokens where this rank holds only its rows."""
     hidden = hidden.detach()
     if args.gather_index is None:
         return hidden

@@ -13,7 +13,7 @@ _HEAD_ROWS = 4096
 
 
 def times_head(gradient: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
-    """out [T, h] = gradient [T, n] head [n, h]."""
+    """Computes out [T, h] = gradient [T, n] head [n, h]."""
     width = head.shape[1]
     if head.device.type == "cpu" and head.dtype == torch.bfloat16 and width in _SLOW_WIDTHS and len(gradient) > _TALL:
         step = -(-width // (-(-width // _PIECE)))  # equal pieces
@@ -25,7 +25,7 @@ def times_head(gradient: torch.Tensor, head: torch.Tensor, out: torch.Tensor) ->
 
 
 def add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, first: bool) -> None:
-    """total [n, h] (+)= gradient^T [n, T] hidden [T, h]; added in fp32 or wider."""
+    """Computes total [n, h] (+)= gradient^T [n, T] hidden [T, h], added in fp32 or wider."""
     if first and total.dtype == hidden.dtype:
         torch.mm(gradient.t(), hidden, out=total)
         return

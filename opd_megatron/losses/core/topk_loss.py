@@ -51,7 +51,7 @@ class _OwnedEntries:
 
 
 class TopKLoss(VocabParallelLoss):
-    """Runs calls whose teacher is their `entries`. See `VocabParallelLoss`."""
+    """Computes the loss of a top-k teacher, given as `LossInputs.entries`. See `VocabParallelLoss`."""
 
     def __init__(self, spec: LossSpec, tokens: int, device: torch.device, logits: Sequence[torch.dtype] = ()) -> None:
         # Over the vocabulary no divergence is computed, so it is the one that costs least.
@@ -92,7 +92,7 @@ class TopKLoss(VocabParallelLoss):
     # The student's statistics
 
     def _read(self, inputs: LossInputs, entries: TopKEntries) -> _OwnedEntries:
-        """The pass over the vocabulary. Its copy of the logits takes the memory of `inputs.gradient`."""
+        """Makes the one pass over the vocabulary. Its copy of the logits takes the memory of `inputs.gradient`."""
         none = inputs.student.new_zeros(len(inputs.student), dtype=self.spec.dtype)
         inside = self._owned(entries.ids)
         where = inside.nonzero(as_tuple=True)
@@ -115,9 +115,10 @@ class TopKLoss(VocabParallelLoss):
         return _OwnedEntries(tail, maxima, totals, entropy, student, teacher, places, where, target)
 
     def _normalise(self, owned: _OwnedEntries, best: torch.Tensor) -> tuple[GlobalSoftmaxStats, torch.Tensor]:
-        """Of the whole vocabulary: row 0 is the student, row 1 its tail, `at` its logit at the `best` entries.
+        """Merges maxima and sums over the ranks: row 0 is the student, row 1 its tail, `at` its logit at the `best`
+        entries.
 
-        And of this rank's entries, [2, T]: the student's largest logit, and the sum of exp(logit - largest).
+        Also returns, of this rank's entries, [2, T]: the student's largest logit, and the sum of exp(logit - largest).
         """
         own = owned.student.amax(-1)
         of_entries = torch.where(owned.student > LOG_ZERO, (owned.student - own.unsqueeze(-1)).exp(), 0).sum(-1)
@@ -132,7 +133,7 @@ class TopKLoss(VocabParallelLoss):
     def _sums_of_rank(
         self, inputs: LossInputs, owned: _OwnedEntries, merged: GlobalSoftmaxStats, of_rank: torch.Tensor
     ) -> torch.Tensor:
-        """[len(SUMS) + 2, T]: `SUMS` without the tail's, sum_k p, and the target's log-probability."""
+        """Computes [len(SUMS) + 2, T]: `SUMS` without the tail's, sum_k p, and the target's log-probability."""
         packed = torch.zeros_like(merged.maxima[:1]).repeat(len(SUMS) + 2, 1)
         if self.spec.columns == 0:
             return packed
@@ -150,7 +151,7 @@ class TopKLoss(VocabParallelLoss):
         return packed
 
     def _tail_sums(self, log_p: torch.Tensor, entries: TopKEntries) -> torch.Tensor:
-        """`SUMS` of the tail, but for the student's entropy, which is exact column by column."""
+        """Computes `SUMS` of the tail, but for the student's entropy, which is exact column by column."""
         events = log_p.unsqueeze(-1), entries.log_tail.unsqueeze(-1)
         sums = self._events.sums(*events, Normalisers(*[torch.zeros_like(log_p)] * 4))
         sums = torch.where(entries.covered, 0, sums)
@@ -172,7 +173,7 @@ class TopKLoss(VocabParallelLoss):
     def _write_tail(
         self, out: torch.Tensor, owned: _OwnedEntries, merged: GlobalSoftmaxStats, of_tail: torch.Tensor
     ) -> None:
-        """out = of_tail * p / p_tail."""
+        """Writes out = of_tail * p / p_tail."""
         share = merged.maxima[1], merged.log_sums[1]
         none = torch.zeros_like(of_tail)
         for rows in self._blocks(len(out)):
@@ -201,7 +202,10 @@ class TopKLoss(VocabParallelLoss):
 def _with_teacher(
     entries: TopKEntries, targets: torch.Tensor, logprobs: torch.Tensor, log_p_tail: torch.Tensor
 ) -> torch.Tensor:
-    """[2, T]: the student's log-probabilities of the targets and the teacher's, in the tail by the student's shape."""
+    """Log-probabilities [2, T] of the targets, student's and teacher's.
+
+    For a token outside the top k we assume that the teacher's tail is shaped like the student's.
+    """
     sampled = entries.ids == targets.unsqueeze(-1)
     of_entry = torch.where(sampled, entries.logprobs, 0).sum(-1)
     of_tail = logprobs + (entries.log_tail - log_p_tail)

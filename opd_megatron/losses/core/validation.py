@@ -18,7 +18,7 @@ COMBINATIONS = ("logit_mean", "prob_mean")
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """What one call computes, and the columns of the vocabulary that this rank computes it on."""
+    """One call: what it computes, and which vocabulary columns this rank computes it on."""
 
     divergence: Divergence
     lambda_distill: float
@@ -44,7 +44,7 @@ class LossSpec:
 
 @dataclass(frozen=True, slots=True)
 class LossArguments:
-    """The scalar arguments of both forms, as the caller gave them."""
+    """The scalar arguments of `linear_divergence` and `vocab_parallel_divergence`, as the caller gave them."""
 
     type: str = "reverse_kl"
     temperature: float = 1.0
@@ -58,7 +58,7 @@ class LossArguments:
 
     @classmethod
     def of(cls, **arguments: Any) -> LossArguments:
-        """From keywords among which are the names of `PARAMETERS`."""
+        """Sorts the divergences' own parameters out of the keywords."""
         parameters = {name: arguments.pop(name) for name in PARAMETERS if name in arguments}
         return cls(**arguments, parameters=parameters)
 
@@ -110,7 +110,7 @@ def _check_scalars(arguments: LossArguments) -> None:
 
 
 def check_matrix(name: str, matrix: torch.Tensor, like: torch.Tensor, rows: int | None = None) -> None:
-    """A floating 2-D tensor on the device of `like`, with `rows` rows if given."""
+    """Requires a floating 2-D tensor on the device of `like`, with `rows` rows if given."""
     if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
         got = list(matrix.shape) if isinstance(matrix, torch.Tensor) else f"a {matrix.__class__.__name__}"
         raise ConfigError(f"{name} is {got} but must be a 2-D tensor: flatten batch and sequence into one dimension")
@@ -123,7 +123,7 @@ def check_matrix(name: str, matrix: torch.Tensor, like: torch.Tensor, rows: int 
 
 
 def check_projection(name: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
-    """`hidden` [T, h] and `head` [v, h] can be multiplied."""
+    """Requires that `hidden` [T, h] and `head` [v, h] can be multiplied."""
     if hidden.shape[1] != head.shape[1]:
         raise ConfigError(
             f"{name} hidden size {hidden.shape[1]} differs from its head's {head.shape[1]}: pass the head [v, h] "
@@ -134,7 +134,7 @@ def check_projection(name: str, hidden: torch.Tensor, head: torch.Tensor) -> Non
 
 
 def check_per_token(name: str, values: torch.Tensor | None, like: torch.Tensor) -> None:
-    """None, or one value for each row of `like` on its device."""
+    """Requires None, or one value for each row of `like` on its device."""
     if values is None:
         return
     if values.shape != like.shape[:1]:
@@ -144,7 +144,7 @@ def check_per_token(name: str, values: torch.Tensor | None, like: torch.Tensor) 
 
 
 def check_gather_index(index: torch.Tensor | None, like: torch.Tensor) -> None:
-    """None, or int64 row numbers [T] on the device of `like`."""
+    """Requires None, or int64 row numbers [T] on the device of `like`."""
     if index is None:
         return
     if index.dim() != 1 or index.dtype != torch.int64 or index.device != like.device:
@@ -155,7 +155,7 @@ def check_gather_index(index: torch.Tensor | None, like: torch.Tensor) -> None:
 
 
 def check_targets(targets: torch.Tensor | None, like: torch.Tensor, vocab_size: int) -> None:
-    """None, or int64 token ids of the true vocabulary, one for each row of `like`."""
+    """Requires None, or int64 token ids of the true vocabulary, one for each row of `like`."""
     check_per_token("targets", targets, like)
     if targets is None:
         return
@@ -169,7 +169,7 @@ def check_targets(targets: torch.Tensor | None, like: torch.Tensor, vocab_size: 
 
 
 def _group_shape(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Ranks of the group and this rank's place in it."""
+    """Returns (ranks of the group, this rank's place in it)."""
     if group is None:
         return 1, 0
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:

@@ -99,7 +99,8 @@ class VocabParallelLoss:
         return PerTokenLoss(sums, (above == 0).to(self.spec.dtype), logprobs, policy)
 
     def _statistics(self, inputs: LossInputs, rows: slice) -> torch.Tensor:
-        """[2 + 3 teacher matrices, R]: (max, sum) of the student, then (max, sum, at the student's max) of each."""
+        """Computes [2 + 3 teacher matrices, R]: (max, sum) of the student, then (max, sum, at the student's max) of
+        each."""
         student = inputs.student[rows]
         matrices = [teacher[rows] for teacher in inputs.teachers]
         if self.spec.teachers > 1 and self.spec.combine == "logit_mean":
@@ -116,7 +117,7 @@ class VocabParallelLoss:
         return torch.stack(fields)
 
     def _merge(self, local: torch.Tensor) -> GlobalSoftmaxStats:
-        """First collective."""
+        """Merges the ranks' statistics: the first of the two collectives."""
         group = self.spec.group
         ranks = 1 if group is None else dist.get_world_size(group)
         everyone = local.unsqueeze(0)
@@ -134,7 +135,7 @@ class VocabParallelLoss:
         return GlobalSoftmaxStats(top, total, at)
 
     def _teacher(self, inputs: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
-        """The teacher's logits of a block, mixed from several where there are several."""
+        """Returns the teacher's logits of a block; of several teachers, their mixture."""
         blocks = [teacher[rows] for teacher in inputs.teachers]
         weights, dtype = self.spec.teacher_weights, self.spec.dtype
         if self.spec.teachers == 1:
@@ -157,7 +158,8 @@ class VocabParallelLoss:
         return self.spec.teachers > 1 and self.spec.combine == "prob_mean"
 
     def _sums(self, inputs: LossInputs, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
-        """This rank's part of `SUMS`, of how many columns the teacher prefers, and of the targets' logprobs."""
+        """Computes this rank's part of `SUMS`, of how many columns the teacher prefers, and of the targets'
+        logprobs."""
         student, normalisers = inputs.student[rows], self._normalisers(rows, merged)
         packed = normalisers.student_max.new_zeros(len(SUMS) + 3, len(student))
         if self.spec.columns == 0:
@@ -174,7 +176,7 @@ class VocabParallelLoss:
         return packed
 
     def _preferred(self, teacher: torch.Tensor, rows: slice, merged: GlobalSoftmaxStats) -> torch.Tensor:
-        """How many of this rank's columns the teacher likes better than the student's favourite."""
+        """Counts the columns of this rank that the teacher ranks above the student's argmax."""
         if not self._mixes_probabilities:
             # The maximum is known: one rank says so.
             ahead = (merged.at[0, rows] < merged.maxima[1, rows]).to(self.spec.dtype)
@@ -185,7 +187,7 @@ class VocabParallelLoss:
         return (teacher > favourite.unsqueeze(-1)).sum(-1).to(self.spec.dtype)
 
     def _policy(self, inputs: LossInputs, logprobs: torch.Tensor) -> PolicyResult | None:
-        """Of the targets' `logprobs`, [2, T]."""
+        """Computes the policy term from the targets' `logprobs` [2, T]."""
         if inputs.policy is None:
             return None
         mask = None if inputs.weights is None else inputs.weights != 0
@@ -206,8 +208,8 @@ class VocabParallelLoss:
         return GradientCoefficients(divergence_coef, softmax_coef + target_coef, target_coef)
 
     def _write_targets(self, inputs: LossInputs, coefs: GradientCoefficients, logprobs: torch.Tensor) -> None:
-        """The sampled tokens' own entries, from scratch: target_coef (1 - p) would be lost in a rounded -target_coef
-        p."""
+        """Recomputes the gradient at the sampled tokens: target_coef (1 - p) would be lost in a rounded
+        -target_coef p."""
         divergence_coef, softmax_coef, target_coef = coefs
         if target_coef is None:
             return
@@ -228,7 +230,8 @@ class VocabParallelLoss:
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def _divergence_coef(self, inputs: LossInputs) -> torch.Tensor:
-        """[T]: weight of the divergence's gradient with respect to the student's logits as they came in."""
+        """Computes [T]: the weight of the divergence's gradient with respect to the student's logits as they came
+        in."""
         factor = self.spec.lambda_distill / self.spec.temperature
         if inputs.weights is None:
             return torch.full((len(inputs.student),), factor, dtype=self.spec.dtype, device=inputs.student.device)
@@ -241,7 +244,7 @@ class VocabParallelLoss:
     def _at_targets(
         self, targets: torch.Tensor | None, student: torch.Tensor, teacher: torch.Tensor
     ) -> torch.Tensor | None:
-        """[2, T] logits over the temperature at the targets (of some column where this rank does not hold them)."""
+        """Reads the logits [2, T] over the temperature at the targets (at some column where another rank owns them)."""
         if targets is None:
             return None
         column = (targets - self.spec.first_column).clamp(0, self.spec.columns - 1).unsqueeze(-1)

@@ -18,7 +18,7 @@ LOG_ZERO = -1e30
 
 
 class Statistics(NamedTuple):
-    """Of this rank's columns, logits over the temperature. Each [R]."""
+    """Statistics of this rank's columns of the logits over the temperature. Each [R]."""
 
     student_max: torch.Tensor
     student_sum: torch.Tensor
@@ -50,7 +50,7 @@ class Kernels(Protocol):
     def statistics(self, student: torch.Tensor, teacher: torch.Tensor) -> Statistics: ...
 
     def sums(self, student: torch.Tensor, teacher: torch.Tensor, normalisers: Normalisers) -> torch.Tensor:
-        """This rank's part of each of `SUMS`, [len(SUMS), R]."""
+        """Computes this rank's part of each of `SUMS`, [len(SUMS), R]."""
         ...
 
     def gradient(
@@ -62,7 +62,7 @@ class Kernels(Protocol):
         softmax_coef: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """out = divergence_coef * weighted_grad - softmax_coef * p, rows where both [R] coefs are 0 exactly 0."""
+        """Writes out = divergence_coef * weighted_grad - softmax_coef * p; a row whose two coefs are 0 is exactly 0."""
         ...
 
     def fused(

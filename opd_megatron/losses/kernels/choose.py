@@ -22,7 +22,7 @@ _WORTH_COMPILING = 2**21
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every loss that the backend can take runs on it: for tests and measurements."""
+    """Runs every loss in the block on `backend` where it can take it: for tests and measurements."""
     global _chosen
     assert name in BACKENDS
     before, _chosen = _chosen, name
@@ -40,7 +40,8 @@ def choose_kernels(
     logits: Sequence[torch.dtype],
     elements: int,
 ) -> Kernels:
-    """The fastest backend that can take logits of these types and compute in `dtype`; `elements` is how many there are.
+    """Chooses the fastest backend that can take logits of these types and compute in `dtype`; `elements` is how many
+    there are.
 
     Without numba (CPU) or Triton (GPU), for float64, and for small calls on a CPU it is plain torch.
     """

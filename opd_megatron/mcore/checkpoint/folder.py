@@ -32,7 +32,7 @@ class BestCheckpoint:
     mode: Literal["min", "max"] = "min"
 
     def choose(self, found: list[tuple[int, Path]]) -> Path | None:
-        """The best of these checkpoints, the earliest of equals; None when none was measured."""
+        """Chooses the best of these checkpoints, the earliest of equals; None when none was measured."""
         measured = [(value, step, path) for step, path in found if (value := self._value(path)) is not None]
         if not measured:
             return None
@@ -52,7 +52,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints as (step, path), oldest first."""
+    """Lists complete checkpoints as (step, path), oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -60,7 +60,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint. Raises OSError or ValueError when it is damaged."""
+    """Reads the JSON state of a checkpoint. Raises OSError or ValueError when it is damaged."""
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise ValueError(f"{STATE_FILE} holds no mapping")
@@ -68,7 +68,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def make_partial(final: Path) -> Path:
-    """An empty folder to write into; what killed runs left behind goes first."""
+    """Makes an empty folder to write into, and removes what killed runs left behind."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for path in final.parent.iterdir():
         if _LEFTOVER.fullmatch(path.name):

@@ -1,4 +1,4 @@
-"""Loading: the newest checkpoint whose files are whole, and only if it belongs to this run."""
+"""Loading: finds the newest checkpoint whose files are whole, and fills the student from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FoundCheckpoint:
 
 
 def choose_checkpoint(folder: Path) -> FoundCheckpoint | None:
-    """The newest checkpoint that is whole, the same on every rank; None when there is none at all. Collective.
+    """Finds the newest checkpoint that is whole, the same on every rank; None when there is none. Collective.
 
     The ranks share the work of reading every byte.
 
@@ -53,7 +53,7 @@ def choose_checkpoint(folder: Path) -> FoundCheckpoint | None:
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
-    """The `state` that a checkpoint was saved with, the same on every rank. Collective over all ranks.
+    """Reads the `state` that a checkpoint was saved with, the same on every rank. Collective over all ranks.
 
     Raises CheckpointError when it is damaged.
     """
@@ -85,7 +85,7 @@ def load_checkpoint(path: Path, student: Student) -> bool:
 
 
 def named_checkpoint(folder: Path, name: str) -> Path:
-    """The checkpoint a user names: `best`, or a step. Collective over all ranks.
+    """Finds the checkpoint that a user names: `best`, or a step. Collective over all ranks.
 
     Raises:
         MissingPathError: there is no such checkpoint.
@@ -110,7 +110,7 @@ def named_checkpoint(folder: Path, name: str) -> Path:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, the same answer on every rank."""
+    """Says what is wrong with a checkpoint, the same on every rank; None if it is whole."""
     world, rank = dist.get_world_size(), dist.get_rank()
     answers: list[str | None] = [None] * world
     dist.all_gather_object(answers, find_damage(path, slice(rank, None, world)))

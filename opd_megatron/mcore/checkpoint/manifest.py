@@ -23,7 +23,7 @@ def write_manifest(folder: Path, known: dict[str, str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """File name -> checksum. Raises OSError or ValueError when the manifest itself is damaged."""
+    """Reads file name -> checksum. Raises OSError or ValueError when the manifest itself is damaged."""
     path = folder / MANIFEST
     try:
         *lines, own = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -36,7 +36,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def find_damage(folder: Path, share: slice = slice(None)) -> str | None:
-    """The first damaged file among this `share` of the files, and what is wrong with it; None when all are whole."""
+    """Finds the first damaged file among this `share` of the files and says what is wrong; None when all are whole."""
     try:
         sums = read_manifest(folder)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Random states of all ranks. They belong to a layout: another one starts from new seeds instead."""
+"""Random states of all ranks. They are valid for one layout: another one starts from new seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opd_megatron.mcore.grid import ParallelGrid
 
 
 def rng_state(grid: ParallelGrid) -> dict[str, Any]:
-    """The generators of every rank, the same on all ranks. Collective."""
+    """Gathers the generators' states of every rank, on all ranks. Collective."""
     mine = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
     if has_gpu():
         mine["gpu"] = torch.cuda.get_rng_state()
@@ -23,7 +23,7 @@ def rng_state(grid: ParallelGrid) -> dict[str, Any]:
 
 
 def set_rng_state(saved: dict[str, Any], grid: ParallelGrid) -> bool:
-    """Goes on with the saved generators where the layout is the saved one, and says whether it is."""
+    """Restores the saved generators where the layout is the saved one, and returns whether it is."""
     if saved["layout"] != _layout(grid):
         return False
     mine = dict(saved["ranks"][dist.get_rank()])

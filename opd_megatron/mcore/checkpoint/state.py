@@ -42,7 +42,7 @@ class _OptimizerShard:
 
 
 def state_to_save(student: Student) -> ShardedStateDict:
-    """What this rank writes: sharded tensors, and `common`, which is the same on every rank. Collective."""
+    """Collects what this rank writes: sharded tensors, and `common`, which is the same on every rank. Collective."""
     model = _model_entries(student)
     entries = _by_parameter(model)
     state: ShardedStateDict = {}
@@ -149,12 +149,12 @@ def _state_key(name: str, entry: _CheckpointTensor) -> str:
 
 
 def _state_names(parameter: torch.Tensor) -> tuple[str, ...]:
-    """fp32 weights are their own main weights, of which a second copy would tell nothing."""
+    """Names the optimizer states to save. fp32 models have no separate master weights to save."""
     return _MOMENTS if parameter.dtype == torch.float32 else ("param", *_MOMENTS)
 
 
 def _shared_parameters(part: DistributedOptimizer) -> Iterator[_OptimizerShard]:
-    """Every parameter of `part`, in the same order on all its data-parallel ranks."""
+    """Lists every parameter of `part`, in the same order on all its data-parallel ranks."""
     ranks = part.data_parallel_group.size()
     for buffer in part.buffers:
         for parameter, (start, stop, bucket_id) in buffer.param_index_map.items():
@@ -169,7 +169,7 @@ def _shared_parameters(part: DistributedOptimizer) -> Iterator[_OptimizerShard]:
 
 
 def _local_state(part: DistributedOptimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor | None:
-    """[span] fp32: this rank's part of a parameter's main weight or moment; None where it holds none."""
+    """Returns [span] fp32: this rank's part of a parameter's main weight or moment; None where it holds none."""
     if parameter not in part.model_param_group_index_map:
         return None
     state = part._get_main_param_and_optimizer_states(parameter)[name]
@@ -177,7 +177,7 @@ def _local_state(part: DistributedOptimizer, parameter: torch.nn.Parameter, name
 
 
 def _gather(mine: torch.Tensor | None, shared: _OptimizerShard, group: dist.ProcessGroup) -> torch.Tensor | None:
-    """The flattened whole on its owner, None elsewhere. Every rank walks the parameters in the same order."""
+    """Gathers the flattened whole on its owner; None elsewhere. Every rank walks the parameters in the same order."""
     span = shared.spans[group.rank()]
     if shared.owner != group.rank():
         if span:
@@ -199,7 +199,7 @@ def _gather(mine: torch.Tensor | None, shared: _OptimizerShard, group: dist.Proc
 
 
 def _make_optimizer_state(part: DistributedOptimizer) -> None:
-    """Lets every parameter have its moments and step count, as loading wants: one update at learning rate 0."""
+    """Creates every parameter's moments and step count, which loading fills: one update at learning rate 0."""
     groups = part.optimizer.param_groups
     kept = [(group["lr"], group["weight_decay"]) for group in groups]
     for group in groups:
@@ -216,7 +216,7 @@ def _make_optimizer_state(part: DistributedOptimizer) -> None:
 
 
 def _set_step_counts(part: DistributedOptimizer, updates: int) -> None:
-    """Adam's bias correction counts updates: torch for each parameter, Transformer Engine for each group."""
+    """Sets Adam's count of updates, which torch keeps for each parameter and Transformer Engine for each group."""
     for state in part.optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = torch.full_like(state["step"], updates)

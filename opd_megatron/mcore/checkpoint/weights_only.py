@@ -89,7 +89,7 @@ def load_model(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Type of the weights in a Megatron checkpoint.
+    """Reads the dtype of the weights in a Megatron checkpoint.
 
     Raises:
         MissingPathError, WeightsError: see `read_index`; also when they are no floating point numbers, or of two types.
@@ -108,7 +108,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def read_index(folder: Path) -> Metadata:
-    """The checkpoint's `.metadata`, after checking that every file has the length it speaks of.
+    """Reads the checkpoint's `.metadata` and checks that every file is as long as it says.
 
     Raises:
         MissingPathError: no Megatron checkpoint lies there.
@@ -169,7 +169,7 @@ class _LoadPlanner(MCoreLoadPlanner):
 
 
 def _sharded_tensors(model: HiddenStatesModel, grid: ParallelGrid) -> dict[str, ShardedTensor]:
-    """What to load, each a view of a parameter, so that loading it needs no second copy."""
+    """Lists what to load, each a view of a parameter, so that loading needs no second copy."""
     state, _, _ = load_preprocess(model.sharded_state_dict(metadata={"dp_cp_group": grid.groups.dp_cp}))
     tensors = {f"{i}": value for i, value in enumerate(nested_values(state)) if isinstance(value, ShardedTensor)}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -219,7 +219,7 @@ def _mismatches(
 
 
 def _clear_padding(tensors: Any, vocab_size: int) -> None:
-    """Zero rows past the vocabulary: the checkpoint's own padding may have been trained."""
+    """Zeroes the rows past the vocabulary: the checkpoint's own padding may have been trained."""
     for tensor in tensors:
         if tensor.allow_shape_mismatch:
             first = max(0, vocab_size - tensor.global_offset[0])

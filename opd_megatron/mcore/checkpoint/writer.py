@@ -61,7 +61,7 @@ class ShardWriter(FileSystemWriterAsync):
         )
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Called by `prepare`: what this rank will write, in order."""
+        """Collects what this rank will write, in order. Called by `prepare`."""
         self._file_name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         for item in plan.items:
             data = planner.resolve_data(item)
@@ -70,7 +70,7 @@ class ShardWriter(FileSystemWriterAsync):
             self._items.append((item, data))
 
     def write(self) -> None:
-        """Writes everything and lets go of it; a failure is kept in `error`."""
+        """Writes everything and frees it; a failure is kept in `error`."""
         try:
             if self._items:
                 self._write_file()
@@ -81,7 +81,8 @@ class ShardWriter(FileSystemWriterAsync):
             release_memory()
 
     def start(self) -> None:
-        """`write` in the background. The thread ends with the process: what is unfinished then was never published."""
+        """Runs `write` in the background. The thread ends with the process: what is unfinished then was never
+        published."""
         self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -140,6 +141,6 @@ class _HashedStream(io.IOBase):
 
 
 def _on_its_own(data: torch.Tensor) -> torch.Tensor:
-    """On the CPU, and without the rest of the buffer it may be a view of, which torch.save would write as well."""
+    """Copies to the CPU, without the rest of the buffer it may be a view of, which torch.save would write as well."""
     data = data.detach().cpu()
     return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()

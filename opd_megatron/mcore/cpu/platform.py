@@ -30,12 +30,12 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank's models."""
+    """Returns the device of this rank's models."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def release_memory() -> None:
-    """Gives freed memory back to the system after work that needed much more than a step does.
+    """Returns freed memory to the system after work that needed much more than a step does.
 
     glibc keeps it for itself otherwise; the GPU's caching allocator needs no such help.
     """

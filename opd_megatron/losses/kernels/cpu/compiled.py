@@ -2,7 +2,7 @@
 
 A chain of torch operations reads and writes a buffer per operation and costs more than the matrix products around it.
 Here a row is read twice and its gradient written once, in registers in between; a row of 150k bf16 logits stays in
-a core's second-level cache meanwhile. Rows are shared out over as many threads as torch uses.
+a core's second-level cache meanwhile. Rows are divided among as many threads as torch uses.
 """
 
 from __future__ import annotations
