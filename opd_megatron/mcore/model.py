@@ -134,6 +134,10 @@ def transformer_config(
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
         bf16=dtype == "bf16",
+        # The loss is a sum over tokens, divided once by the number of tokens of all micro batches and data-parallel
+        # ranks. A mean of each micro batch's mean would give the tokens of short answers more weight, and the gradient
+        # would depend on how the step is split. With this flag Megatron sums, counts the same way, and divides at the
+        # end.
         calculate_per_token_loss=True,
         # Every parameter is read from a checkpoint. Initialisation still has to run, doing nothing: it is where
         # upstream marks a weight as tensor parallel, without which gradient norms would miss other ranks' shards.

@@ -239,10 +239,10 @@ class VLLMEngine:
                 if problem:
                     raise _BadTensorError(problem)
 
-        with BucketFiles(DTYPES[self.options.dtype]) as spool:
+        with BucketFiles(DTYPES[self.options.dtype]) as files:
             try:
                 for payload in payloads:
-                    paths = payload.paths if isinstance(payload, ShardFiles) else (spool.write(payload),)
+                    paths = payload.paths if isinstance(payload, ShardFiles) else (files.write(payload),)
                     loaded()
                     child.send("load", {"paths": [str(path) for path in paths]})
                     loading = True

@@ -12,5 +12,5 @@ sharded.py       the trainer's shards turned into the engine's, for `shard_files
 bucket_files.py  a bucket as a safetensors file in memory or on disk
 streaming.py     one bucket on its way while the last one is used
 
-A new transport is a file with a `stream()` and a line in `publisher.choose_transport`.
+A new transport is a file with a `stream()` and a line in `WeightPublisher._choose_transport`.
 """

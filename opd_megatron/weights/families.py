@@ -1,9 +1,10 @@
 """Which Megatron parameter is made of which Hugging Face tensors: one table per model family.
 
-A new dense family is a new table here plus a row in the tests. Names hold `{layer}` and, of experts, `{expert}`: global
-indices on the Hugging Face side, on Megatron's those within the pipeline stage and the expert-parallel rank. A row
-names every Megatron spelling of its parameter: Transformer Engine keeps a norm's weight inside the linear that follows
-it and all experts in one module, the local layers do not.
+A new Llama-like family (RMSNorm, SwiGLU, rotary positions) is a new table here plus a config in the tests; other layers
+also need `mcore.model.transformer_config`. Names hold `{layer}` and, for MoE, `{expert}`: global indices on the Hugging
+Face side, on Megatron's those within the pipeline stage and the expert-parallel rank. A mapping names every Megatron
+spelling of its parameter: Transformer Engine keeps a norm's weight inside the linear that follows it and all experts in
+one module, the local layers do not.
 """
 
 from __future__ import annotations
@@ -92,15 +93,15 @@ class Family:
 
     name: str
     first: tuple[ParamMapping, ...]
-    """On the first pipeline stage."""
+    """Parameters of the first pipeline stage."""
     layer: tuple[ParamMapping, ...]
-    """Of every transformer layer."""
+    """Parameters of every transformer layer."""
     last: tuple[ParamMapping, ...]
-    """On the last pipeline stage, the output layer excepted."""
+    """Parameters of the last pipeline stage, the output layer excepted."""
     head: ParamMapping
-    """The output layer; with tied embeddings it holds the first row's tensor."""
+    """The output layer; with tied embeddings it holds the embedding's tensor."""
     experts: tuple[ParamMapping, ...] = ()
-    """Of every routed expert of a layer; empty in a dense family."""
+    """Parameters of every routed expert of a layer; empty in a dense family."""
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config fields of this family alone, and the values with which its table describes the model."""
 
@@ -120,7 +121,7 @@ class Family:
         return self._has("shared_experts.gate_weight")
 
     def _has(self, suffix: str) -> bool:
-        return any(name.endswith(suffix) for row in self.layer for name in row.megatron)
+        return any(name.endswith(suffix) for mapping in self.layer for name in mapping.megatron)
 
 
 _IN = "decoder.layers.{layer}."
@@ -255,18 +256,10 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
-_ARCHITECTURE_OF_TYPE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
-    """The table for a model's config.
+    """Finds the table for a model's config.
 
     Raises:
         UnsupportedModelError: the architecture has no table, or a field has a value Megatron would not reproduce.
@@ -284,7 +277,7 @@ def family_of(hf_config: PretrainedConfig) -> Family:
 
 
 def sizes_split_by_tensor(hf_config: PretrainedConfig) -> dict[str, int]:
-    """What a tensor-parallel size must divide, by name."""
+    """Lists by name what a tensor-parallel size must divide."""
     dims, family = Dims.of(hf_config), family_of(hf_config)
     sizes = {"attention heads": hf_config.num_attention_heads, "key-value heads": dims.groups}
     if family.experts:
@@ -297,7 +290,9 @@ def sizes_split_by_tensor(hf_config: PretrainedConfig) -> dict[str, int]:
 
 
 def architecture_of(hf_config: PretrainedConfig) -> str:
-    """Name of the model class the weights are for, e.g. `LlamaForCausalLM`."""
+    """Names the model class that the weights are for, e.g. `LlamaForCausalLM`."""
     if hf_config.architectures:
         return hf_config.architectures[0]
-    return _ARCHITECTURE_OF_TYPE.get(hf_config.model_type, hf_config.model_type)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return str(NAMES.get(hf_config.model_type, hf_config.model_type))

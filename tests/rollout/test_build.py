@@ -54,14 +54,14 @@ def test_cpu_settings_are_for_cpus_only(tmp_path):
     assert options.for_vllm(on_gpu=True).keys() & {"kv_cache_memory_bytes", "enforce_eager"} == set()
 
 
-def test_weights_that_share_memory_survive_the_spool():
+def test_weights_that_share_memory_survive_bucket_files():
     from safetensors.torch import load_file
 
     from opd_megatron.weight_sync.bucket_files import BucketFiles
 
     tensor = torch.arange(6.0).view(2, 3)
-    with BucketFiles(torch.bfloat16) as spool:
-        path = spool.write([("a", tensor), ("b", tensor), ("c", tensor.t())])
+    with BucketFiles(torch.bfloat16) as files:
+        path = files.write([("a", tensor), ("b", tensor), ("c", tensor.t())])
         loaded = load_file(path)
     assert all(torch.equal(loaded[name].float(), tensor) for name in ("a", "b"))
     assert torch.equal(loaded["c"].float(), tensor.t())
