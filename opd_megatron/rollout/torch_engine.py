@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from opd_megatron.errors import RolloutError
-from opd_megatron.types import Bucket, Rollout, SampleRequest, Sampling
-from opd_megatron.weight_sync.format import ShardFiles, WeightPayload
+from opd_megatron.types import Rollout, SampleRequest, Sampling
+from opd_megatron.weight_sync.format import WeightPayload, tensors_of
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -63,7 +63,7 @@ class TorchEngine:
         self.policy_version = -1
         state = self._model.state_dict()
         filled: Counter[int] = Counter()
-        for name, tensor in (pair for bucket in payloads for pair in _whole(bucket)):
+        for name, tensor in (pair for bucket in payloads for pair in tensors_of(bucket)):
             target = _parameter(state, name)
             if target is None or target.shape != tensor.shape:
                 expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
@@ -118,11 +118,6 @@ class TorchEngine:
         return Rollout(
             prompt, torch.tensor(ids), torch.tensor(logprobs), self.policy_version, reason, group=request.group
         )
-
-
-def _whole(payload: WeightPayload) -> Bucket:
-    assert not isinstance(payload, ShardFiles), "this engine is one process: it takes full tensors"
-    return payload
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:

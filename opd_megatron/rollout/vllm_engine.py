@@ -18,7 +18,7 @@ from opd_megatron.errors import EngineDiedError, RolloutError
 from opd_megatron.rollout.child import ChildProcess
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.bucket_files import BucketFiles
-from opd_megatron.weight_sync.format import ShardFiles, WeightPayload
+from opd_megatron.weight_sync.format import ShardFiles, WeightPayload, tensors_of
 
 _TORCHRUN_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -242,7 +242,7 @@ class VLLMEngine:
         with BucketFiles(DTYPES[self.options.dtype]) as files:
             try:
                 for payload in payloads:
-                    paths = payload.paths if isinstance(payload, ShardFiles) else (files.write(payload),)
+                    paths = payload.paths if isinstance(payload, ShardFiles) else (files.write(tensors_of(payload)),)
                     loaded()
                     child.send("load", {"paths": [str(path) for path in paths]})
                     loading = True

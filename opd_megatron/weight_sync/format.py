@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,12 @@ class ShardFiles:
 
 WeightPayload = Bucket | ShardFiles
 """One piece of a weight sync: a bucket of full Hugging Face tensors, or the shard files of one."""
+
+
+def tensors_of(payload: WeightPayload) -> Bucket:
+    """The tensors of a payload, for an engine whose `WeightFormat` asks for full tensors."""
+    assert isinstance(payload, Sequence), f"the engine takes full tensors, not {type(payload).__name__}"
+    return payload
 
 
 @dataclass(frozen=True, slots=True)

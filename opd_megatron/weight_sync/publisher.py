@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from opd_megatron.types import Bucket
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload
 from opd_megatron.weight_sync.gathered import gather_student
 from opd_megatron.weight_sync.shard_files import ShardFileTransport
@@ -62,7 +63,7 @@ class WeightPublisher:
         dist.broadcast_object_list(reached, group_src=0, group=self._world, device=torch.device("cpu"))
         return reached[0]
 
-    def _gathered(self) -> Iterator[WeightPayload]:
+    def _gathered(self) -> Iterator[Bucket]:
         return gather_student(self._student, bucket_bytes=self._bucket_bytes)
 
     def _shard_files(self) -> Iterator[WeightPayload]:
