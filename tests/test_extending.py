@@ -65,10 +65,10 @@ from opd_megatron.losses.reference import dense_divergence
 from opd_megatron.types import Batch
 
 p, q = torch.randn(5, 11, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
-expected = dense_divergence(p, [q], "jeffreys", reverse_share=0.3)
-torch.testing.assert_close(vocab_parallel_divergence(p, q, type="jeffreys", reverse_share=0.3), expected)
+expected = dense_divergence(p, [q], "jsd_le_cam", le_cam_share=0.3)
+torch.testing.assert_close(vocab_parallel_divergence(p, q, type="jsd_le_cam", le_cam_share=0.3), expected)
 
-objective = load_config(None, ["objective.type=jeffreys", "objective.reverse_share=0.3"]).objective
+objective = load_config(None, ["objective.type=jsd_le_cam", "objective.le_cam_share=0.3"]).objective
 tokens = torch.zeros(1, 5, dtype=torch.int64)
 batch = Batch(tokens, tokens, torch.ones(1, 5))
 arguments = loss_arguments(objective_terms(objective), batch, batch.weights > 0)
@@ -76,9 +76,9 @@ eye = torch.eye(11, dtype=torch.float64)
 terms = linear_divergence_terms(p, eye, [(q, eye)], **arguments)
 torch.testing.assert_close(terms.divergence, expected)
 try:
-    load_config(None, ["objective.type=gkd", "objective.reverse_share=0.3"])
+    load_config(None, ["objective.type=gkd", "objective.le_cam_share=0.3"])
 except ConfigError as error:
-    assert "objective.reverse_share=0.3 has no effect" in str(error) and "jeffreys" in str(error), error
+    assert "objective.le_cam_share=0.3 has no effect" in str(error) and "jsd_le_cam" in str(error), error
 else:
     raise SystemExit("a key of another type was accepted")
 """,
