@@ -3,7 +3,7 @@
 Both sample 48 tokens for each of the same 8 prompts from the same 24-layer student, take the reverse KL to the same
 30-layer teacher over the full vocabulary and make an AdamW step, in bf16, on the same number of threads. The runs
 alternate (ours, TRL, ours, TRL); each side's time is the median over all its steps but the first of each run, which
-warms up. TRL's clock starts when its batch is at hand; ours is the whole of `time/step`, the push of the new weights
+warms up. TRL's clock starts when its batch is at hand; ours is the whole of `time/step`, the sync of the new weights
 into vLLM included. Memory is the peak of the whole process tree (vLLM's process and its KV cache included) up to the
 last step, sampled in the same way for both. --trl-precision chooses TRL's arithmetic (see _trl_gkd.py); the checks are
 against the first one given. By default that is TRL's own default, fp32 weights and moments under bf16 autocast, which

@@ -32,7 +32,7 @@ class Summary:
     tokens_per_second: dict[str, float]
     """Phase -> median over steps of response tokens per second of that phase."""
     sync_seconds: float
-    """Median seconds to push the weights into the rollout engine."""
+    """Median seconds to sync the weights into the rollout engine."""
     step_seconds: float
     """Median seconds of a whole step."""
     peak_bytes: float

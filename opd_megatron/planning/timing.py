@@ -40,7 +40,7 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
         "data collectives": moved.data / _link(sizes.tp_size * sizes.dp_size, gpu),
         # Gradient, main weight and both moments read, three of them and the weight written.
         "optimizer": updated * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
-        "weight push": moved.weight_push / gpu.network,
+        "weight sync": moved.weight_sync / gpu.network,
     }
 
 

@@ -23,7 +23,7 @@ class Traffic:
     """Gradients reduce-scattered in fp32, updated weights gathered."""
     teacher_states: float
     """Between ranks: 0, because a colocated teacher's last stage is the student's."""
-    weight_push: float
+    weight_sync: float
     """The student's full tensors into the rollout engine, through the first rank."""
 
 
@@ -52,7 +52,7 @@ def traffic(sizes: RunSizes) -> Traffic:
         expert=_ring(sizes.ep_size) * _to_experts(sizes) * tokens,
         data=synchronised * (4 + sizes.bytes_per_element),
         teacher_states=sum(cost.states_bytes for cost in costs),
-        weight_push=weights_bytes(student, rollout),
+        weight_sync=weights_bytes(student, rollout),
     )
 
 

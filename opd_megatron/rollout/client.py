@@ -137,7 +137,7 @@ class RolloutClient:
         if stale is not None:
             raise StalePolicyError(
                 f"the answer to prompt {stale.prompt.id!r} was sampled by policy version {stale.policy_version}, but "
-                f"version {self._version} is being trained: push weights before sampling"
+                f"version {self._version} is being trained: sync the weights before sampling"
             )
         return rollouts
 

@@ -1,6 +1,6 @@
 """vLLM behind the RolloutEngine protocol, in a process of its own so that its end is not the trainer's.
 
-Nothing here imports vLLM. The engine starts with dummy weights: the trainer's, pushed by `update_weights`, are
+Nothing here imports vLLM. The engine starts with dummy weights: the trainer's, sent by `update_weights`, are
 the only ones it ever samples from, so the two cannot disagree.
 """
 

@@ -1,8 +1,7 @@
 """A model as a stream of Hugging Face tensors, and each rank's part of every one of them.
 
-Whatever takes weights out of Megatron walks this stream: the gathered export and the weight push (`export`), shard to
-shard (`shards`), and the files that all ranks of a converter write together (`save.write_parts`). They differ only in
-where the parts go.
+Everything that takes weights out of Megatron walks this stream: `weight_sync.gathered`, `weight_sync.sharded`, and the
+files that all ranks of a converter write together (`save.write_parts`). They differ only in where the parts go.
 """
 
 from __future__ import annotations

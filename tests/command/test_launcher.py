@@ -141,7 +141,7 @@ def test_only_rank_0_prints_and_every_rank_leaves_its_message(
         (KeyboardInterrupt(), 130, "opd-megatron: interrupted\n"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_without_a_traceback(
+def test_what_a_user_can_correct_is_one_line_without_a_traceback(
     raised: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def body() -> int:

@@ -55,7 +55,7 @@ def test_7b_from_72b_on_64_gpus_of_80_gb(tmp_path: Path, capsys: pytest.CaptureF
     assert held == pytest.approx(2 * 72_706_203_648 / 4, rel=0.001)
     assert tree["seconds"].pop("expert transfers") == 0, "dense models send no tokens to experts"
     assert all(seconds > 0 for seconds in tree["seconds"].values())
-    for word in ("weight push", "assumed", "rollout engine", "teacher states"):
+    for word in ("weight sync", "assumed", "rollout engine", "teacher states"):
         assert word in printed
 
 

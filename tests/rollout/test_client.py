@@ -27,7 +27,7 @@ class FakeEngine:
         self.policy_version = -1
         self.faults = faults
         self.starts = 0
-        self.pushed: list[int] = []
+        self.synced: list[int] = []
 
     def _fault(self, name: str) -> bool:
         self.faults[name] = self.faults.get(name, 0) - 1
@@ -43,11 +43,11 @@ class FakeEngine:
         total = 0
         for bucket in buckets:
             total += int(bucket[0][1])
-            if self._fault("die_mid_push"):
-                raise EngineDiedError("fake died in the middle of a push")
-        assert total == sum(range(BUCKETS)), "a push must hold every bucket once"
+            if self._fault("die_mid_sync"):
+                raise EngineDiedError("fake died in the middle of a sync")
+        assert total == sum(range(BUCKETS)), "a sync must hold every bucket once"
         self.policy_version = version
-        self.pushed.append(version)
+        self.synced.append(version)
 
     def generate(self, requests: Any, sampling: Sampling) -> list[Rollout]:
         if self._fault("die_in_generate"):
@@ -102,7 +102,7 @@ def _run_two_versions(rank: int, world_size: int, faults: dict[str, int]) -> Any
     client.sync_weights(1)
     second = client.sample(REQUESTS, SAMPLING)
     client.close()
-    return _plain(first), _plain(second), events, engine and (engine.starts, engine.pushed)
+    return _plain(first), _plain(second), events, engine and (engine.starts, engine.synced)
 
 
 def _fail(rank: int, world_size: int, faults: dict[str, int]) -> tuple[str, str]:
@@ -116,7 +116,7 @@ def _fail(rank: int, world_size: int, faults: dict[str, int]) -> tuple[str, str]
     return "no error", ""
 
 
-def test_every_rank_gets_the_same_rollouts_of_the_version_last_pushed():
+def test_every_rank_gets_the_same_rollouts_of_the_version_last_synced():
     ranks = run_ranks(2, _run_two_versions, {})
     assert ranks[0][:2] == ranks[1][:2]
     for version, rollouts in enumerate(ranks[1][:2]):
@@ -128,7 +128,7 @@ def test_every_rank_gets_the_same_rollouts_of_the_version_last_pushed():
     assert ranks[0][2:] == ([], (1, [0, 1]))
 
 
-@pytest.mark.parametrize("fault", ["die_in_start", "die_mid_push", "die_in_generate"])
+@pytest.mark.parametrize("fault", ["die_in_start", "die_mid_sync", "die_in_generate"])
 def test_a_dead_engine_is_restarted_with_the_current_weights_and_the_run_goes_on(fault):
     ranks = run_ranks(2, _run_two_versions, {fault: 1})
     assert ranks[0][:2] == ranks[1][:2]
@@ -140,7 +140,7 @@ def test_a_dead_engine_is_restarted_with_the_current_weights_and_the_run_goes_on
     assert ranks[1][2] == [], "notices come on rank 0 only"
 
 
-@pytest.mark.parametrize("fault", ["die_in_start", "die_mid_push", "die_in_generate"])
+@pytest.mark.parametrize("fault", ["die_in_start", "die_mid_sync", "die_in_generate"])
 def test_repeated_death_is_one_clear_error_on_every_rank(fault):
     ranks = run_ranks(2, _fail, {fault: 100})
     assert ranks[0] == ranks[1]

@@ -37,7 +37,7 @@ def test_sampling_before_the_first_weights_is_refused(engine):
         engine.generate(requests_of(prompts_of(1, 5)), Sampling(max_new_tokens=2))
 
 
-def test_logprobs_are_those_of_the_pushed_weights(engine):
+def test_logprobs_are_those_of_the_synced_weights(engine):
     model = tiny_model(seed=3)
     engine.update_weights(buckets_of(model), version=7)
     ids = list(prompts_of(1, 40)[0].token_ids)

@@ -1,4 +1,4 @@
-"""Real vLLM, one start for the module: what it samples from is exactly what was pushed last.
+"""Real vLLM, one start for the module: what it samples from is exactly what was synced last.
 
 Prompts are longer than 200 tokens and sampled before and after each update: a prefix cache that survived the
 update would show in them, and only in them.
@@ -59,14 +59,14 @@ def assert_sampled_from(model, rollouts: list[Rollout], temperature: float = 1.0
         assert rollout.logprobs.tolist() == pytest.approx(expected, abs=tolerance)
 
 
-def test_there_is_nothing_to_sample_from_before_the_first_push(engine):
+def test_there_is_nothing_to_sample_from_before_the_first_sync(engine):
     assert isinstance(engine, RolloutEngine)
     assert engine.policy_version == -1
     with pytest.raises(RolloutError, match="no weights yet"):
         engine.generate(REQUESTS, SAMPLING)
 
 
-def test_after_each_push_long_prompts_are_continued_by_the_new_weights(engine):
+def test_after_each_sync_long_prompts_are_continued_by_the_new_weights(engine):
     for version in (0, 1):
         model = tiny_model(seed=version)
         engine.update_weights(buckets_of(model), version)
@@ -75,7 +75,7 @@ def test_after_each_push_long_prompts_are_continued_by_the_new_weights(engine):
         assert_sampled_from(model, rollouts)
 
 
-def test_a_push_of_a_changed_embedding_changes_the_tied_head(engine):
+def test_a_sync_of_a_changed_embedding_changes_the_tied_head(engine):
     model = tiny_model(seed=2)
     engine.update_weights(buckets_of(model), 2)
     before = engine.generate(REQUESTS, SAMPLING)
@@ -128,7 +128,7 @@ def test_a_prompt_over_the_context_names_the_lengths_and_harms_nothing(engine):
 
 
 @pytest.mark.parametrize("lost", ["model.embed_tokens", "layers.1.self_attn.k_proj", "model.norm"])
-def test_a_missing_tensor_is_refused_and_the_next_full_push_mends_it(engine, lost):
+def test_a_missing_tensor_is_refused_and_the_next_full_sync_repairs_it(engine, lost):
     model = tiny_model(seed=7)
     stream = [[pair for pair in bucket if lost not in pair[0]] for bucket in buckets_of(model)]
     with pytest.raises(RolloutError, match=r"version 7: no or not enough values for .*must hold every tensor"):
@@ -139,7 +139,7 @@ def test_a_missing_tensor_is_refused_and_the_next_full_push_mends_it(engine, los
     assert_sampled_from(model, engine.generate(REQUESTS, SAMPLING))
 
 
-def test_a_trainer_that_fails_in_the_middle_of_a_push_leaves_the_engine_usable(engine):
+def test_a_trainer_that_fails_in_the_middle_of_a_sync_leaves_the_engine_usable(engine):
     model = tiny_model(seed=8)
 
     def failing():

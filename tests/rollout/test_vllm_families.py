@@ -1,4 +1,4 @@
-"""Real vLLM samples from what was pushed, whatever the family: its own code for each has another way with weights."""
+"""Real vLLM samples from what was synced, whatever the family: its own code for each has another way with weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_after_each_push_samples_come_from_the_new_weights(tmp_path: Path, family: str) -> None:
+def test_after_each_sync_samples_come_from_the_new_weights(tmp_path: Path, family: str) -> None:
     folders = [save_tiny(tmp_path / f"{seed}", family, seed=seed, **SIZES, **FAMILIES[family]) for seed in (0, 1)]
     engine = VLLMEngine(
         VLLMOptions(model_dir=folders[0], max_model_len=256, dtype="fp32", kv_cache_gib=0.1, log_path=tmp_path / "log")

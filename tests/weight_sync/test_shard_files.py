@@ -35,7 +35,7 @@ def _consume(rank: int, world_size: int, reads: bool) -> tuple[list[list[float]]
     """What rank 0 finds in the files, and how many are there at the most; an engine that died reads none of them."""
     transport, values, most, folders = _transport(rank), [], 0, set()
     loading: tuple[Path, ...] = ()
-    for files in transport.ship(_buckets(rank)):
+    for files in transport.stream(_buckets(rank)):
         folders |= {path.parent for path in files.paths}
         most = max(most, sum(len(list(folder.iterdir())) for folder in folders))
         values.append([load_file(path)["w"].unique().item() for path in files.paths])
@@ -45,7 +45,7 @@ def _consume(rank: int, world_size: int, reads: bool) -> tuple[list[list[float]]
     dist.barrier()
     left = sum(len(list(folder.iterdir())) for folder in folders)
     dist.barrier()
-    list(transport.ship(iter(())))  # the next push finds nothing of the last one
+    list(transport.stream(iter(())))  # the next sync finds nothing of the last one
     dist.barrier()
     assert not any(folder.exists() for folder in folders)
     assert left <= 4
@@ -67,7 +67,7 @@ def _full_disk(rank: int, world_size: int) -> tuple[int, str]:
     try:
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (NUMEL, before[1]))  # bytes: a quarter of a bucket
-        for _ in transport.ship(_buckets(rank)):
+        for _ in transport.stream(_buckets(rank)):
             received += 1
     except RolloutError as error:
         message = str(error)

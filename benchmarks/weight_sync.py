@@ -1,7 +1,7 @@
-"""Seconds to push the 24-layer student (113M parameters) from the trainer into vLLM, in a short run of the demo.
+"""Seconds to send the 24-layer student (113M parameters) from the trainer into vLLM, in a short run of the demo.
 
 `time/sync` covers the whole way: export from Megatron's shards as Hugging Face tensors, transport to the engine's
-process, loading there, and the reset of the prefix cache. The first push of a run, which warms up, is shown apart.
+process, loading there, and the reset of the prefix cache. The first sync of a run, which warms up, is shown apart.
 
 Then trainer and engine at tensor-parallel size `--tensor` (2; 1 leaves that out, as the quick form does), shard to
 shard beside tensors that are gathered first. The demo's student has 9 heads and 3 key-value heads, so for any size
@@ -29,7 +29,7 @@ STAND_IN: dict[str, Any] = {
 
 
 def parameter_bytes(model_dir: Path) -> int:
-    """Bytes of the model's safetensors files: what one push carries."""
+    """Bytes of the model's safetensors files: what one sync carries."""
     return sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
 
 
@@ -44,7 +44,9 @@ def write_stand_in(folder: Path, tokenizer_dir: Path) -> Path:
     return folder
 
 
-def pushes(arguments: argparse.Namespace, teacher: Path, student: Path, run_dir: Path, **overrides: Any) -> list[float]:
+def sync_seconds(
+    arguments: argparse.Namespace, teacher: Path, student: Path, run_dir: Path, **overrides: Any
+) -> list[float]:
     """`time/sync` of each step, in seconds."""
     settings = processes.ONLY_STEPS | {
         "steps": 3 if arguments.quick else arguments.steps,
@@ -63,21 +65,21 @@ def table_row(way: str, size: int, seconds: list[float]) -> Row:
     median = statistics.median(seconds[1:])
     return {
         "way": way,
-        "pushed, MB": size / 1e6,
+        "sent, MB": size / 1e6,
         "median, s": median,
         "slowest, s": max(seconds[1:]),
         "first, s": seconds[0],
         "MB/s": size / 1e6 / median,
-        "pushes": len(seconds),
+        "syncs": len(seconds),
     }
 
 
 def measure(arguments: argparse.Namespace) -> Report:
     teacher, student = processes.assets(arguments.assets)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = pushes(arguments, teacher, student, Path(folder) / "run")
+        seconds = sync_seconds(arguments, teacher, student, Path(folder) / "run")
     row = table_row("one rank to one worker", parameter_bytes(student), seconds)
-    report = Report([row], [Check.below("weight push, s", row["median, s"], LIMIT_SECONDS)])
+    report = Report([row], [Check.below("weight sync, s", row["median, s"], LIMIT_SECONDS)])
     report.note = "24-layer student from Megatron-Core into vLLM in its own process, bf16."
     if arguments.tensor > 1 and not arguments.quick:
         add_sharded(report, arguments, student)
@@ -91,7 +93,7 @@ def add_sharded(report: Report, arguments: argparse.Namespace, student: Path) ->
         model = student if tensor == 3 else write_stand_in(Path(folder) / "model", student)
         for way, sharded in (("gathered", False), ("shard to shard", True)):
             sizes = {"parallel.tensor": tensor, "rollout.tensor": tensor, "rollout.shard_to_shard": sharded}
-            seconds = pushes(arguments, model, model, Path(folder) / way.replace(" ", "_"), **sizes)
+            seconds = sync_seconds(arguments, model, model, Path(folder) / way.replace(" ", "_"), **sizes)
             rows.append(table_row(f"{way}, {tensor} ranks to {tensor} workers", parameter_bytes(model), seconds))
     report.rows += rows
     ratio = rows[1]["median, s"] / rows[0]["median, s"]
@@ -101,9 +103,9 @@ def add_sharded(report: Report, arguments: argparse.Namespace, student: Path) ->
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assets", default=str(REPOSITORY / "runs/assets"), help="folder with teacher/ and student/")
     parser.add_argument("--config", default=str(REPOSITORY / "configs/demo.yaml"))
-    parser.add_argument("--steps", type=int, default=8, help="pushes measured, and one to warm up")
+    parser.add_argument("--steps", type=int, default=8, help="syncs measured, and one to warm up")
     parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel size of trainer and engine (2)")
 
 
 if __name__ == "__main__":
-    main("weight_push", __doc__, measure, add_arguments)
+    main("weight_sync", __doc__, measure, add_arguments)
