@@ -146,18 +146,12 @@ def linear_divergence_terms(
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1: leave it out to have it chosen")
     tracked = torch.is_grad_enabled()
     args = FusedLinearArgs(
-        spec=spec,
-        projections=projections,
-        entries=entries,
-        token_weights=token_weights,
-        targets=targets,
-        policy=policy,
+        spec=spec, projections=projections, entries=entries,
+        token_weights=token_weights, targets=targets, policy=policy,
         chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy),
-        gather_index=gather_index,
-        with_metrics=with_metrics,
-        hidden_grad=tracked and student_hidden.requires_grad,
-        head_grad=tracked and student_head.requires_grad,
-    )
+        gather_index=gather_index, with_metrics=with_metrics,
+        hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
+    )  # fmt: skip
     loss_sum, per_token, sums, extra, of_policy = FusedLinearDivergence.apply(student_hidden, student_head, args)
     named = dict(zip(SUMS, sums, strict=True))
     return DivergenceTerms(

@@ -189,13 +189,9 @@ class TopKLoss(VocabParallelLoss):
         for rows in self._event_blocks(owned):
             block = Normalisers(*(x[rows] for x in normalisers))
             self._events.gradient(
-                owned.student[rows],
-                owned.teacher[rows],
-                block,
-                coefs.divergence_coef[rows],
-                coefs.softmax_coef[rows],
-                gradient[rows],
-            )
+                owned.student[rows], owned.teacher[rows], block,
+                coefs.divergence_coef[rows], coefs.softmax_coef[rows], gradient[rows],
+            )  # fmt: skip
         out[owned.places] = gradient[owned.entries].to(out.dtype)
 
 

@@ -155,9 +155,8 @@ def _sums(
 
 @triton.jit
 def _store_gradient(
-    out_row, s_row, t_row, start, n, inverse, norm, divergence_coef, softmax_coef,
-    weighted_grad: tl.constexpr, parameter: tl.constexpr,
-    lanes: tl.constexpr, masked: tl.constexpr,
+    out_row, s_row, t_row, start, n, inverse, norm, divergence_coef, softmax_coef, weighted_grad: tl.constexpr,
+    parameter: tl.constexpr, lanes: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     columns = _columns(start, lanes)
     log_p, log_q, p, q = _probabilities(s_row, t_row, columns, n, inverse, norm, masked)
@@ -170,45 +169,22 @@ def _store_gradient(
 
 @triton.jit
 def _gradient(
-    out_row, s_row, t_row, n, inverse, norm, divergence_coef, softmax_coef,
-    weighted_grad: tl.constexpr, parameter: tl.constexpr,
-    lanes: tl.constexpr,
+    out_row, s_row, t_row, n, inverse, norm, divergence_coef, softmax_coef, weighted_grad: tl.constexpr,
+    parameter: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     tile: tl.constexpr = lanes * _LINE
     whole = n // tile * tile
     if (divergence_coef != 0) | (softmax_coef != 0):
         for start in range(0, whole, tile):
             _store_gradient(
-                out_row,
-                s_row,
-                t_row,
-                start,
-                n,
-                inverse,
-                norm,
-                divergence_coef,
-                softmax_coef,
-                weighted_grad,
-                parameter,
-                lanes,
-                False,
-            )
+                out_row, s_row, t_row, start, n, inverse, norm, divergence_coef, softmax_coef, weighted_grad, parameter,
+                lanes, False,
+            )  # fmt: skip
         for start in range(whole, n, tile):
             _store_gradient(
-                out_row,
-                s_row,
-                t_row,
-                start,
-                n,
-                inverse,
-                norm,
-                divergence_coef,
-                softmax_coef,
-                weighted_grad,
-                parameter,
-                lanes,
-                True,
-            )
+                out_row, s_row, t_row, start, n, inverse, norm, divergence_coef, softmax_coef, weighted_grad, parameter,
+                lanes, True,
+            )  # fmt: skip
     else:  # whatever the logits are: an infinity of a masked token must not become a NaN
         for start in range(0, n, tile):
             columns = _columns(start, lanes)
@@ -253,19 +229,10 @@ def gradient_kernel(
     """out from norms [4, rows] and coefs (divergence_coef, softmax_coef) [2, rows]."""
     s_row, t_row, norm = _row(student, s_stride), _row(teacher, t_stride), _load_row_values(norms, rows)
     divergence_coef, softmax_coef = tl.load(coefs + tl.program_id(0)), tl.load(coefs + rows + tl.program_id(0))
+    out_row = _row(out, out_stride)
     _gradient(
-        _row(out, out_stride),
-        s_row,
-        t_row,
-        n,
-        inverse,
-        norm,
-        divergence_coef,
-        softmax_coef,
-        weighted_grad,
-        parameter,
-        lanes,
-    )
+        out_row, s_row, t_row, n, inverse, norm, divergence_coef, softmax_coef, weighted_grad, parameter, lanes
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -283,16 +250,7 @@ def fused_kernel(
     if write:
         divergence_coef = tl.load(scales + tl.program_id(0))
         softmax_coef = tl.where(divergence_coef == 0, 0.0, divergence_coef * sums[5])
+        out_row = _row(out, out_stride)
         _gradient(
-            _row(out, out_stride),
-            s_row,
-            t_row,
-            n,
-            inverse,
-            norm,
-            divergence_coef,
-            softmax_coef,
-            weighted_grad,
-            parameter,
-            lanes,
-        )
+            out_row, s_row, t_row, n, inverse, norm, divergence_coef, softmax_coef, weighted_grad, parameter, lanes
+        )  # fmt: skip
