@@ -91,7 +91,7 @@ class RunConfig(Section):
         if best is not None and best.startswith("eval/") and self.evaluation.every == 0:
             raise ValueError(
                 f"checkpoint.best_metric={best} needs evaluation.every > 0, got 0: switch evaluation on, or choose a "
-                "training figure such as reverse_kl"
+                "training metric such as reverse_kl"
             )
         objective = self.objective
         if objective.is_sampled and objective.temperature != self.rollout.temperature:

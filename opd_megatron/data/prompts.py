@@ -88,7 +88,7 @@ class PromptDataset:
         return self.max_prompt_tokens is not None and length > self.max_prompt_tokens
 
     def _check_lengths(self, drop: bool) -> None:
-        around = len(self._encode("?")) + 16  # room for other merges where the template meets the question
+        around = len(self._encode("?")) + 16  # BPE may merge differently at the template boundary
         kept = []
         for row in self._rows:
             suspect = self._is_long(len(row.question.encode("utf-8", "surrogatepass")) + around)

@@ -32,9 +32,9 @@ def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataPar
 def _count_padding(ddp: DistributedDataParallel) -> None:
     """Lets checkpoints of the optimizer find every parameter's state where it lies in its buffer.
 
-    Upstream puts the buckets of a buffer together without the padding at their ends and then looks parameters up at
-    positions that count it, so that all state behind a padded bucket (a tied embedding has one of its own under
-    pipeline parallelism) comes back shifted. Where padding counts as content the positions agree; it is not saved.
+    Megatron saves buckets without the padding at their ends but indexes with it, so parameters behind a padded bucket
+    (a tied embedding has one of its own under pipeline parallelism) come back shifted. We count padding as content,
+    which makes the positions agree; it is not saved.
     """
     for buffer in ddp.buffers + ddp.expert_parallel_buffers:
         buffer.numel_unpadded = buffer.numel

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from opd_megatron.config import RunConfig
 from opd_megatron.errors import RolloutError
-from opd_megatron.types import Rollout, SampleRequest, Sampling
-from opd_megatron.weight_sync.format import WeightPayload, tensors_of
+from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
+from opd_megatron.weight_sync.format import WeightFormat, WeightPayload, tensors_of
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -118,6 +120,16 @@ class TorchEngine:
         return Rollout(
             prompt, torch.tensor(ids), torch.tensor(logprobs), self.policy_version, reason, group=request.group
         )
+
+
+def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightFormat:
+    """Takes full tensors: it is one process."""
+    return WeightFormat(DTYPES[config.rollout.dtype or config.student.dtype], config.rollout.tensor)
+
+
+def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> TorchEngine:
+    """See `rollout.build_engine`."""
+    return TorchEngine(model_dir, max_model_len, DTYPES[config.rollout.dtype or config.student.dtype])
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:

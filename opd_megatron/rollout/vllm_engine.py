@@ -13,12 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
+from opd_megatron.config import RunConfig
 from opd_megatron.errors import EngineDiedError, RolloutError
 from opd_megatron.rollout.child import ChildProcess
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.bucket_files import BucketFiles
-from opd_megatron.weight_sync.format import ShardFiles, WeightPayload, tensors_of
+from opd_megatron.weight_sync.format import ShardFiles, WeightFormat, WeightPayload, tensors_of
 
 _TORCHRUN_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -103,6 +105,30 @@ class VLLMOptions:
         if self.tensor > 1:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         return env
+
+
+def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightFormat:
+    """Takes full tensors or, unless `rollout.shard_to_shard` is off, the files of its workers' shards."""
+    rollout = config.rollout
+    rows = vocab_rows(hf_config.vocab_size, rollout.tensor) if rollout.shard_to_shard else None
+    return WeightFormat(DTYPES[rollout.dtype or config.student.dtype], rollout.tensor, rows)
+
+
+def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> VLLMEngine:
+    """See `rollout.build_engine`."""
+    rollout = config.rollout
+    options = VLLMOptions(
+        model_dir=model_dir,
+        max_model_len=max_model_len,
+        dtype=rollout.dtype or config.student.dtype,
+        tensor=rollout.tensor,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        seed=config.seed,
+        request_timeout=rollout.request_timeout,
+        log_path=log_path,
+    )
+    return VLLMEngine(options)
 
 
 def vocab_rows(vocab_size: int, tensor: int) -> int:

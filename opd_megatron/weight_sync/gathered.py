@@ -45,9 +45,8 @@ def export_weights(
 ) -> Iterator[Bucket]:
     """Gathers full Hugging Face tensors in buckets; a rank holds at most `bucket_bytes` beyond its shards.
 
-    That is the bucket in use, the next one on its way and what it is made of: so a bucket has at most a third of it.
-    A tensor with more (an embedding, often) travels alone, when the bucket before it is no longer needed: beyond it a
-    rank holds what arrives of a row-parallel one, and a third of `bucket_bytes`.
+    Memory = current bucket + next bucket + receive buffers, so a bucket is a third of the limit. Larger tensors (an
+    embedding, often) are sent alone, when the bucket before is no longer needed.
 
     Every rank of one model replica (all TP x PP x EP) must exhaust the iterator: it communicates. Only rank
     (pp 0, tp 0, ep 0) is given buckets. Order: embedding, layers, final norm, output layer unless tied. The tensors

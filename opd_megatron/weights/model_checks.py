@@ -1,4 +1,4 @@
-"""Which config fields change what a model computes in ways that the tables and Megatron's layers do not follow."""
+"""Config values that we cannot reproduce in Megatron; they are rejected."""
 
 from __future__ import annotations
 

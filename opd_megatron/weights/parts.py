@@ -74,16 +74,16 @@ class LocalShards:
         """All of the model's, in streaming order; the same on every rank."""
 
     def exports(self, tensor: HFTensor) -> bool:
-        """Whether this rank's stage and expert-parallel rank give the tensor away."""
+        """Tells whether this rank's stage and expert-parallel rank export the tensor."""
         return tensor.owner == (self.layout.pp_rank, self.layout.ep_rank)
 
     def contributed(self) -> list[HFTensor]:
-        """Tensors of which this rank gives its part away: over all ranks of a replica, every element once."""
+        """Lists the shards that this rank exports; together the ranks of a replica export every element once."""
         first = self.layout.tp_rank == 0
         return [tensor for tensor in self.tensors if self.exports(tensor) and (first or not tensor.replicated)]
 
     def contributed_numel(self) -> int:
-        """Elements of the parts that this rank gives away."""
+        """Counts the elements that this rank exports."""
         return sum(math.prod(self.shape(tensor, self.layout.tp_rank)) for tensor in self.contributed())
 
     def piece(self, tensor: HFTensor, tp_rank: int) -> ShardSlice | None:

@@ -83,7 +83,7 @@ def test_k1_and_k3_average_to_the_exact_divergence_over_the_students_samples() -
     assert min(means["k3"] for means in of_token) >= 0
 
 
-def test_a_policy_term_adds_its_own_figures() -> None:
+def test_a_policy_term_adds_its_own_metrics() -> None:
     hidden, heads = _models(8, seed=1)
     targets = torch.arange(8)
     log_p, log_q = (x.gather(1, targets[:, None])[:, 0] for x in _log_probs(hidden, heads))

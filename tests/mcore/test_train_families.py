@@ -56,8 +56,8 @@ def test_training_equals_dense_float64_reference(
     overrides = {"objective.type": "reverse_kl", "parallel.expert": expert}
     ranks = run_ranks(layout[0] * layout[1] * layout[2], _train, pairs(family), tuple(sizes), overrides)
     for steps, _ in ranks:
-        for (metrics, _, grad_norm, _), (figures, norm) in zip(steps, curve, strict=True):
-            assert metrics["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+        for (metrics, _, grad_norm, _), (known, norm) in zip(steps, curve, strict=True):
+            assert metrics["loss"] == pytest.approx(known["loss"], rel=1e-5)
             assert grad_norm == pytest.approx(norm, rel=1e-4)
     weights = ranks[0][1]
     assert sum(tensor.numel() for tensor in weights.values()) == sum(tensor.numel() for tensor in expected.values())
