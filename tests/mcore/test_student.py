@@ -94,11 +94,14 @@ def _train(
 ) -> Any:
     init_distributed()
     tensor, pipeline, data, sequence_parallel = layout
-    config = _config(pair, "unused", **{
+    parallel = {
         "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data,
-        "parallel.sequence_parallel": sequence_parallel, **objective,
-    })  # fmt: skip
-    models = check_run(_config(pair, "unused", **{"parallel.tensor": tensor, "parallel.pipeline": pipeline}))
+        "parallel.sequence_parallel": sequence_parallel,
+    }  # fmt: skip
+    config = _config(pair, "unused", **parallel, **objective)
+    checked = config.model_copy(deep=True)
+    checked.objective.lambda_rl = 0.0  # there are no rewards for a run yet
+    models = check_run(checked)
     grid = ParallelGrid.build(
         tensor, pipeline, data, ep_size=config.parallel.expert, sequence_parallel=sequence_parallel
     )
