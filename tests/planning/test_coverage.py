@@ -124,7 +124,7 @@ def test_a_wrong_row_of_the_table_is_found(
         ({"start": 0}, "is not held exactly once"),
         ({"offset": 0}, "filled exactly once"),
         (
-            {"length": lambda piece: piece.length // 2, "width": lambda piece: piece.bytes_per_element // 2},
+            {"length": lambda piece: piece.length // 2, "width": lambda piece: piece.width // 2},
             "filled exactly once",
         ),
         ({"length": lambda piece: piece.length - 1}, "does not fill"),
