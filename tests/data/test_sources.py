@@ -96,8 +96,8 @@ def test_nothing_is_held_out_without_evaluation_or_without_answers(tmp_path):
     [
         ([{"question": "q"}, {"prompt": "p", "answer": "a"}], r"row 0 .* no column 'answer' \(it has: question\)"),
         ([*numbered(1), {"prompt": "p", "answer": "a"}], r"row 1 .* no column 'question' \(it has: prompt, answer\)"),
-        ([*numbered(1), {"question": ["x"], "answer": "a"}], r"row 1 .* must hold a text"),
-        ([*numbered(1), {"question": " ", "answer": "a"}], r"row 1 .* must hold a text"),
+        ([*numbered(1), {"question": ["x"], "answer": "a"}], r"row 1 .* must hold text"),
+        ([*numbered(1), {"question": " ", "answer": "a"}], r"row 1 .* must hold text"),
         ([*numbered(1), "\n", '{"question": \n'], r"rows\.jsonl line 3' is not valid JSON"),
         ([*numbered(1), "[1]\n"], r"line 2 must be a JSON object, got list"),
         (["\n"], "has no rows"),

@@ -67,7 +67,7 @@ def test_only_the_log_of_this_start_is_quoted(tmp_path):
 
 def test_a_call_that_takes_too_long_ends_the_child(tmp_path):
     child = ChildProcess("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=1)
-    with pytest.raises(EngineDiedError, match=r"'hang' within rollout.start_timeout=1 s"):
+    with pytest.raises(EngineDiedError, match=r"'hang' within rollout.request_timeout=1 s"):
         child.call("hang", None)
     assert not is_running(child.process.pid)
 
