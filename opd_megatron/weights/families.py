@@ -290,9 +290,10 @@ def sizes_split_by_tensor(hf_config: PretrainedConfig) -> dict[str, int]:
 
 
 def architecture_of(hf_config: PretrainedConfig) -> str:
-    """Names the model class that the weights are for, e.g. `LlamaForCausalLM`."""
+    """Names the model class that the weights are for, e.g. `LlamaForCausalLM`; of another family, the model type."""
     if hf_config.architectures:
         return hf_config.architectures[0]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    return str(NAMES.get(hf_config.model_type, hf_config.model_type))
+    name = NAMES.get(hf_config.model_type)
+    return name if isinstance(name, str) and name in FAMILIES else hf_config.model_type
