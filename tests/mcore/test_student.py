@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from opd_megatron.config import load_config
 from opd_megatron.errors import NonFiniteError
+from opd_megatron.losses import TopKTeacher
 from opd_megatron.mcore.cpu.platform import init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.run.checks import check_run
 from opd_megatron.teacher import ask_teachers, build_teachers
-from opd_megatron.types import Batch
+from opd_megatron.types import Batch, TeacherInputs
 from opd_megatron.weight_sync.gathered import gather_student
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
@@ -304,6 +305,41 @@ def test_training_equals_dense_float64_reference(
         # an average over the tensor is insensitive to those few entries and sensitive to any systematic mistake.
         difference = (tensor_.double() - expected[name]).abs()
         assert difference.mean() < 1e-3 * LR, name
+
+
+def _train_on_entries(
+    rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, int, int, bool]
+) -> list[dict[str, float]]:
+    """Metrics of a step on the teacher's hidden states, and of the same step on its log-probabilities."""
+    init_distributed()
+    tensor, pipeline, data, sequence_parallel = layout
+    config = _config(pair, "unused", **{
+        "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.sequence_parallel": sequence_parallel,
+    })  # fmt: skip
+    models = check_run(config)
+    grid = ParallelGrid.build(tensor, pipeline, data, sequence_parallel=sequence_parallel)
+    mine = _batches(1)[0].micro_batches(4)
+    (teacher,) = build_teachers(config, models, grid)
+    dense = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = [dense(batch.tokens).logits[batch.weights > 0][:, :250].log_softmax(-1) for batch in mine]
+    entries = [TopKTeacher(torch.arange(250).expand_as(values), values) for values in logprobs]
+    inputs = [ask_teachers([teacher], mine), [TeacherInputs(entries if grid.is_last_stage else ())]]
+    results = []
+    for given in inputs:
+        student = Student(config, models.student, models.student_config, grid, models.padded_vocab(tensor))
+        output = student.update(mine, given, config.objective, models.vocab_size)
+        results.append({**output.metrics, "grad_norm": output.grad_norm})
+    return results
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]])
+def test_a_teacher_may_give_top_k_entries_instead_of_hidden_states(
+    pair: tuple[Path, Path], layout: tuple[int, int, int, bool]
+) -> None:
+    """Entries that cover the vocabulary say the same as hidden states with a head."""
+    for of_hidden, of_entries in run_ranks(layout[0] * layout[1] * layout[2], _train_on_entries, pair, layout):
+        assert of_entries == pytest.approx(of_hidden, rel=1e-4, abs=1e-5)
 
 
 def _train_on_nan(rank: int, world: int, pair: tuple[Path, Path]) -> Any:
