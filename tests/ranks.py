@@ -38,7 +38,7 @@ class RankError(AssertionError):
         self.cause = cause
 
 
-def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """Runs `body(rank, world_size, *args)` on `world_size` gloo ranks; returns their results in rank order."""
     assert world_size <= MAX_RANKS
     workers = _pool(world_size)

@@ -100,9 +100,7 @@ def _train(
         "parallel.sequence_parallel": sequence_parallel,
     }  # fmt: skip
     config = _config(pair, "unused", **parallel, **objective)
-    checked = config.model_copy(deep=True)
-    checked.objective.lambda_rl = 0.0  # there are no rewards for a run yet
-    models = check_run(checked)
+    models = check_run(_config(pair, "unused", **parallel))  # there are no rewards for a run yet: refused there
     grid = ParallelGrid.build(
         tensor, pipeline, data, ep_size=config.parallel.expert, sequence_parallel=sequence_parallel
     )
