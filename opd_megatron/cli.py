@@ -12,7 +12,7 @@ from opd_megatron import __version__
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import Parser, config_reference, parse_run, run_parser
 from opd_megatron.errors import ConfigError
-from opd_megatron.train import check, describe, train
+from opd_megatron.train import check, describe, settle_precision, train
 
 if TYPE_CHECKING:
     from opd_megatron.trainer import OPDTrainer
@@ -66,13 +66,14 @@ def _on_newest_weights(
         "--checkpoint", default="latest", metavar="NAME", help="`latest` (the default), `best`, or the number of a step"
     )
     arguments = parse_run(parser, argv)
-    config = arguments.config
+    config, lines = settle_precision(arguments.config)
     models = check(config)
     if arguments.dry_run:
-        print(describe(config, models))
+        print(describe(config, models), *lines, sep="\n")
         return 0
     if launcher.needs_launch(config):
         return launcher.launch("opd_megatron.cli", [command, *argv], config.world_size)
+    launcher.tell(lines)
     from opd_megatron.trainer import OPDTrainer
 
     launcher.leave_cleanly_on_sigterm()

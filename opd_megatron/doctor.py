@@ -50,8 +50,18 @@ def _machine() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     state = "ok" if sys.version_info >= (3, 11) else "note"
     yield Finding("python", state, version, "vLLM needs 3.11 or newer, only rollout.engine=torch works")
+    yield from _precision()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
     yield Finding("machine", "ok", f"{available_cores()} cores, {memory:.0f} GiB memory")
+
+
+def _precision() -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    from opd_megatron.system.processor import processor
+
+    found = processor()
+    yield Finding("dtype: auto", "ok", f"{'fp32' if found.bf16 is None else 'bf16'}, {found.reason}")
 
 
 def _torch() -> Iterator[Finding]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import parse_run, run_parser
-from opd_megatron.config import RunConfig, dump_config
+from opd_megatron.config import RunConfig, decide_precision, dump_config
 from opd_megatron.system import signals
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ def check(config: RunConfig) -> ResolvedModels:
     return check_run(config)
 
 
+def settle_precision(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Decides `dtype: auto` as the run directory has it or this machine wants it, and says why in lines for a user."""
+    from opd_megatron.run.run_dir import RunDir
+
+    return decide_precision(config, RunDir(Path(config.output_dir)).settings())
+
+
 def describe(config: RunConfig, models: ResolvedModels) -> str:
     """Writes what `--dry-run` prints: the resolved configuration, the process layout and the memory per rank."""
     from opd_megatron.planning import run_plan
@@ -47,13 +55,14 @@ def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
     """Runs the `train` command; returns an exit code, raises OPDError for what a user can correct."""
     description = "Distil teachers into a student on the student's own samples."
     arguments = parse_run(run_parser(prog, description), argv)
-    config = arguments.config
+    config, lines = settle_precision(arguments.config)
     models = check(config)
     if arguments.dry_run:
-        print(describe(config, models))
+        print(describe(config, models), *lines, sep="\n")
         return 0
     if launcher.needs_launch(config):
         return launcher.launch("opd_megatron.train", argv, config.world_size)
+    launcher.tell(lines)
     signals.note_stop_signals()
     run_training(config, models)
     return 0

@@ -66,6 +66,13 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def tell(lines: Sequence[str]) -> None:
+    """Prints what was decided for a run, once for all ranks; warnings go to stderr."""
+    if is_first_rank():
+        for line in lines:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+
+
 def needs_launch(config: RunConfig) -> bool:
     """True when the run needs more ranks than this plainly started process."""
     return config.world_size > 1 and not is_rank()

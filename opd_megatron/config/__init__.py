@@ -7,6 +7,7 @@ own `config.json` (heads, layers, vocabulary) live in `models.rules`, checked be
 
 from opd_megatron.config.loading import build_config, dump_config, load_config, sections_of, set_by_path
 from opd_megatron.config.objective import ObjectiveConfig
+from opd_megatron.config.precision import decide_precision, decided, take_precision
 from opd_megatron.config.run import RunConfig
 from opd_megatron.config.sections import (
     CheckpointConfig,
@@ -16,6 +17,7 @@ from opd_megatron.config.sections import (
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
     RolloutConfig,
     Section,
     StudentConfig,
@@ -31,6 +33,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Precision",
     "RolloutConfig",
     "RunConfig",
     "Section",
@@ -38,8 +41,11 @@ __all__ = [
     "StudentRanksTeacherConfig",
     "TeacherConfig",
     "build_config",
+    "decide_precision",
+    "decided",
     "dump_config",
     "load_config",
     "sections_of",
     "set_by_path",
+    "take_precision",
 ]

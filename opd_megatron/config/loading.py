@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opd_megatron.config.run import RunConfig
-from opd_megatron.errors import ConfigError, MissingPathError
+from opd_megatron.errors import ConfigError
+from opd_megatron.system.reading import read_yaml_mapping
 
 RENAMED = {"rollout.start_timeout": "rollout.request_timeout"}
 """Keys of earlier releases, and what they are called now."""
@@ -26,7 +27,7 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
         MissingPathError: the file does not exist.
         ConfigError: the YAML is malformed, a key is unknown, or a value breaks a rule.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = read_yaml_mapping(path, ConfigError, "give the path of a YAML file of sections") if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
     return build_config(tree)
@@ -43,20 +44,6 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Writes the resolved configuration as YAML, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingPathError(f"config file {str(path)!r} does not exist: give the path of a YAML file")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {str(path)!r} must hold a mapping of sections, got {type(tree).__name__}")
-    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

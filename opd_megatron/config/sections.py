@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 Dtype = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
+"""`auto` is decided once, by `config.precision`, and kept with the run."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -25,8 +27,9 @@ class StudentConfig(Section):
     """Hugging Face folder or hub id of the model to train."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; the student's own by default."""
-    dtype: Dtype = "bf16"
-    """Arithmetic of the forward and backward pass; the optimizer keeps fp32 main weights."""
+    dtype: Precision = "auto"
+    """Arithmetic of the forward and backward pass; the optimizer keeps fp32 main weights. `auto` is bf16 on a GPU and
+    on a CPU with AMX-BF16 or AVX512-BF16, fp32 elsewhere; a run keeps what it began with."""
     recompute: bool = False
     """Recompute activations layer by layer in the backward pass: less memory, about a third more time."""
     transformer_engine: Literal["auto", "off"] = "auto"
@@ -73,8 +76,8 @@ class RolloutConfig(Section):
     """Sampling temperature (> 0: greedy answers are not samples of the student's distribution)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus mass; below 1 the samples are no longer the student's own distribution."""
-    dtype: Dtype | None = None
-    """Arithmetic of the engine; the student's by default."""
+    dtype: Precision = "auto"
+    """Arithmetic of the engine; `auto` is the student's."""
     tensor: PositiveInt = 1
     """Tensor-parallel size inside the engine."""
     bucket_mib: PositiveInt = 256
@@ -92,6 +95,11 @@ class RolloutConfig(Section):
     """How often in a row a dead engine is restarted before the run stops."""
     request_timeout: PositiveFloat = 600.0
     """Seconds the engine may take to start or to answer a call."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _null_is_auto(cls, value: Any) -> Any:
+        return "auto" if value is None else value  # as earlier releases wrote it
 
 
 class OptimizerConfig(Section):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, PositiveFloat, Tag
 
-from opd_megatron.config.sections import Dtype, Section
+from opd_megatron.config.sections import Precision, Section
 
 
 class TeacherConfig(Section):
@@ -23,8 +23,8 @@ class StudentRanksTeacherConfig(TeacherConfig):
 
     placement: Literal["student"] = "student"
     """Where the teacher runs: `student` is on the student's own ranks, in its layout."""
-    dtype: Dtype = "bf16"
-    """Arithmetic of the teacher's forward pass."""
+    dtype: Precision = "auto"
+    """Arithmetic of the teacher's forward pass; `auto` as for the student."""
 
 
 def by_placement(*classes: type[TeacherConfig]) -> Any:

@@ -10,7 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 from transformers import PretrainedConfig
 
-from opd_megatron.config import ObjectiveConfig, RunConfig
+from opd_megatron.config import ObjectiveConfig, RunConfig, decided
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.losses import linear_divergence_terms
 from opd_megatron.losses.objectives import loss_arguments, metric_names, objective_terms
@@ -37,7 +37,7 @@ class Student:
             hf_config,
             grid,
             padded_vocab=padded_vocab,
-            dtype=config.student.dtype,
+            dtype=decided(config.student.dtype),
             recompute=config.student.recompute,
             transformer_engine=use_transformer_engine(config.student.transformer_engine),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import RunConfig, decided
 from opd_megatron.models.rules import ResolvedModels
 from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, family_of
@@ -130,7 +130,7 @@ class RunSizes:
     @property
     def bytes_per_element(self) -> int:
         """Bytes of one element of the student's weights."""
-        return BYTES_PER_ELEMENT[self.config.student.dtype]
+        return BYTES_PER_ELEMENT[decided(self.config.student.dtype)]
 
     def body_flops(self, hf_config: PretrainedConfig) -> float:
         """Counts the operations of one forward pass of a step's tokens through all layers of a model."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import RunConfig, decide_precision, decided
 from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.models import ResolvedModels
@@ -20,6 +20,7 @@ from opd_megatron.planning.published import find_model, known_tensors
 from opd_megatron.planning.timing import ASSUMPTIONS, step_seconds
 from opd_megatron.planning.traffic import Traffic, traffic
 from opd_megatron.run.checks import check_run
+from opd_megatron.system.processor import BF16_GPU
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ def make_plan(config: RunConfig, gpu: Gpu | None = None, folders: Sequence[Path]
     Raises:
         OPDError: what `check_run` finds, or a model whose tensors are not covered (`coverage.check_coverage`).
     """
+    config, _ = decide_precision(config, machine=BF16_GPU)
     models = check_run(config, lambda path: find_model(path, folders))
     sizes = RunSizes(config, models)
     moved = traffic(sizes)
@@ -180,6 +182,6 @@ def _engine(sizes: RunSizes, gpu: bool) -> str:
     rollout = sizes.config.rollout
     if gpu:
         return f"{rollout.gpu_memory_utilization:.0%} of the memory of {rollout.tensor} GPU(s)"
-    bytes_per_element = BYTES_PER_ELEMENT[rollout.dtype or sizes.config.student.dtype]
+    bytes_per_element = BYTES_PER_ELEMENT[decided(rollout.dtype)]
     weights = weights_bytes(sizes.models.student_config, bytes_per_element) / GIB
     return f"{weights:.2f} GiB of weights, {rollout.kv_cache_gib:.2f} GiB of key-value cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opd_megatron.config import decided
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import optimizer_share, weights_bytes
@@ -47,7 +48,7 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
 def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
     """Estimates prefill, then one pass over weights, keys and values for each new token of all sequences."""
     hf_config, rollout = sizes.models.student_config, sizes.config.rollout
-    bytes_per_element = BYTES_PER_ELEMENT[rollout.dtype or sizes.config.student.dtype]
+    bytes_per_element = BYTES_PER_ELEMENT[decided(rollout.dtype)]
     waves = -(-sizes.config.sequences_per_step // _SEQUENCES_AT_ONCE)
     batch = sizes.config.sequences_per_step / waves
     cached = batch * sizes.length * 2 * LayerSizes.of(hf_config).key * hf_config.num_hidden_layers * bytes_per_element

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd_megatron.config import decided
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
 from opd_megatron.planning.memory import weights_bytes
 from opd_megatron.teacher import teacher_costs
@@ -40,7 +41,7 @@ def traffic(sizes: RunSizes) -> Traffic:
     inside += sum(cost.tensor_bytes for cost in costs)
     between += sum(cost.pipeline_bytes for cost in costs)
     tokens = sizes.tokens * sizes.micro_batches
-    rollout = BYTES_PER_ELEMENT[sizes.config.rollout.dtype or sizes.config.student.dtype]
+    rollout = BYTES_PER_ELEMENT[decided(sizes.config.rollout.dtype)]
     shards = [sizes.stage(student, stage) for stage in range(sizes.pp_size)]
     copies = sizes.dp_size // sizes.ep_size  # of an expert
     synchronised = max(

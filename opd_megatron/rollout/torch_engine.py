@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import RunConfig, decided
 from opd_megatron.errors import RolloutError
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload, tensors_of
@@ -124,12 +124,12 @@ class TorchEngine:
 
 def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightFormat:
     """Takes full tensors: it is one process."""
-    return WeightFormat(DTYPES[config.rollout.dtype or config.student.dtype], config.rollout.tensor)
+    return WeightFormat(DTYPES[decided(config.rollout.dtype)], config.rollout.tensor)
 
 
 def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> TorchEngine:
     """See `rollout.build_engine`."""
-    return TorchEngine(model_dir, max_model_len, DTYPES[config.rollout.dtype or config.student.dtype])
+    return TorchEngine(model_dir, max_model_len, DTYPES[decided(config.rollout.dtype)])
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import RunConfig, decided
 from opd_megatron.errors import EngineDiedError, RolloutError
 from opd_megatron.rollout.child import ChildProcess
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
@@ -111,7 +111,7 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
     """Takes full tensors or, unless `rollout.shard_to_shard` is off, the files of its workers' shards."""
     rollout = config.rollout
     rows = vocab_rows(hf_config.vocab_size, rollout.tensor) if rollout.shard_to_shard else None
-    return WeightFormat(DTYPES[rollout.dtype or config.student.dtype], rollout.tensor, rows)
+    return WeightFormat(DTYPES[decided(rollout.dtype)], rollout.tensor, rows)
 
 
 def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> VLLMEngine:
@@ -120,7 +120,7 @@ def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_pat
     options = VLLMOptions(
         model_dir=model_dir,
         max_model_len=max_model_len,
-        dtype=rollout.dtype or config.student.dtype,
+        dtype=decided(rollout.dtype),
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,

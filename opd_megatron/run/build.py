@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import RunConfig, decide_precision, take_precision
 from opd_megatron.data.batching import MicroBatchBuilder
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.stages import RolloutStage
@@ -90,6 +90,7 @@ def build_run(
         scoring: load the teachers.
     """
     run_dir = RunDir(Path(config.output_dir))
+    config, _ = decide_precision(config, run_dir.settings())
     models = models or check_run(config)
     run_dir.check(config)
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
@@ -99,6 +100,7 @@ def build_run(
     prompts, held_out = build_train_and_eval(config, tokenizer)
 
     init_distributed()
+    config = _rank_0s_precision(config)
     torch.manual_seed(config.seed)
     resume_from = choose_checkpoint(run_dir.checkpoints)
     unfinished = resume_from is None or resume_from.step < config.steps
@@ -128,6 +130,13 @@ def build_run(
         if engine is not None:
             engine.close()
         raise
+
+
+def _rank_0s_precision(config: RunConfig) -> RunConfig:
+    """Takes the first rank's decision: machines of one run may differ. Collective."""
+    chosen = [config]
+    dist.broadcast_object_list(chosen)
+    return take_precision(config, chosen[0])
 
 
 def _grid(config: RunConfig, models: ResolvedModels) -> ParallelGrid:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.errors import ConfigError
 from opd_megatron.run.identity import first_difference, identity_of
 from opd_megatron.system.atomic import write_file
+from opd_megatron.system.reading import read_yaml_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class RunDir:
                     f"output_dir={str(self.root)!r} is not empty and holds no run's config.yaml: choose another folder"
                 )
             return
-        saved = yaml.safe_load(self.config.read_text()) or {}
+        saved = self.settings()
         difference = first_difference(identity_of(saved), identity_of(config.model_dump(mode="json")))
         if difference is not None:
             key, theirs, ours = difference
@@ -62,6 +62,12 @@ class RunDir:
                 f"output_dir={str(self.root)!r} belongs to a run with {key}={theirs!r}, this one has {ours!r}: "
                 "choose another output_dir, or the same settings to resume"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """Reads the resolved configuration of the run that lies here; empty where there is none."""
+        if not self.config.exists():
+            return {}
+        return read_yaml_mapping(self.config, ConfigError, "restore the file, or choose another output_dir")
 
     def prepare(self, config: RunConfig) -> None:
         """Makes the folder and writes the resolved configuration. Rank 0 only, after `check`."""

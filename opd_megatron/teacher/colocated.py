@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig, StudentRanksTeacherConfig
+from opd_megatron.config import RunConfig, StudentRanksTeacherConfig, decided
 from opd_megatron.mcore.forward import response_hidden
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
@@ -61,7 +61,7 @@ class StudentRanks:
             hf_config,
             grid,
             padded_vocab=padded_vocab,
-            dtype=teacher.dtype,
+            dtype=decided(teacher.dtype),
             transformer_engine=use_transformer_engine(config.student.transformer_engine),
         )
         load_weights(model, folder, hf_config, grid.layout(hf_config.num_hidden_layers, padded_vocab))
@@ -74,7 +74,7 @@ class StudentRanks:
     ) -> TeacherCost:
         """Estimates its shard of frozen weights, its head on the last stage, and there the hidden states of a step."""
         element, shard, layer = (
-            BYTES_PER_ELEMENT[teacher.dtype],
+            BYTES_PER_ELEMENT[decided(teacher.dtype)],
             sizes.stage(hf_config, stage),
             LayerSizes.of(hf_config),
         )

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opd_megatron.errors import MissingPathError, UnsupportedModelError, WeightsError
+from opd_megatron.system.reading import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -241,10 +242,4 @@ class SafetensorsSource:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint. Raises WeightsError when it holds none."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{str(file)!r} is not valid JSON: download it again ({error})") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(file, WeightsError, "download it again")

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from opd_megatron.config import ParallelConfig, load_config
+from opd_megatron.config import ParallelConfig, decide_precision, load_config
 from opd_megatron.mcore.meta_shards import distinct_shards
 from opd_megatron.models.sizes import LayerSizes, RunSizes
 from opd_megatron.planning.memory import RankMemory, layer_elements, rank_memory
 from opd_megatron.planning.run_plan import describe
 from opd_megatron.run.checks import check_run
+from opd_megatron.system.processor import BF16_GPU
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
 
@@ -32,7 +33,9 @@ def sizes_of(pair: tuple[Path, Path], **overrides: Any) -> RunSizes:
         "student.path": pair[0], "teachers.0.path": pair[1], "data.max_prompt_tokens": 64,
         "rollout.max_new_tokens": 32, "parallel.micro_batch_size": 2, **overrides,
     }  # fmt: skip
-    config = load_config(None, [f"{key.replace('__', '.')}={value}" for key, value in values.items()])
+    config, _ = decide_precision(
+        load_config(None, [f"{key.replace('__', '.')}={value}" for key, value in values.items()]), machine=BF16_GPU
+    )
     return RunSizes(config, check_run(config))
 
 

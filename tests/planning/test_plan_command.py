@@ -82,7 +82,7 @@ def test_experts_may_be_shared_out_where_they_do_not_fit() -> None:
     config = load_config(
         None,
         [f"student.path={model}", f"teachers.0.path={model}", "parallel.data=8", "rollout.prompts_per_step=64",
-         "data.source=prompts.jsonl"],
+         "data.source=prompts.jsonl", "student.dtype=bf16", "teachers.0.dtype=bf16", "rollout.dtype=bf16"],
     )  # fmt: skip
     found = suggestions(RunSizes(config, check_run(config, find_model)), gpu_named("H200"), limit=100)
     assert any(suggestion.overrides.get("parallel.expert", 1) > 1 for suggestion in found)
