@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,9 +64,15 @@ def _on_newest_weights(
     """Restores a checkpoint of a run on all its ranks, calls `action` and prints the lines that it returns."""
     parser = run_parser(f"opd-megatron {command}", description)
     parser.add_argument(
-        "--checkpoint", default="latest", metavar="NAME", help="`latest` (the default), `best`, or the number of a step"
-    )
+        "--checkpoint", default="latest", metavar="NAME",
+        help="`latest` (the default), `best`, the number of a step, or `initial` for the student's own weights",
+    )  # fmt: skip
     arguments = parse_run(parser, argv)
+    if arguments.run is not None and os.path.realpath(arguments.config.output_dir) != os.path.realpath(arguments.run):
+        raise ConfigError(
+            f"output_dir={arguments.config.output_dir!r} is another run than {arguments.run!r}, which is named: leave "
+            "output_dir out"
+        )
     config, lines = settle_precision(arguments.config)
     models = check(config)
     if arguments.dry_run:

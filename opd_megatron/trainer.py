@@ -21,13 +21,13 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
-from opd_megatron.errors import StopRequestedError
+from opd_megatron.errors import MissingPathError, StopRequestedError
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.build import RunParts, build_run
 from opd_megatron.run.export import export_hf
-from opd_megatron.run.identity import check_identity, checkpoint_identity
+from opd_megatron.run.identity import check_identity, student_only
 from opd_megatron.run.report import write_report
 from opd_megatron.system.collectives import all_ranks_max
 from opd_megatron.system.signals import stop_requested
@@ -141,7 +141,7 @@ class OPDTrainer(RunParts):
 
         A stop signal on any rank (`system.signals`) ends it after the current step, with a checkpoint of that step.
         """
-        self.restore()
+        self.restore("latest" if self.resume_from else "initial")
         with self._log() as log:
             if self.step_count == 0:
                 self._log_step_zero(log)
@@ -163,25 +163,39 @@ class OPDTrainer(RunParts):
             self.display.note(f"stopped after step {self.step_count}: the same command goes on from there")
 
     def restore(self, name: str = "latest") -> None:
-        """Takes weights, optimizer and data cursor from a checkpoint: `latest` (the newest whole one; without any the
-        student's own weights stay), `best`, or a step."""
+        """Takes weights, optimizer and data cursor from a checkpoint: `latest` (the newest whole one), `best`, or a
+        step. `initial` leaves the student's own weights as they are.
+
+        Raises:
+            MissingPathError: there is no such checkpoint.
+            CheckpointError: it is damaged, or another run's.
+        """
         newest = self.resume_from
         for warning in newest.skipped if newest else ():
             self.display.note(warning)
-        if name == "latest" and newest is None:
+        if name == "initial":
             return
+        if name == "latest" and newest is None:
+            raise MissingPathError(
+                f"{str(self.run_dir.root)!r} holds no checkpoint to take: train first, name another run, or ask for "
+                "the student's own weights with --checkpoint initial"
+            )
         path = newest.path if newest and name == "latest" else named_checkpoint(self.run_dir.checkpoints, name)
         state = checkpoint_state(path)
-        check_identity(state.get("identity", {}), checkpoint_identity(self.config, self.models), path)
+        theirs = state.get("identity", {})
+        ours = self.identity if self.trains else student_only(self.identity)
+        for note in check_identity(theirs, ours, f"checkpoint {str(path)!r}"):
+            self.display.note(note)
         load_checkpoint(path, self.student)
-        self.prompts.load_state_dict(state["prompts"])
-        self._cursor = self.prompts.state_dict()
+        if self.trains:
+            self.prompts.load_state_dict(state["prompts"])
+            self._cursor = self.prompts.state_dict()
         self.step_count = self._saved_step = int(state["policy_version"])
         self.display.note(f"resumed from step {self.step_count} ({path})")
 
     def save(self, metrics: dict[str, float]) -> None:
         """Begins a checkpoint of this very step; its `metrics` may make it the best one."""
-        identity = checkpoint_identity(self.config, self.models)
+        identity = self.identity
         state: dict[str, Any] = {
             "step": self.step_count,
             "policy_version": self.step_count,
@@ -228,7 +242,6 @@ class OPDTrainer(RunParts):
         """Opens metrics.jsonl on rank 0. The run directory is this run's from here on."""
         if dist.get_rank() > 0:
             return NullLog()
-        self.run_dir.prepare(self.config)
         logging = self.config.logging
         return MetricsLog(
             self.run_dir.root,

@@ -36,6 +36,8 @@ class Prompt:
     """The gold answer, where the task has one."""
     answer_ids: tuple[int, ...] | None = None
     """The gold answer as response tokens (end-of-turn included); held-out evaluation scores them."""
+    task: str | None = None
+    """Which task it belongs to, where the data say so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,7 +298,7 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     defaults = {
         key: yaml.safe_load(default)
         for key, _, default, _ in listed
-        if default != "required" and key not in of_some_types
+        if default != "required" and key not in of_some_types and not key.startswith("data.sources.")
     }
     config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in defaults.items())])
     assert config == load_config(None, ["teachers.0.path=t"])

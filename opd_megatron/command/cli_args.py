@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from opd_megatron.config import RunConfig, load_config, sections_of
 from opd_megatron.errors import ConfigError
@@ -57,6 +56,8 @@ class RunArguments:
     dry_run: bool = False
     checkpoint: str = "latest"
     """Which checkpoint `evaluate` and `export` take."""
+    run: str | None = None
+    """The run directory, where one is given instead of a YAML file."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,8 +102,9 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
     overrides = [*_alias_overrides(known), *(word for word in known.arguments if "=" in word)]
     if not paths and not overrides:
         raise ConfigError(f"no config file: give a YAML file, e.g. {parser.prog} configs/demo.yaml")
-    path = _config_file(paths[0]) if paths else None
-    return RunArguments(load_config(path, overrides), known.dry_run, getattr(known, "checkpoint", "latest"))
+    path = paths[0] if paths else None
+    run = path if path is not None and os.path.isdir(path) else None
+    return RunArguments(load_config(path, overrides), known.dry_run, getattr(known, "checkpoint", "latest"), run)
 
 
 def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
@@ -132,7 +134,7 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
                     found.setdefault(row[0], row)
             yield from found.values()
             continue
-        default = "required" if field.default is PydanticUndefined else json.dumps(field.default)
+        default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
         yield prefix + name, _type_name(annotation), default, " ".join((field.description or "").split())
 
 
@@ -151,12 +153,6 @@ def _alias_overrides(known: argparse.Namespace) -> list[str]:
         # JSON is YAML, so a quoted value stays the text it is; pydantic turns it into a number where one is due.
         overrides += [f"{key}={json.dumps(value)}" for value in values]
     return overrides
-
-
-def _config_file(path: str) -> str:
-    """A run directory stands for the resolved configuration inside it."""
-    inside = os.path.join(path, "config.yaml")
-    return inside if os.path.isdir(path) and os.path.isfile(inside) else path
 
 
 def _spellings(names: tuple[str, ...]) -> list[str]:

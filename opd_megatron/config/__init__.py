@@ -12,6 +12,7 @@ from opd_megatron.config.run import RunConfig
 from opd_megatron.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DataSourceConfig,
     Dtype,
     EvaluationConfig,
     LoggingConfig,
@@ -27,6 +28,7 @@ from opd_megatron.config.teachers import StudentRanksTeacherConfig, TeacherConfi
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DataSourceConfig",
     "Dtype",
     "EvaluationConfig",
     "LoggingConfig",

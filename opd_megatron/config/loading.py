@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opd_megatron.config.run import RunConfig
+from opd_megatron.config.run_folder import named_run
 from opd_megatron.errors import ConfigError
 from opd_megatron.system.reading import read_yaml_mapping
 
@@ -21,13 +22,14 @@ RENAMED = {"rollout.start_timeout": "rollout.request_timeout"}
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Reads a YAML file, applies `a.b=value` overrides (values are YAML) and checks every rule.
 
-    List elements are addressed by index (`teachers.0.path=...`). `path=None` starts from the defaults.
+    List elements are addressed by index (`teachers.0.path=...`). `path=None` starts from the defaults. A run directory
+    stands for the configuration inside it, with itself as `output_dir`.
 
     Raises:
         MissingPathError: the file does not exist.
         ConfigError: the YAML is malformed, a key is unknown, or a value breaks a rule.
     """
-    tree = read_yaml_mapping(path, ConfigError, "give the path of a YAML file of sections") if path is not None else {}
+    tree = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
     return build_config(tree)
@@ -44,6 +46,12 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Writes the resolved configuration as YAML, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return named_run(path)
+    return read_yaml_mapping(path, ConfigError, "give the path of a YAML file of sections, or a run directory")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -16,6 +16,7 @@ from opd_megatron.config.sections import (
     RolloutConfig,
     Section,
     StudentConfig,
+    UserPath,
 )
 from opd_megatron.config.teachers import AnyTeacherConfig, StudentRanksTeacherConfig, TeacherConfig
 from opd_megatron.errors import ConfigError, NotAvailableError
@@ -28,7 +29,7 @@ def _default_teacher() -> TeacherConfig:
 class RunConfig(Section):
     """One run, whole."""
 
-    output_dir: str = "runs/default"
+    output_dir: UserPath = "runs/default"
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, hf/, report/."""
     steps: PositiveInt = 100
     """Optimizer steps."""
@@ -69,6 +70,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _cross_field_rules(self) -> RunConfig:
         parallel, optimizer = self.parallel, self.optimizer
+        if self.data.sources and "source" in self.data.model_fields_set and self.data.source != "gsm_symbolic":
+            raise ValueError(
+                f"data.source={self.data.source!r} has no effect beside data.sources: list it there, or leave one out"
+            )
         if parallel.sequence_parallel and parallel.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel=true needs parallel.tensor > 1, got 1: raise it or switch it off"

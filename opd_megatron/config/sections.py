@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 Dtype = Literal["bf16", "fp32"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -22,10 +23,21 @@ class Section(BaseModel):
     )
 
 
+def _expand(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"path {path!r} names a home folder that does not exist: write it out")
+    return expanded
+
+
+UserPath = Annotated[str, AfterValidator(_expand)]
+"""A path, or an id that looks like none; `~` is the home folder."""
+
+
 class StudentConfig(Section):
-    path: str = "student"
+    path: UserPath = "student"
     """Hugging Face folder or hub id of the model to train."""
-    tokenizer: str | None = None
+    tokenizer: UserPath | None = None
     """Folder or hub id of the tokenizer; the student's own by default."""
     dtype: Precision = "auto"
     """Arithmetic of the forward and backward pass; the optimizer keeps fp32 main weights. `auto` is bf16 on a GPU and
@@ -36,28 +48,54 @@ class StudentConfig(Section):
     """`auto` uses Transformer Engine layers on a GPU where it is installed."""
 
 
+class DataSourceConfig(Section):
+    source: UserPath
+    """As `data.source`."""
+    subset: str | None = None
+    """As `data.subset`."""
+    split: str | None = None
+    """As `data.split`, which is the default."""
+    prompt_column: str | None = None
+    """As `data.prompt_column`, which is the default."""
+    answer_column: str | None = None
+    """As `data.answer_column`, which is the default."""
+    task: str | None = None
+    """Name of its rows' task, where `data.task_column` names none."""
+    weight: PositiveFloat = 1.0
+    """Share of the prompts that come from here, relative to the other sources' weights."""
+
+
 class DataConfig(Section):
-    source: str = "gsm_symbolic"
-    """`gsm_symbolic` (made offline), a .jsonl file, or the hub id of a data set such as openai/gsm8k."""
+    source: UserPath = "gsm_symbolic"
+    """`gsm_symbolic` (made offline); a .jsonl, .json, .csv, .tsv or .parquet file; a folder of such; or the hub id of a
+    data set such as openai/gsm8k."""
+    sources: list[DataSourceConfig] = Field(default_factory=list)
+    """Several sources, instead of `source`, each with its share of the prompts."""
     subset: str | None = None
     """Configuration name of a hub data set; openai/gsm8k uses `main` by default."""
     split: str = "train"
     """Split of a hub data set to train on."""
     prompt_column: str = "question"
-    """Column that holds the user's message."""
+    """Column that holds the user's message, or a list of messages of a role and a content; `a.b` is a path into one. By
+    default also `prompt`, `messages`, `problem` or `instruction`, where there is no `question`."""
     answer_column: str | None = "answer"
-    """Column that holds the gold answer; null where there is none (held-out NLL then needs eval_source)."""
+    """Column (or path, such as `reward_model.ground_truth`) that holds the gold answer; null where there is none
+    (held-out NLL then needs eval_source)."""
+    task_column: str | None = None
+    """Column that names the row's task, such as verl's `data_source`."""
     system_prompt: str | None = None
     """System message put before every prompt."""
     template: Literal["chat", "raw"] = "chat"
     """`chat` applies the tokenizer's chat template; `raw` continues the text as it stands."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: PositiveInt = 512
     """A longer prompt is an error, or is dropped where `drop_long_prompts` is set."""
     drop_long_prompts: bool = False
     """Leave out prompts over `max_prompt_tokens` instead of stopping."""
     limit: PositiveInt | None = None
     """Use only the first N rows."""
-    eval_source: str | None = None
+    eval_source: UserPath | None = None
     """Where held-out rows come from; by default the same source (its test split, or rows kept apart)."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""

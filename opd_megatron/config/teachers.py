@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, PositiveFloat, Tag
 
-from opd_megatron.config.sections import Precision, Section
+from opd_megatron.config.sections import Precision, Section, UserPath
 
 
 class TeacherConfig(Section):
     """What every teacher has, wherever it runs. `placement` chooses the class of an entry of `teachers:`."""
 
-    path: str
+    path: UserPath
     """Hugging Face folder or hub id."""
     weight: PositiveFloat = 1.0
     """Share in an ensemble; shares are normalised to sum to one."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.config import RunConfig
-from opd_megatron.data.sources import Example, train_and_eval_rows
-from opd_megatron.data.tokenizer import end_of_turn_id, render_chat
+from opd_megatron.data.rows import Example
+from opd_megatron.data.sources import read_rows
+from opd_megatron.data.template import ChatTemplate
 from opd_megatron.errors import CheckpointError, DataError
 from opd_megatron.types import Prompt
 
@@ -22,7 +24,9 @@ class PromptDataset:
     front, to find those that are too long before training starts rather than in the middle of it.
 
     Args:
-        template: `chat` or `raw`.
+        tokenizer: the student's.
+        template: `chat`, or `raw` to continue the text as it stands.
+        template_kwargs: arguments of the chat template.
         max_prompt_tokens: limit for a prompt, template included; None for no limit.
         drop_long: leave rows over the limit out (`dropped` counts them) instead of raising.
         max_answer_tokens: `answer_ids` are cut to this length.
@@ -38,17 +42,18 @@ class PromptDataset:
         *,
         template: str = "chat",
         system_prompt: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         drop_long: bool = False,
         max_answer_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = template
         self.system_prompt = system_prompt
+        self.template = ChatTemplate(tokenizer, system_prompt, template_kwargs or {}) if template == "chat" else None
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
         self.dropped = 0
-        self._end_of_turn = end_of_turn_id(tokenizer) if template == "chat" else tokenizer.eos_token_id
+        self._end_of_turn = tokenizer.eos_token_id if self.template is None else self.template.end_of_turn_id()
         self._rows = list(rows)
         if not self._rows:
             raise DataError("the data set has no rows: give a data.source that has some")
@@ -59,24 +64,42 @@ class PromptDataset:
 
     def __getitem__(self, index: int) -> Prompt:
         row = self._rows[index]
-        token_ids = self._encode(row.question)
+        token_ids = self._encode(row)
         if self._is_long(len(token_ids)):
             raise self._too_long(row, len(token_ids))
         answer_ids = None if row.answer is None else self._encode_answer(row.answer)
-        return Prompt(row.id, token_ids, row.question, row.answer, answer_ids)
+        return Prompt(row.id, token_ids, row.question, row.answer, answer_ids, row.task)
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
 
-    def _encode(self, question: str) -> tuple[int, ...]:
-        if self.template == "raw":
-            text = question if self.system_prompt is None else f"{self.system_prompt}\n\n{question}"
-            return tuple(self.tokenizer(text).input_ids)
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)  # the template wrote them already
+    def sources(self) -> list[list[int]]:
+        """Lists the rows of each source, by index."""
+        found: dict[int, list[int]] = {}
+        for index, row in enumerate(self._rows):
+            found.setdefault(row.source, []).append(index)
+        return [found[source] for source in sorted(found)]
+
+    def fingerprint(self) -> str:
+        """Hashes all rows, in order, but not where they lie."""
+        digest = sha256()
+        for row in self._rows:
+            digest.update(repr((row.question, row.answer, row.messages)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:32]
+
+    def _encode(self, row: Example) -> tuple[int, ...]:
+        if self.template is not None:
+            text = self.template.prompt(row.messages or [("user", row.question)])
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)  # the template wrote them already
+        if row.messages:
+            raise DataError(f"prompt {row.id!r} is a list of messages, data.template=raw takes text: set it to chat")
+        text = row.question if self.system_prompt is None else f"{self.system_prompt}\n\n{row.question}"
+        ids = list(self.tokenizer(text).input_ids)
+        eos = self.tokenizer.eos_token_id
+        # Some tokenizers close every text. The student would continue after its own end.
+        while len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
+            ids.pop()
+        return tuple(ids)
 
     def _encode_answer(self, answer: str) -> tuple[int, ...]:
         ids = list(self.tokenizer(answer, add_special_tokens=False).input_ids)
@@ -88,11 +111,12 @@ class PromptDataset:
         return self.max_prompt_tokens is not None and length > self.max_prompt_tokens
 
     def _check_lengths(self, drop: bool) -> None:
-        around = len(self._encode("?")) + 16  # BPE may merge differently at the template boundary
+        around = len(self._encode(Example("", "?"))) + 16  # BPE may merge differently at the template boundary
         kept = []
         for row in self._rows:
-            suspect = self._is_long(len(row.question.encode("utf-8", "surrogatepass")) + around)
-            length = len(self._encode(row.question)) if suspect else 0
+            texts = [content for _, content in row.messages] or [row.question]
+            size = sum(len(text.encode("utf-8", "surrogatepass")) + around for text in texts)
+            length = len(self._encode(row)) if self._is_long(size) else 0
             if not self._is_long(length):
                 kept.append(row)
             elif not drop:
@@ -111,76 +135,126 @@ class PromptDataset:
         )
 
 
-class PromptStream:
-    """Prompts for one step after the other, shuffled anew each epoch; the same on every rank.
+class _Share:
+    """The rows of one source, shuffled anew each epoch."""
 
-    The order of epoch e depends on (seed, e) alone, so the cursor of two numbers is all that a resume needs. A
-    step that reaches the end of an epoch is filled from the next one.
-    """
-
-    def __init__(self, dataset: PromptDataset, prompts_per_step: int, seed: int) -> None:
-        self.dataset = dataset
-        self.prompts_per_step = prompts_per_step
-        self.seed = seed
-        self.epoch = 0
-        self.position = 0
+    def __init__(self, rows: list[int], weight: float, seed: tuple[int, ...]) -> None:
+        self.rows, self.weight, self._seed = np.asarray(rows), weight, seed
+        self.epoch = self.position = self.taken = 0
         self._order = self._shuffle()
 
-    def next_prompts(self) -> list[Prompt]:
-        """Takes the next `prompts_per_step` prompts."""
+    def take(self, count: int) -> list[int]:
         indices: list[int] = []
-        while len(indices) < self.prompts_per_step:
+        while len(indices) < count:
             if self.position == len(self._order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._shuffle()
-            taken = self._order[self.position :][: self.prompts_per_step - len(indices)]
+            taken = self._order[self.position :][: count - len(indices)]
             self.position += len(taken)
-            indices.extend(int(index) for index in taken)
-        return [self.dataset[index] for index in indices]
+            indices.extend(int(index) for index in self.rows[taken])
+        self.taken += count
+        return indices
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the data cursor, with the data set and seed that it is valid for."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": len(self.dataset)}
+        return {"epoch": self.epoch, "position": self.position, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken. Raises CheckpointError when data set or seed are others."""
-        for name, mine in (("rows", len(self.dataset)), ("seed", self.seed)):
-            if int(state[name]) != mine:
-                raise CheckpointError(
-                    f"the checkpoint's data cursor is for {name}={int(state[name])}, this run has {mine}: restore "
-                    "data and seed of that run, or start in another output_dir"
-                )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self.taken = int(state.get("taken", 0))
         self._order = self._shuffle()
 
     def _shuffle(self) -> np.ndarray:
-        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
+        first, *rest = self._seed
+        return np.random.default_rng((first, self.epoch, *rest)).permutation(len(self.rows))
 
 
-def build_train_and_eval(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptStream, list[Prompt]]:
+class PromptStream:
+    """Prompts for one step after the other, shuffled anew each epoch; the same on every rank.
+
+    The order of epoch e depends on (seed, e) alone, so the cursor of a few numbers is all that a resume needs. A
+    step that reaches the end of an epoch is filled from the next one. Several sources take turns, so that at every
+    point of the run each has had its share to within one prompt.
+
+    Args:
+        weights: share of each source; None for one source.
+    """
+
+    def __init__(
+        self, dataset: PromptDataset, prompts_per_step: int, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        rows = dataset.sources() if weights else [list(range(len(dataset)))]
+        shares = zip(rows, weights or [1.0], strict=True)
+        self._shares = [
+            _Share(indices, weight, (seed, *([number] if number else [])))
+            for number, (indices, weight) in enumerate(shares)
+        ]
+
+    def next_prompts(self) -> list[Prompt]:
+        """Takes the next `prompts_per_step` prompts."""
+        if len(self._shares) == 1:
+            indices = self._shares[0].take(self.prompts_per_step)
+        else:
+            indices = [self._due().take(1)[0] for _ in range(self.prompts_per_step)]
+        return [self.dataset[index] for index in indices]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the data cursor, with the data set and seed that it is valid for."""
+        first, *others = [share.state_dict() for share in self._shares]
+        state: dict[str, Any] = {**first, "seed": self.seed, "rows": len(self.dataset)}
+        return state | ({"sources": others} if others else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken. Raises CheckpointError when data set or seed are others."""
+        mine = {"rows": len(self.dataset), "seed": self.seed, "sources": len(self._shares) - 1}
+        theirs = {"rows": int(state["rows"]), "seed": int(state["seed"]), "sources": len(state.get("sources", ()))}
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise CheckpointError(
+                    f"the checkpoint's data cursor is for {name}={theirs[name]}, this run has {value}: restore "
+                    "data and seed of that run, or start in another output_dir"
+                )
+        for share, cursor in zip(self._shares, [state, *state.get("sources", ())], strict=True):
+            share.load_state_dict(cursor)
+
+    def _due(self) -> _Share:
+        """Finds the source that is furthest behind its share."""
+        total = sum(share.taken for share in self._shares) + 1
+        weights = sum(share.weight for share in self._shares)
+        return max(self._shares, key=lambda share: share.weight / weights * total - share.taken)
+
+
+def build_train_and_eval(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str] | None = None
+) -> tuple[PromptStream, list[Prompt]]:
     """Builds the stream of training prompts, and the held-out prompts, each with `answer_ids`.
 
     The held-out list is empty when evaluation is off or there are no gold answers. Held-out answers are cut to
-    `rollout.max_new_tokens`, the length that training sees.
+    `rollout.max_new_tokens`, the length that training sees. `notes` gets lines on what was found otherwise than named.
 
     Raises:
-        MissingPathError, DataError: see `train_and_eval_rows` and `PromptDataset`.
+        MissingPathError, DataError: see `read_rows` and `PromptDataset`.
     """
+    rows = read_rows(config)
+    if notes is not None:
+        notes.extend(rows.notes)
+    train = _dataset(config, tokenizer, rows.train)
+    held_out: Iterable[Prompt] = _dataset(config, tokenizer, rows.held_out) if rows.held_out else ()
+    weights = rows.weights if len(rows.weights) > 1 else None
+    return PromptStream(train, config.rollout.prompts_per_step, config.seed, weights), list(held_out)
+
+
+def _dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> PromptDataset:
     data = config.data
-    train_rows, eval_rows = train_and_eval_rows(config)
-    train, held_out = (
-        PromptDataset(
-            rows,
-            tokenizer,
-            template=data.template,
-            system_prompt=data.system_prompt,
-            max_prompt_tokens=data.max_prompt_tokens,
-            drop_long=data.drop_long_prompts,
-            max_answer_tokens=config.rollout.max_new_tokens,
-        )
-        if rows
-        else None
-        for rows in (train_rows, eval_rows)
+    return PromptDataset(
+        rows,
+        tokenizer,
+        template=data.template,
+        system_prompt=data.system_prompt,
+        template_kwargs=data.template_kwargs,
+        max_prompt_tokens=data.max_prompt_tokens,
+        drop_long=data.drop_long_prompts,
+        max_answer_tokens=config.rollout.max_new_tokens,
     )
-    assert train is not None
-    return PromptStream(train, config.rollout.prompts_per_step, config.seed), list(held_out or [])

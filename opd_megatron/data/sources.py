@@ -1,4 +1,4 @@
-"""Rows of questions and gold answers: made offline, from a JSON lines file, or from a data set hub.
+"""Where rows come from: made offline, a file, a data set folder or a data set hub; one source or several.
 
 Held-out rows never share a question with the training rows, whatever the source.
 """
@@ -7,81 +7,151 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
+import math
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from opd_megatron.config import DataConfig, RunConfig
+from opd_megatron.data.files import Record, is_file, name_of, read_records
+from opd_megatron.data.rows import DEFAULT_ANSWER, Columns, Example, make_example
 from opd_megatron.errors import DataError, MissingPathError, one_line
+from opd_megatron.system.reading import user_path
+
+__all__ = ["Example", "Rows", "gsm_symbolic_rows", "read_rows", "train_and_eval_rows"]
 
 GSM_SYMBOLIC = "gsm_symbolic"
 GSM_SYMBOLIC_ROWS = 4096
-FILE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 DEFAULT_SUBSETS = {"openai/gsm8k": "main"}
-DEFAULT_ANSWER_COLUMN = "answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One question, before any tokenizer has seen it."""
+class Source:
+    """One place to read rows from, with what `data:` says of all of them filled in."""
 
-    id: str
-    question: str
-    answer: str | None = None
+    name: str
+    subset: str | None
+    split: str
+    columns: Columns
+    task: str | None
+    weight: float
+    index: int
+    answers: bool = True
+    """Whether the user expects gold answers."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """What the sources of a run hold."""
+
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    """Share of the prompts that each source gets, relative to the others."""
+    notes: list[str] = field(default_factory=list)
+    """What was found otherwise than named."""
 
 
 def train_and_eval_rows(config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """Reads training rows and held-out rows: `read_rows` without what else it tells."""
+    rows = read_rows(config)
+    return rows.train, rows.held_out
+
+
+def read_rows(config: RunConfig) -> Rows:
     """Reads training rows, and up to `evaluation.prompts` held-out rows that have a gold answer.
 
-    Held-out rows come from `data.eval_source`, else from the source itself: another random stream for
+    Held-out rows come from `data.eval_source`, else from the sources themselves: another random stream for
     `gsm_symbolic`, the `eval_split` of a hub data set, and for a file its last rows (at most a fifth of it).
-    There are none when evaluation is off, or when neither an answer column nor an eval source is set.
+    There are none when evaluation is off, or when there are no answers and no eval source.
 
     Raises:
         MissingPathError: a source cannot be found or reached.
         DataError: a source is empty, malformed, or lacks a column.
     """
-    data = config.data
+    data, rows = config.data, Rows()
+    sources = _sources(data)
+    rows.weights = [source.weight for source in sources]
     wanted = config.evaluation.prompts if config.evaluation.every else 0
-    if data.answer_column is None and data.eval_source is None:
-        wanted = 0
-    from_file = _is_file(data.source)
-    rows = _read(data, data.source, data.split, data.answer_column, seed=2 * config.seed)
-    train = list(itertools.islice(rows, data.limit))
-    if not train:
-        raise DataError(f"data source {data.source!r} (split {data.split!r}) has no rows: give one that has some")
-    if wanted and from_file and data.eval_source in (None, data.source):
-        train, held_out = _split_file(train, wanted, data.source)
-    elif wanted:
-        held_out = _held_out_rows(config, wanted)
-    else:
-        held_out = []
-    questions = {row.question for row in held_out}
-    train = [row for row in train if row.question not in questions]
-    if not train:
-        raise DataError(f"every row of {data.source!r} is also held out for evaluation: give another data.eval_source")
-    return train, held_out
+    for source in sources:
+        share = math.ceil(wanted * source.weight / sum(rows.weights)) if data.eval_source is None else 0
+        train, held_out = _read_source(config, source, share if source.answers else 0, rows.notes)
+        rows.train += train
+        rows.held_out += held_out
+    if data.eval_source is not None and wanted:
+        rows.held_out, rows.train = _from_eval_source(config, sources[0], wanted, rows)
+    rows.held_out = rows.held_out[:wanted]
+    kept_apart = {row.key for row in rows.held_out}
+    rows.train = [row for row in rows.train if row.key not in kept_apart]
+    for source in sources:
+        if not any(row.source == source.index for row in rows.train):
+            raise DataError(
+                f"every row of {source.name!r} is also held out for evaluation: give another data.eval_source"
+            )
+    return rows
 
 
-def _held_out_rows(config: RunConfig, wanted: int) -> list[Example]:
-    data = config.data
-    source = data.eval_source or data.source
-    column = data.answer_column or DEFAULT_ANSWER_COLUMN
+def _sources(data: DataConfig) -> list[Source]:
+    if not data.sources:
+        columns = Columns(data.prompt_column, data.answer_column, data.task_column)
+        return [Source(data.source, data.subset, data.split, columns, None, 1.0, 0, data.answer_column is not None)]
+    return [
+        Source(
+            one.source,
+            one.subset,
+            one.split or data.split,
+            Columns(one.prompt_column or data.prompt_column, one.answer_column or data.answer_column, data.task_column),
+            one.task,
+            one.weight,
+            index,
+            (one.answer_column or data.answer_column) is not None,
+        )
+        for index, one in enumerate(data.sources)
+    ]
+
+
+def _read_source(
+    config: RunConfig, source: Source, wanted: int, notes: list[str]
+) -> tuple[list[Example], list[Example]]:
+    """Reads the training rows of one source, and `wanted` of it for evaluation."""
+    rows = _read(source, source.split, seed=2 * config.seed, notes=notes)
+    train = list(itertools.islice(rows, config.data.limit))
+    if not train:
+        raise DataError(f"data source {source.name!r} (split {source.split!r}) has no rows: give one that has some")
+    if wanted and any(note.startswith(f"{source.name}: no gold answers") for note in notes):
+        return train, []  # prompts alone, as they come: there is nothing to hold out for
+    if wanted and is_file(source.name):
+        return _split_file(train, wanted, source.name)
+    return train, _held_out(config, source, wanted) if wanted else []
+
+
+def _from_eval_source(config: RunConfig, first: Source, wanted: int, rows: Rows) -> tuple[list[Example], list[Example]]:
+    """Reads held-out rows from `data.eval_source`; one that is the training file itself is split."""
+    name = config.data.eval_source
+    assert name is not None
+    if name == first.name and is_file(name):
+        own = [row for row in rows.train if row.source == 0]
+        train, held_out = _split_file(own, wanted, name)
+        return held_out, train + [row for row in rows.train if row.source != 0]
+    answer = first.columns.answer or DEFAULT_ANSWER
+    columns = Columns(first.columns.prompt, answer, first.columns.task)
+    evaluated = Source(name, config.data.subset, config.data.eval_split, columns, None, 1.0, 0)
+    return _held_out(config, evaluated, wanted), rows.train
+
+
+def _held_out(config: RunConfig, source: Source, wanted: int) -> list[Example]:
     rows: list[Example] = []
-    for row in _read(data, source, data.eval_split, column, seed=2 * config.seed + 1):
+    for row in _read(source, config.data.eval_split, seed=2 * config.seed + 1, notes=[]):
         if row.answer is not None:
             rows.append(row)
         if len(rows) == wanted:
             break
     if not rows:
         raise DataError(
-            f"evaluation source {source!r} has no row with an answer in column {column!r}: give another "
-            "data.eval_source, or switch evaluation off with evaluation.every=0"
+            f"evaluation source {source.name!r} has no row with an answer in column {source.columns.answer!r}: give "
+            "another data.eval_source, or switch evaluation off with evaluation.every=0"
         )
     return rows
 
@@ -102,37 +172,26 @@ def _split_file(rows: list[Example], wanted: int, source: str) -> tuple[list[Exa
     return rows[:-count], held_out
 
 
-def _read(data: DataConfig, source: str, split: str, answer_column: str | None, seed: int) -> Iterator[Example]:
-    if source == GSM_SYMBOLIC:
-        yield from gsm_symbolic_rows(seed, GSM_SYMBOLIC_ROWS)
+def _read(source: Source, split: str, seed: int, notes: list[str]) -> Iterator[Example]:
+    if source.name == GSM_SYMBOLIC:
+        for row in gsm_symbolic_rows(seed, GSM_SYMBOLIC_ROWS):
+            yield Example(row.id, row.question, row.answer, (), source.task, source.index)
         return
-    records = read_json_lines(Path(source)) if _is_file(source) else read_hub(source, data.subset, split)
-    name = Path(source).stem if _is_file(source) else source
-    for index, record in records:
-        yield _row(record, f"{name}:{index}", source, index, data.prompt_column, answer_column)
-
-
-def _row(
-    record: Mapping[str, Any], row_id: str, source: str, index: int, prompt_column: str, answer_column: str | None
-) -> Example:
-    for column, key in ((prompt_column, "prompt_column"), (answer_column, "answer_column")):
-        if column is not None and column not in record:
-            raise DataError(
-                f"row {index} of {source!r} has no column {column!r} (it has: {', '.join(map(str, record))}): set "
-                f"data.{key}" + ("" if key == "prompt_column" else ", or null if there are no answers")
-            )
-    question = record[prompt_column]
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(
-            f"row {index} of {source!r}: column {prompt_column!r} must hold text, got {str(question)[:40]!r}: correct "
-            "the row or set data.prompt_column"
-        )
-    answer = record[answer_column] if answer_column is not None else None
-    return Example(row_id, question, None if answer is None else str(answer))
+    from_file = is_file(source.name)
+    records = read_records(source.name) if from_file else read_hub(source.name, source.subset, split)
+    name, columns = name_of(source.name) if from_file else source.name, source.columns
+    for index, (where, record) in enumerate(records):
+        if index == 0:
+            columns, found = columns.found_in(record)
+            notes.extend(f"{source.name}: {note}" for note in found)
+        yield make_example(
+            record, columns, f"{name}:{index}", f"row {index} of {source.name!r} ({where})", task=source.task,
+            source=source.index,
+        )  # fmt: skip
 
 
 def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Example]:
-    """Makes up to `count` distinct grade-school problems with worked answersoffline with reasoning-gym.
+    """Makes up to `count` distinct grade-school problems with worked answers offline with reasoning-gym.
 
     The same seed gives the same rows; different seeds share no random stream (the generator draws row i from
     seed + i, hence the stride), though a short template may still give the same question twice.
@@ -153,53 +212,19 @@ def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Example]:
             yield Example(f"{GSM_SYMBOLIC}:{index}", problem["question"], problem["metadata"]["answer_cot"])
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, object) of every non-empty line; a .json file may hold one array of objects instead.
-
-    Raises MissingPathError, or DataError naming file and line.
-    """
-    if not path.is_file():
-        raise MissingPathError(f"data file {str(path)!r} does not exist: give a .jsonl file, a hub id or gsm_symbolic")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"data file {str(path)!r} is not UTF-8 (byte {error.start}): convert it") from None
-    lines: Iterable[tuple[int, Any]]
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        lines = enumerate(_parse(text, str(path)), start=1)
-    else:
-        lines = (
-            (number, _parse(line, f"{path} line {number}"))
-            # Not splitlines(): JSON texts may hold U+2028 and other line ends that are not its own.
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        )
-    for index, (number, record) in enumerate(lines):
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{str(path)!r} line {number} must be a JSON object, got {type(record).__name__}: "
-                'write it as {"question": ..., "answer": ...}'
-            )
-        yield index, record
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where!r} is not valid JSON ({error.msg} at column {error.colno}): correct it there, one object a line"
-        ) from None
-
-
-def read_hub(source: str, subset: str | None, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, row) of a data set on the Hugging Face hub, in its cache, or in a local data set folder."""
+def read_hub(source: str, subset: str | None, split: str) -> Iterator[Record]:
+    """Rows of a data set on the Hugging Face hub, in its cache, or in a local folder of files or of a saved set."""
     import datasets  # slow to import, and only this source needs it
 
     subset = subset or DEFAULT_SUBSETS.get(source)
+    folder = user_path(source)
     try:
-        rows = datasets.load_dataset(source, name=subset, split=split)
-    except ValueError as error:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            rows = saved[split] if isinstance(saved, dict) else saved
+        else:
+            rows = datasets.load_dataset(str(folder) if folder.is_dir() else source, name=subset, split=split)
+    except (ValueError, KeyError) as error:
         raise DataError(
             f"data set {source!r} has no subset {subset!r} with split {split!r} ({one_line(error)}): set data.subset, "
             "data.split or data.eval_split"
@@ -207,10 +232,6 @@ def read_hub(source: str, subset: str | None, split: str) -> Iterator[tuple[int,
     except Exception as error:  # the hub client raises many types, network errors among them
         raise MissingPathError(
             f"cannot load data set {source!r} ({one_line(error)}): check the name and the network, or use a local "
-            ".jsonl file or data.source=gsm_symbolic"
+            "file or data.source=gsm_symbolic"
         ) from None
-    yield from enumerate(rows)
-
-
-def _is_file(source: str) -> bool:
-    return source.endswith(FILE_SUFFIXES)
+    yield from ((f"row {index}", row) for index, row in enumerate(rows))

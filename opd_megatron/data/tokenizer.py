@@ -1,15 +1,16 @@
-"""Loading tokenizers, checking that two of them mean the same, and finding where a turn ends."""
+"""Loading tokenizers, checking that two of them mean the same, and collecting what ends an answer."""
 
 from __future__ import annotations
 
-import json
 import re
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opd_megatron.errors import DataError, MissingPathError, TokenizerMismatchError
+from opd_megatron.data.template import ChatTemplate
+from opd_megatron.errors import ConfigError, MissingPathError, TokenizerMismatchError
+from opd_megatron.system.reading import read_json_object
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # Names that model makers give to ids kept free for later; a model never saw them and a missing one costs nothing.
@@ -45,7 +46,8 @@ def check_same_tokenizer(
     student_path: str = "student",
     teacher_path: str = "teacher",
 ) -> None:
-    """Raises TokenizerMismatchError unless every token id means the same to both; reserved ids may be missing in one.
+    """Raises TokenizerMismatchError unless every token id means the same to both. Ids that a maker reserved may be
+    missing in one, or have a name in a later release of it; returns what was let pass so, in words.
 
     Raises:
         TokenizerMismatchError: names the first id that differs and what it means to each.
@@ -62,50 +64,31 @@ def check_same_tokenizer(
         )
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path | None = None) -> tuple[int, ...]:
+def stop_token_ids(template: ChatTemplate, model_dir: str | Path | None = None) -> tuple[int, ...]:
     """Collects the ids that end an answer, ascending: the tokenizer's end of sequence, those in the model's
     generation_config.json, and the chat template's end of turn.
+
+    Raises:
+        ConfigError: generation_config.json is damaged, or names something that is no token id.
     """
-    ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    ids = {template.tokenizer.eos_token_id, template.end_of_turn_id()}
     path = Path(model_dir) / "generation_config.json" if model_dir is not None else None
     if path is not None and path.is_file():
-        listed = json.loads(path.read_text()).get("eos_token_id")
-        ids.update(listed if isinstance(listed, list) else [listed])
+        remedy = "download it again, or remove it where the tokenizer's own end of sequence is enough"
+        listed = read_json_object(path, ConfigError, remedy).get("eos_token_id")
+        found = listed if isinstance(listed, list) else [listed]
+        wrong = [item for item in found if item is not None and (isinstance(item, bool) or not isinstance(item, int))]
+        if wrong:
+            raise ConfigError(f"{str(path)!r} has eos_token_id {wrong[0]!r}, which is no token id: {remedy}")
+        ids.update(found)
     return tuple(sorted(int(i) for i in ids if i is not None))
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Finds the special token that the chat template puts after an assistant's message; end of sequence without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.eos_token_id
-    marker = "opd-answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
-    _, found, after = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(marker)
-    ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids if found else []
-    if ids and ids[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-        return ids[0]
-    return tokenizer.eos_token_id
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool
-) -> str:
-    """Renders the chat as text. Raises DataError when the tokenizer has no template or the template refuses the
-    messages."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: set data.template=raw, or use an "
-            "instruction-tuned model"
-        )
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except Exception as error:  # a template raises whatever its author chose
-        roles = "+".join(message["role"] for message in messages)
-        raise DataError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses {roles} messages ({_first_line(error)}): drop "
-            "data.system_prompt or set data.template=raw"
-        ) from None
-    return text
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hashes what every id means, and the chat template."""
+    digest = sha256(repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode("utf-8", "replace"))
+    digest.update(repr(getattr(tokenizer, "chat_template", None)).encode("utf-8", "replace"))
+    return digest.hexdigest()[:32]
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

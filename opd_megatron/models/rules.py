@@ -66,7 +66,9 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
         family_of(hf_config)
     check_divisible(f"student {config.student.path!r}", models.student_config, config)
     _check_experts(models, config)
-    _check_context(models.student_config, config)
+    _check_context("the student", models.student_config, config)
+    for teacher, (_, hf_config) in zip(config.teachers, models.teachers, strict=True):
+        _check_context(f"teacher {teacher.path!r}", hf_config, config)
     return models
 
 
@@ -124,11 +126,11 @@ def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
         )
 
 
-def _check_context(hf_config: PretrainedConfig, config: RunConfig) -> None:
+def _check_context(name: str, hf_config: PretrainedConfig, config: RunConfig) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > hf_config.max_position_embeddings:
         raise ConfigError(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-            f"{config.rollout.max_new_tokens} must not exceed the student's context of "
+            f"{config.rollout.max_new_tokens} must not exceed the context of {name}, "
             f"{hf_config.max_position_embeddings} tokens: lower one of them"
         )

@@ -12,6 +12,7 @@ A new engine is a file with a class, a `weight_format` and a `build_engine`, and
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,21 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
     return found
 
 
-def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> RolloutEngine:
+def build_engine(
+    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = ()
+) -> RolloutEngine:
     """Makes the engine named by `config.rollout`, not started yet.
 
     Args:
         model_dir: folder with the student's HF `config.json`.
         max_model_len: longest prompt plus answer, in tokens.
         log_path: file that the engine's own log is appended to.
+        banned_ids: ids that are never sampled.
 
     Raises:
         RolloutError: the engine's package is not installed.
     """
-    engine: RolloutEngine = _module(config).build_engine(config, model_dir, max_model_len, log_path)
+    engine: RolloutEngine = _module(config).build_engine(config, model_dir, max_model_len, log_path, banned_ids)
     return engine
 
 

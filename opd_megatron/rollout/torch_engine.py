@@ -23,11 +23,18 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 class TorchEngine:
     """Builds the architecture of `model_dir/config.json`; weights come only from `update_weights`."""
 
-    def __init__(self, model_dir: Path, max_model_len: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        max_model_len: int,
+        dtype: torch.dtype = torch.float32,
+        banned_ids: Sequence[int] = (),
+    ) -> None:
         self.policy_version = -1
         self._model_dir = model_dir
         self._max_model_len = max_model_len
         self._dtype = dtype
+        self._banned = torch.tensor(banned_ids, dtype=torch.int64)
         self._model: Any = None
 
     def spawn(self) -> None:
@@ -111,7 +118,8 @@ class TorchEngine:
         while len(ids) < sampling.max_new_tokens and not (ids and ids[-1] in sampling.stop_token_ids):
             output = self._model(inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            policy = _policy(output.logits[0, -1].float(), sampling)
+            logits = output.logits[0, -1].float().index_fill(0, self._banned, -torch.inf)
+            policy = _policy(logits, sampling)
             token = _draw(policy, sampling, generator)
             ids.append(token)
             logprobs.append(float(policy[token]))
@@ -127,9 +135,11 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
     return WeightFormat(DTYPES[decided(config.rollout.dtype)], config.rollout.tensor)
 
 
-def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> TorchEngine:
+def build_engine(
+    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = ()
+) -> TorchEngine:
     """See `rollout.build_engine`."""
-    return TorchEngine(model_dir, max_model_len, DTYPES[decided(config.rollout.dtype)])
+    return TorchEngine(model_dir, max_model_len, DTYPES[decided(config.rollout.dtype)], banned_ids)
 
 
 def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:

@@ -46,6 +46,8 @@ class VLLMOptions:
     seed: int = 0
     request_timeout: float = 600.0
     """Seconds the start, or any other call, may take."""
+    banned_ids: tuple[int, ...] = ()
+    """Ids that are never sampled."""
     log_path: Path | None = None
     """Where vLLM's log goes; by default a temporary file that lives as long as the engine."""
 
@@ -58,6 +60,11 @@ class VLLMOptions:
                 "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
                 "enforce_eager": True,
                 "compilation_config": {"custom_ops": ["all"]},
+            }
+        if self.banned_ids:
+            memory |= {
+                "logits_processors": ["opd_megatron.rollout.vllm_mask:BannedTokens"],
+                "additional_config": {"opd_banned_token_ids": list(self.banned_ids)},
             }
         return memory | {
             "model": str(self.model_dir),
@@ -114,7 +121,9 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
     return WeightFormat(DTYPES[decided(rollout.dtype)], rollout.tensor, rows)
 
 
-def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path) -> VLLMEngine:
+def build_engine(
+    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = ()
+) -> VLLMEngine:
     """See `rollout.build_engine`."""
     rollout = config.rollout
     options = VLLMOptions(
@@ -126,6 +135,7 @@ def build_engine(config: RunConfig, model_dir: Path, max_model_len: int, log_pat
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         seed=config.seed,
         request_timeout=rollout.request_timeout,
+        banned_ids=tuple(banned_ids),
         log_path=log_path,
     )
     return VLLMEngine(options)

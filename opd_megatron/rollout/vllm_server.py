@@ -2,8 +2,9 @@
 
 Started by `vllm_engine.VLLMEngine` with the descriptor of a connected socket. Requests are `(name, arguments)`,
 replies `("ok", value)` or `("refused", reason)`; all of them plain Python numbers, strings and lists. The first
-request is `start`. Any exception ends the process: a vLLM that has raised once is not to be trusted, and the
-client knows how to start another one.
+request is `start`. vLLM checks what it is asked to sample before it samples: a request that it refuses is refused to
+the client, which would be no wiser after a new start. Any other exception ends the process: a vLLM that has raised
+once is not to be trusted, and the client knows how to start another one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+_SAMPLING = ("generate", "token_logprobs")
 
 
 class Server:
@@ -83,6 +86,10 @@ class Server:
     def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
 
+    def is_idle(self) -> bool:
+        """Tells whether a request that failed left nothing behind: vLLM takes back what it had added of it."""
+        return not self.llm.llm_engine.has_unfinished_requests()
+
 
 def _first(problems: list[str | None]) -> str | None:
     return next((problem for problem in problems if problem), None)
@@ -91,6 +98,7 @@ def _first(problems: list[str | None]) -> str | None:
 def serve(connection: Connection) -> None:
     """Answers requests until the client hangs up."""
     import vllm  # noqa: F401  most of the start, worth doing before it is asked for
+    from vllm.exceptions import VLLMClientError
 
     server: Server | None = None
     while True:
@@ -104,7 +112,13 @@ def serve(connection: Connection) -> None:
             connection.send(("ok", None))
         else:
             method: Callable[..., Any] = getattr(server, name)
-            connection.send(("ok", method(**arguments)))
+            try:
+                reply = ("ok", method(**arguments))
+            except (ValueError, VLLMClientError) as error:
+                if name not in _SAMPLING or not server.is_idle():
+                    raise
+                reply = ("refused", f"vLLM refuses the request: {' '.join(str(error).split())[:300]}")
+            connection.send(reply)
 
 
 def _start(connection: Connection, options: dict[str, Any]) -> Server:

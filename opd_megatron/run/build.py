@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from opd_megatron.config import RunConfig, decide_precision, take_precision
 from opd_megatron.data.batching import MicroBatchBuilder
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.stages import RolloutStage
+from opd_megatron.data.template import ChatTemplate
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
 from opd_megatron.mcore.cpu.platform import device, init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
@@ -24,7 +27,11 @@ from opd_megatron.rollout import RolloutEngine, build_engine, weight_format
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.run.checks import check_run
 from opd_megatron.run.evaluation import Evaluator
+from opd_megatron.run.identity import run_identity
+from opd_megatron.run.lock import RunLock
+from opd_megatron.run.preflight import check_ids
 from opd_megatron.run.run_dir import RunDir
+from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.teacher import Teacher, build_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
@@ -60,13 +67,22 @@ class RunParts:
     """The terminal on rank 0; shows nothing elsewhere."""
     stop_token_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    identity: dict[str, Any]
+    """What the run must stay when it is resumed (`run.identity`)."""
+    trains: bool = True
+    """False for a command that only looks at the student."""
+    lock: RunLock | None = None
+    """Held by rank 0 of a run that trains."""
 
     def close(self) -> None:
-        """Ends the engine, the teachers, the display and the process group. Safe after a failure on some ranks only."""
+        """Ends the engine, the teachers, the display and the process group; gives the run directory back. Safe after a
+        failure on some ranks only."""
         self.rollout_client.close()
         for teacher in self.teachers:
             teacher.close()
         self.display.close()
+        if self.lock is not None:
+            self.lock.release()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -92,24 +108,35 @@ def build_run(
     run_dir = RunDir(Path(config.output_dir))
     config, _ = decide_precision(config, run_dir.settings())
     models = models or check_run(config)
-    run_dir.check(config)
+    run_dir.check(config, training=sampling)
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
     for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
         other = load_tokenizer(str(path), config.trust_remote_code)
         check_same_tokenizer(tokenizer, other, str(models.tokenizer), teacher.path)
-    prompts, held_out = build_train_and_eval(config, tokenizer)
+    notes: list[str] = []
+    prompts, held_out = build_train_and_eval(config, tokenizer, notes)
+    stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
+    banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
+    identity = run_identity(config, models, tokenizer, prompts, scoring=scoring)
+    notes += run_dir.check_content(identity) if sampling else []
 
     init_distributed()
     config = _rank_0s_precision(config)
     torch.manual_seed(config.seed)
-    resume_from = choose_checkpoint(run_dir.checkpoints)
-    unfinished = resume_from is None or resume_from.step < config.steps
-    engine = _engine(config, models, run_dir, launch=sampling and unfinished) if dist.get_rank() == 0 else None
+    lock = _own(run_dir, config, identity) if sampling else None
+    engine: RolloutEngine | None = None
     try:
+        resume_from = choose_checkpoint(run_dir.checkpoints)
+        unfinished = resume_from is None or resume_from.step < config.steps
+        engine = (
+            _engine(config, models, run_dir, banned, launch=sampling and unfinished) if dist.get_rank() == 0 else None
+        )
         grid = _grid(config, models)
         student, teachers = _models(config, models, grid, scoring)
         batches = _batches(config, grid)
         display = _display(config, resume_from)
+        for note in notes:
+            display.note(note)
         return kind(
             config=config,
             models=models,
@@ -124,12 +151,29 @@ def build_run(
             resume_from=resume_from,
             saver=_saver(config, run_dir),
             display=display,
-            stop_token_ids=tuple(stop_token_ids(tokenizer, models.student)),
+            stop_token_ids=stops,
+            identity=identity,
+            trains=sampling,
+            lock=lock,
         )
     except BaseException:
         if engine is not None:
             engine.close()
+        if lock is not None:
+            lock.release()
         raise
+
+
+def _own(run_dir: RunDir, config: RunConfig, identity: dict[str, Any]) -> RunLock | None:
+    """Makes the run directory this run's: rank 0 holds the lock and writes what the run is. Collective."""
+    lock: RunLock | None = None
+    with on_all_ranks(f"output_dir={str(run_dir.root)!r} cannot be used", ConfigError):
+        if dist.get_rank() == 0:
+            run_dir.make()
+            lock = RunLock(run_dir.root, print)
+            lock.acquire()
+            run_dir.prepare(config, identity)
+    return lock
 
 
 def _rank_0s_precision(config: RunConfig) -> RunConfig:
@@ -205,10 +249,11 @@ def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:
     return CheckpointSaver(run_dir.checkpoints, keep=settings.keep, best=best, asynchronous=settings.async_save)
 
 
-def _engine(config: RunConfig, models: ResolvedModels, run_dir: RunDir, *, launch: bool) -> RolloutEngine:
+def _engine(
+    config: RunConfig, models: ResolvedModels, run_dir: RunDir, banned: tuple[int, ...], *, launch: bool
+) -> RolloutEngine:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    engine = build_engine(config, models.student, longest, run_dir.rollout_log)
+    engine = build_engine(config, models.student, longest, run_dir.rollout_log, banned)
     if launch:
-        run_dir.prepare(config)  # its log goes there
         engine.spawn()
     return engine

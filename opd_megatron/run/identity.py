@@ -1,13 +1,17 @@
-"""The settings that must not change when a run is resumed, as flat keys."""
+"""What must not change when a run is resumed, as flat keys: settings, and what models and data are, however spelled."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import re
 from typing import Any
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.prompts import PromptStream
+from opd_megatron.data.tokenizer import tokenizer_fingerprint
 from opd_megatron.errors import CheckpointError
 from opd_megatron.models import ResolvedModels
+from opd_megatron.weights.fingerprint import fingerprint
 
 _ARCHITECTURE = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -16,42 +20,112 @@ _ARCHITECTURE = (
 """Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
 # What a run may not change when it is resumed: another value would make the curves those of two different runs.
 _IDENTITY = ("seed", "student", "teachers", "data", "objective")
+_PATH = re.compile(r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.(eval_)?source|data\.sources\.\d+\.source")
+"""Where something lies. It may move, and be spelled otherwise: what it is decides."""
+_CONTENT = {
+    "student.path": "student.weights", "student.tokenizer": "tokenizer", "data.source": "data.rows",
+    "data.eval_source": "data.rows",
+}  # fmt: skip
 
 
-def identity_of(tree: dict[str, Any]) -> dict[str, Any]:
-    """Flattens the settings that a run may not change: `objective.type`, `teachers.0.path`, ..."""
-    return dict(_flatten({key: tree.get(key) for key in _IDENTITY}))
+def settings_identity(tree: dict[str, Any]) -> dict[str, Any]:
+    """Flattens the settings that a run may not change, without paths: `objective.type`, `teachers.0.weight`, ..."""
+    return {key: value for key, value in _flat(tree).items() if not _PATH.fullmatch(key)}
 
 
-def checkpoint_identity(config: RunConfig, models: ResolvedModels) -> dict[str, Any]:
-    """Collects what a checkpoint must agree with to belong to this run: its settings and its model."""
-    hf_config = models.student_config
-    return identity_of(config.model_dump(mode="json")) | {
-        f"model.{name}": getattr(hf_config, name, None) for name in _ARCHITECTURE
+def run_identity(
+    config: RunConfig, models: ResolvedModels, tokenizer: Any, prompts: PromptStream, *, scoring: bool = True
+) -> dict[str, Any]:
+    """Collects what a run is: its settings, its models' shapes and weights, its tokenizer and its rows.
+
+    Paths are in it too, under `paths`, for a note where they have changed. Without `scoring` teachers' weights are left
+    out.
+    """
+    tree = config.model_dump(mode="json")
+    identity = settings_identity(tree) | {
+        f"model.{name}": getattr(models.student_config, name, None) for name in _ARCHITECTURE
+    }
+    identity["student.weights"] = fingerprint(models.student)
+    if scoring:
+        for index, (folder, _) in enumerate(models.teachers):
+            identity[f"teachers.{index}.weights"] = fingerprint(folder)
+    identity["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    identity["data.rows"] = prompts.dataset.fingerprint()
+    identity["paths"] = {key: value for key, value in _flat(tree).items() if _PATH.fullmatch(key)}
+    return identity
+
+
+def student_only(identity: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of an identity what concerns the student: other data or teachers do not hinder a look at its weights."""
+    return {key: value for key, value in identity.items() if key.startswith(("student.", "model.", "tokenizer"))} | {
+        "paths": {key: value for key, value in identity.get("paths", {}).items() if key.startswith("student.")}
     }
 
 
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """Finds the first key on which two identities disagree, with both values."""
     for key, value in ours.items():
-        if theirs.get(key, value) != value:  # a key the older one lacks had its default then
+        if key != "paths" and theirs.get(key, value) != value:  # a key the older one lacks had its default then
             return key, theirs[key], value
     return None
 
 
-def check_identity(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    """Raises CheckpointError when the checkpoint at `path`, saved with `theirs`, is another run's or another
-    model's."""
+def check_identity(theirs: dict[str, Any], ours: dict[str, Any], what: str) -> list[str]:
+    """Raises CheckpointError when `what` (a checkpoint, a run directory), saved with `theirs`, is another run's or
+    another model's. Returns notes on what lies elsewhere than it did."""
     difference = first_difference(theirs, ours)
     if difference is not None:
         key, their_value, our_value = difference
+        was, now = _names_of(key, theirs), _names_of(key, ours)
+        if was or now:
+            raise CheckpointError(
+                f"{what} belongs to a run with other {_WORDS.get(key, 'weights')} ({key}: {was}, here {now}): "
+                "give the same ones to resume, or choose another output_dir"
+            )
         raise CheckpointError(
-            f"checkpoint {str(path)!r} belongs to a run with {key}={their_value!r}, this one has {our_value!r}: "
+            f"{what} belongs to a run with {key}={their_value!r}, this one has {our_value!r}: "
             "choose another output_dir, or the same settings to resume"
         )
+    return _moved(_old_paths(theirs), ours["paths"], theirs)
+
+
+_WORDS = {"tokenizer": "tokenizer", "data.rows": "rows of data"}
+
+
+def _names_of(key: str, identity: dict[str, Any]) -> str:
+    """Names where something of an identity that is a hash lies; empty for a plain setting."""
+    if not key.endswith(".weights") and key not in _WORDS:
+        return ""
+    paths = _old_paths(identity)
+    sources = [path for path, content in _CONTENT.items() if content == key] or [key.replace(".weights", ".path")]
+    return ", ".join(str(paths[path]) for path in sources if paths.get(path)) or "the student's"
+
+
+def _moved(before: dict[str, Any], now: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    notes = []
+    for key, value in now.items():
+        was = before.get(key, value)
+        if was == value or (was and value and os.path.realpath(str(was)) == os.path.realpath(str(value))):
+            continue
+        content = _CONTENT.get(key, key.replace(".path", ".weights"))
+        sure = "the same by content" if content in theirs else "an older checkpoint: not compared by content"
+        notes.append(f"{key} was {was!r} and is {value!r} now ({sure})")
+    return notes
+
+
+def _old_paths(identity: dict[str, Any]) -> dict[str, Any]:
+    """Reads paths also where releases before `paths` had them, among the settings."""
+    paths = identity.get("paths")
+    return paths if isinstance(paths, dict) else {key: v for key, v in identity.items() if _PATH.fullmatch(key)}
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return dict(_flatten({key: tree.get(key) for key in _IDENTITY}))
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if prefix == "data.template_kwargs":  # any keys: a whole, or one that only the older run had would be missed
+        return [(prefix, tree)]
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, list):

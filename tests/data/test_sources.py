@@ -94,9 +94,9 @@ def test_nothing_is_held_out_without_evaluation_or_without_answers(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"question": "q"}, {"prompt": "p", "answer": "a"}], r"row 0 .* no column 'answer' \(it has: question\)"),
+        ([{"question": "q", "x": 1}, {"prompt": "p"}], r"row 1 .* no column 'question' \(it has: prompt\)"),
         ([*numbered(1), {"prompt": "p", "answer": "a"}], r"row 1 .* no column 'question' \(it has: prompt, answer\)"),
-        ([*numbered(1), {"question": ["x"], "answer": "a"}], r"row 1 .* must hold text"),
+        ([*numbered(1), {"question": ["x"], "answer": "a"}], r"row 1 .* must hold messages"),
         ([*numbered(1), {"question": " ", "answer": "a"}], r"row 1 .* must hold text"),
         ([*numbered(1), "\n", '{"question": \n'], r"rows\.jsonl line 3' is not valid JSON"),
         ([*numbered(1), "[1]\n"], r"line 2 must be a JSON object, got list"),

@@ -4,8 +4,9 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from opd_megatron.data.tokenizer import check_same_tokenizer, end_of_turn_id, load_tokenizer, stop_token_ids
-from opd_megatron.errors import DataError, MissingPathError, TokenizerMismatchError
+from opd_megatron.data.template import ChatTemplate
+from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+from opd_megatron.errors import ConfigError, DataError, MissingPathError, TokenizerMismatchError
 from tests.byte_tokenizer import END_OF_TEXT, TURN_END, save_byte_tokenizer
 
 
@@ -72,28 +73,37 @@ def test_a_reserved_id_that_the_other_model_uses_is_a_mismatch(tokenizer, tmp_pa
 
 
 def test_stop_tokens_join_tokenizer_generation_config_and_end_of_turn(tokenizer, tmp_path):
-    assert end_of_turn_id(tokenizer) == TURN_END
-    assert stop_token_ids(tokenizer) == (END_OF_TEXT, TURN_END)
+    assert ChatTemplate(tokenizer).end_of_turn_id() == TURN_END
+    assert stop_token_ids(ChatTemplate(tokenizer)) == (END_OF_TEXT, TURN_END)
     for listed, expected in (([2, 300], (2, END_OF_TEXT, TURN_END, 300)), (7, (7, END_OF_TEXT, TURN_END))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-        assert stop_token_ids(tokenizer, tmp_path) == expected
+        assert stop_token_ids(ChatTemplate(tokenizer), tmp_path) == expected
 
 
 def test_without_a_chat_template_only_end_of_sequence_stops(tokenizer):
     tokenizer.chat_template = None
-    assert end_of_turn_id(tokenizer) == END_OF_TEXT
-    assert stop_token_ids(tokenizer) == (END_OF_TEXT,)
+    assert ChatTemplate(tokenizer).end_of_turn_id() == END_OF_TEXT
+    assert stop_token_ids(ChatTemplate(tokenizer)) == (END_OF_TEXT,)
 
 
 def test_a_template_that_ends_turns_with_plain_text_falls_back_to_end_of_sequence(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-    assert end_of_turn_id(tokenizer) == END_OF_TEXT
+    assert ChatTemplate(tokenizer).end_of_turn_id() == END_OF_TEXT
 
 
 def test_a_template_that_refuses_is_a_data_error(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(DataError, match="no such role"):
-        end_of_turn_id(tokenizer)
+        ChatTemplate(tokenizer).prompt([("user", "hello")])
+    assert ChatTemplate(tokenizer).end_of_turn_id() == END_OF_TEXT
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}', "\xff"])
+def test_a_damaged_generation_config_is_one_line(tokenizer, tmp_path, content):
+    (tmp_path / "generation_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"generation_config\.json") as caught:
+        stop_token_ids(ChatTemplate(tokenizer), tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_remote_code_is_not_run_unless_asked_for(tokenizer, tmp_path):
