@@ -21,10 +21,11 @@ import torch.distributed as dist
 from opd_megatron.config import RunConfig
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
-from opd_megatron.errors import MissingPathError, StopRequestedError
+from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
+from opd_megatron.run.agreement import check_agreement
 from opd_megatron.run.build import RunParts, build_run
 from opd_megatron.run.export import export_hf
 from opd_megatron.run.identity import check_identity, student_only
@@ -110,7 +111,10 @@ class OPDTrainer(RunParts):
     def _show_sample(self, rollouts: list[Rollout]) -> None:
         every = self.config.logging.sample_every
         if every and (self.step_count == 1 or self.step_count % every == 0):
-            self.display.sample(readable_sample(rollouts[0], self.tokenizer))
+            try:
+                self.display.sample(readable_sample(rollouts[0], self.tokenizer))
+            except Exception as error:  # a tokenizer that cannot decode what it encoded ends no run
+                self.display.note(f"sample: cannot be shown ({one_line(error)})")
 
     def _metrics(self, rollouts: list[Rollout], output: StepOutput) -> StepMetrics:
         lengths = [len(rollout.response_ids) for rollout in rollouts]
@@ -144,6 +148,9 @@ class OPDTrainer(RunParts):
         self.restore("latest" if self.resume_from else "initial")
         with self._log() as log:
             if self.step_count == 0:
+                if self.config.evaluation.agreement:
+                    for note in check_agreement(self):
+                        self.display.note(note)
                 self._log_step_zero(log)
             try:
                 if self.step_count < self.config.steps and not self._between_steps():
@@ -234,7 +241,10 @@ class OPDTrainer(RunParts):
         exported = export_hf(self) if self.config.checkpoint.export_hf else None
         if dist.get_rank() == 0:
             self.display.close()
-            self.display.print(write_report(self.run_dir.root))
+            try:
+                self.display.print(write_report(self.run_dir.root))
+            except Exception as error:  # the student is trained, whatever can be drawn of it
+                self.display.note(f"warning: no report ({one_line(error)}): `opd-megatron report` makes one later")
             if exported is not None:
                 self.display.note(f"student   {exported}")
 
@@ -249,6 +259,7 @@ class OPDTrainer(RunParts):
             wandb_project=logging.wandb_project,
             config_dict=self.config.model_dump(mode="json"),
             resume_step=self.step_count or None,
+            on_problem=self.display.note,
         )
 
     def _log_step_zero(self, log: MetricsLog | NullLog) -> None:

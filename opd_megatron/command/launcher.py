@@ -24,7 +24,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from opd_megatron.config import RunConfig
-from opd_megatron.errors import OPDError
+from opd_megatron.errors import ConfigError, OPDError
+from opd_megatron.system.ranks import launched
 from opd_megatron.system.signals import STOP_SIGNALS, is_repeated
 
 if TYPE_CHECKING:
@@ -58,12 +59,16 @@ def run_command(body: Callable[[], int | None]) -> int:
 
 def is_rank() -> bool:
     """Returns True in a process that torchrun (ours or the user's) started."""
-    return "WORLD_SIZE" in os.environ
+    return launched() is not None
 
 
 def is_first_rank() -> bool:
     """Returns True on the one process that prints results."""
-    return os.environ.get("RANK", "0") == "0"
+    try:
+        ranks = launched()
+    except ConfigError:  # each process says so
+        return True
+    return ranks is None or ranks.rank == 0
 
 
 def tell(lines: Sequence[str]) -> None:

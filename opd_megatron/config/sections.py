@@ -207,6 +207,9 @@ class EvaluationConfig(Section):
     """Steps between held-out evaluations (step 0 and the last are always evaluated); 0 switches them off."""
     prompts: PositiveInt = 32
     """Held-out rows that are scored."""
+    agreement: bool = True
+    """At the start of a run, compare the likelihood of one short sequence with transformers', for student and
+    teacher."""
 
 
 class LoggingConfig(Section):

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
+from opd_megatron.config.run_folder import is_run, named_run
 from opd_megatron.convert.display import Display
 from opd_megatron.errors import ConfigError, MissingPathError, WeightsError
 from opd_megatron.system.atomic import new_folder, partial_path
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
-from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config, resolve_model
+from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config, read_json, resolve_model
 from opd_megatron.weights.layout import ShardLayout, pad_vocab
 from opd_megatron.weights.load import load_weights
 from opd_megatron.weights.parts import LocalShards
@@ -94,7 +94,7 @@ def hf_to_megatron(
         facts = {**asdict(sizes), "padded_vocab": layout.padded_vocab}
         with on_all_ranks("the checkpoint was not written", WeightsError):
             if dist.get_rank() == 0:
-                shutil.copyfile(source / "config.json", folder / "config.json")
+                _copy_config(source / "config.json", folder / "config.json", kind, config)
                 copy_tokenizer_files(source, folder)
                 _write_provenance(folder, "hf_to_megatron", source, dtype=_name(kind), **facts)
 
@@ -142,7 +142,7 @@ def megatron_to_hf(
                 write_parts(parts, writer, shown)
         with on_all_ranks(refused, WeightsError):
             if first:
-                _copy_config(tokenizer_files / "config.json", folder / "config.json", kind)
+                _copy_config(tokenizer_files / "config.json", folder / "config.json", kind, config)
                 copy_tokenizer_files(tokenizer_files, folder)
                 _write_provenance(folder, "megatron_to_hf", source, dtype=_name(kind))
 
@@ -176,9 +176,10 @@ def _config_folder(megatron: Path, hf_config: str | Path | None) -> Path:
         raise MissingPathError(f"Megatron checkpoint {str(megatron)!r} does not exist: give its folder")
     if (megatron / "config.json").is_file():
         return megatron
-    run = megatron.resolve().parent.parent / "config.yaml"
-    student = (yaml.safe_load(run.read_text()) or {}).get("student", {}).get("path") if run.is_file() else None
-    if student is None:
+    run = megatron.resolve().parent.parent
+    section = named_run(run).get("student") if is_run(run) else None
+    student = section.get("path") if isinstance(section, dict) else None
+    if not isinstance(student, str):
         raise MissingPathError(
             f"{str(megatron)!r} holds no config.json and lies in no run: name the model's folder with --hf-config"
         )
@@ -219,21 +220,24 @@ def _shared_folder(out: Path) -> Iterator[Path]:
             publishing.close()
 
 
-def _copy_config(original: Path, copy: Path, kind: torch.dtype) -> None:
-    """Copies the model's config.json as it is, except for the dtype; transformers would rewrite the rest."""
-    tree = json.loads(original.read_text())
-    key = "torch_dtype" if "torch_dtype" in tree else "dtype"
-    name = str(kind).removeprefix("torch.")
-    if tree.get(key) == name:
+def _copy_config(original: Path, copy: Path, kind: torch.dtype, config: PretrainedConfig) -> None:
+    """Copies the model's config.json as it is, except for the dtype and what the weights say otherwise; transformers
+    would rewrite the rest."""
+    tree = read_json(original)
+    changes: dict[str, Any] = {"torch_dtype" if "torch_dtype" in tree else "dtype": str(kind).removeprefix("torch.")}
+    tied = "tie_word_embeddings"
+    if bool(tree.get(tied, getattr(type(config)(), tied, False))) != bool(config.tie_word_embeddings):
+        changes[tied] = bool(config.tie_word_embeddings)
+    if tree | changes == tree:
         shutil.copyfile(original, copy)
     else:
-        copy.write_text(json.dumps(tree | {key: name}, indent=2) + "\n")
+        copy.write_text(json.dumps(tree | changes, indent=2) + "\n")
 
 
 def _write_provenance(folder: Path, tool: str, source: Path, **facts: Any) -> None:
     tree: dict[str, Any] = {"tool": tool, "source": source.name, **facts}
     if (source / PROVENANCE).is_file():
-        tree["parent"] = json.loads((source / PROVENANCE).read_text())
+        tree["parent"] = read_json(source / PROVENANCE)
     (folder / PROVENANCE).write_text(json.dumps(tree, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from opd_megatron.errors import MissingPathError, UnsupportedModelError, WeightsError
 from opd_megatron.system.atomic import new_folder
-from opd_megatron.weights.hf_reader import SAFETENSORS_DTYPES
+from opd_megatron.weights.hf_reader import SAFETENSORS_DTYPES, read_json
 from opd_megatron.weights.safetensors_writer import INDEX_NAME, PROVENANCE, write_safetensors
 
 COPIED = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -61,8 +61,8 @@ def _read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
         raise MissingPathError(f"{str(source)!r} is not a Hugging Face model folder: it has no config.json")
-    config = json.loads(path.read_text())
-    if "num_hidden_layers" not in config:
+    config = read_json(path)
+    if not isinstance(config.get("num_hidden_layers"), int):
         raise UnsupportedModelError(f"{str(path)!r} has no num_hidden_layers: only decoder models can be pruned")
     return config
 
@@ -70,7 +70,10 @@ def _read_config(source: Path) -> dict[str, Any]:
 def _weight_files(source: Path) -> list[Path]:
     index = source / INDEX_NAME
     if index.is_file():
-        files = sorted({source / name for name in json.loads(index.read_text())["weight_map"].values()})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise WeightsError(f"{str(index)!r} has no weight_map: download it again")
+        files = sorted({source / str(name) for name in weight_map.values()})
     else:
         files = [source / "model.safetensors"]
     for path in files:
@@ -124,4 +127,4 @@ def _pruned_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
 
 def _parent(source: Path) -> dict[str, Any]:
     path = source / PROVENANCE
-    return {"parent": json.loads(path.read_text())} if path.is_file() else {}
+    return {"parent": read_json(path)} if path.is_file() else {}

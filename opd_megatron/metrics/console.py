@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -45,6 +47,8 @@ class TrainingDisplay(NullDisplay):
 
     Where the console is a terminal and `enabled`, a bar with KL, tokens/s and time left; elsewhere one plain line a
     step, thinned to one every `plain_seconds` (the first, the last and evaluations are always printed).
+
+    It only watches: what the terminal cannot show is replaced, and a terminal that is gone is said so once, on stderr.
     """
 
     def __init__(
@@ -56,7 +60,8 @@ class TrainingDisplay(NullDisplay):
         console: Console | None = None,
         plain_seconds: float = 2.0,
     ) -> None:
-        self.console = console or Console()
+        self._broken = False
+        self.console = console or Console(file=_tolerant(sys.stdout))
         self._total, self._start, self._plain_seconds = total_steps, start_step, plain_seconds
         self._began = time.monotonic()
         self._last_line = -plain_seconds
@@ -64,7 +69,7 @@ class TrainingDisplay(NullDisplay):
         if enabled and self.console.is_terminal:
             self._bar = _progress(self.console)
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, status="starting")
-            self._bar.start()
+            self._show(self._bar.start)
 
     def step(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
         row = metrics.as_dict() if isinstance(metrics, StepMetrics) else dict(metrics)
@@ -79,21 +84,31 @@ class TrainingDisplay(NullDisplay):
             self.note(f"step {row['step']}: held-out {', '.join(evaluated)}")
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self._show(self.console.print, Text(text), soft_wrap=True)
 
     def sample(self, text: str) -> None:
         if self.console.is_terminal:
-            self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
+            self._show(self.console.print, Panel(Text(text), title="sample", title_align="left", border_style="dim"))
         else:
             self.note("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
     def print(self, renderable: Any) -> None:
-        self.console.print(renderable)
+        self._show(self.console.print, renderable)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
             self._bar = None
+
+    def _show(self, action: Callable[..., object], *args: Any, **options: Any) -> None:
+        if self._broken:
+            return
+        try:
+            action(*args, **options)
+        except (OSError, ValueError) as error:  # a closed pipe, a full disk, an encoding
+            self._broken = True
+            with contextlib.suppress(OSError, ValueError):
+                print(f"opd-megatron: the terminal shows nothing from here on ({error})", file=sys.stderr)
 
     def _training_step(self, row: Mapping[str, Any]) -> None:
         step, seconds = int(row["step"]), row.get("time/step")
@@ -101,7 +116,7 @@ class TrainingDisplay(NullDisplay):
         if seconds:
             status += f"  {row['tokens'] / seconds:,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status)
+            self._show(self._bar.update, self._task, completed=step, status=status)
             return
         now = time.monotonic()
         if step in (self._start + 1, self._total) or now - self._last_line >= self._plain_seconds:
@@ -112,6 +127,13 @@ class TrainingDisplay(NullDisplay):
     def _time_left(self, step: int, now: float) -> str:
         per_step = (now - self._began) / max(1, step - self._start)
         return str(timedelta(seconds=round(per_step * (self._total - step))))
+
+
+def _tolerant(stream: Any) -> Any:
+    """Makes a stream replace what its encoding does not have."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        stream.reconfigure(errors="replace")
+    return stream
 
 
 def _progress(console: Console) -> Progress:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.errors import ConfigError, MissingPathError
+from opd_megatron.errors import ConfigError, MissingPathError, one_line
 from opd_megatron.system.atomic import write_file
+from opd_megatron.system.reading import read_text
 from opd_megatron.types import StepMetrics
 
 MetricsRow = dict[str, Any]
@@ -42,6 +45,9 @@ class MetricsLog(NullLog):
     `resume_step=N` continues after step N: rows of later steps, which will be repeated, are dropped first.
     `resume_step=None` starts a new file. NaN and infinities are written as null.
 
+    It only watches: a writer that fails later is noted once (`on_problem`) and left out; rows of metrics.jsonl that
+    could not be written are written with the next one.
+
     Raises:
         ConfigError: a W&B project or TensorBoard is asked for and its package is not installed.
     """
@@ -54,37 +60,84 @@ class MetricsLog(NullLog):
         wandb_project: str | None = None,
         config_dict: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
+        on_problem: Callable[[str], None] = lambda _: None,
     ) -> None:
         run_dir = Path(run_dir)
+        self._on_problem, self._unwritten = on_problem, ""
+        self._noted: set[str] = set()
         run_dir.mkdir(parents=True, exist_ok=True)
         # Optional writers come first: a missing package must not cost the history of an earlier run.
-        self._wandb = _start_wandb(run_dir, wandb_project, config_dict) if wandb_project else None
-        self._tensorboard = _start_tensorboard(run_dir, resume_step) if tensorboard else None
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        if wandb_project:
+            self._wandb = self._started("W&B", lambda: _start_wandb(run_dir, wandb_project, config_dict))
+        if tensorboard:
+            self._tensorboard = self._started("TensorBoard", lambda: _start_tensorboard(run_dir, resume_step))
         path = run_dir / FILE_NAME
         kept = [] if resume_step is None or not path.exists() else read_metrics(run_dir)
         _rewrite(path, [row for row in kept if row["step"] <= (resume_step or 0)])
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, metrics: StepMetrics | Mapping[str, Any]) -> None:
         row = _clean(metrics.as_dict() if isinstance(metrics, StepMetrics) else metrics)
-        self._file.write(_line(row))
-        self._file.flush()
+        self._append(_line(row))
         numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, row["step"])
-            self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+        if self._tensorboard is not None and not self._works("TensorBoard", lambda: self._draw(numbers, row["step"])):
+            self._tensorboard = None
+        wandb = self._wandb
+        if wandb is not None and not self._works("W&B", lambda: wandb.log(numbers, step=row["step"])):
+            self._wandb = None
 
     def close(self) -> None:
-        self._file.close()
+        if self._unwritten:
+            self._append("")
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._works("TensorBoard", self._tensorboard.close)
             self._tensorboard = None
         if self._wandb is not None:
-            self._wandb.finish()
+            self._works("W&B", self._wandb.finish)
             self._wandb = None
+
+    def _append(self, line: str) -> None:
+        self._unwritten += line
+        if self._works(FILE_NAME, self._write_rows):
+            self._unwritten = ""
+
+    def _write_rows(self) -> None:
+        """Appends the rows that are due, all of them or none."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            raise
+
+    def _draw(self, numbers: Mapping[str, Any], step: int) -> None:
+        assert self._tensorboard is not None
+        for key, value in numbers.items():
+            self._tensorboard.add_scalar(key, value, step)
+        self._tensorboard.flush()
+
+    def _started(self, name: str, start: Callable[[], Any]) -> Any:
+        try:
+            return start()
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._on_problem(f"warning: {name} cannot be started, the run goes on without ({one_line(error)})")
+            return None
+
+    def _works(self, name: str, action: Callable[[], object]) -> bool:
+        try:
+            action()
+        except Exception as error:  # of libraries that write where they like
+            if name not in self._noted:
+                self._noted.add(name)
+                self._on_problem(f"warning: {name} could not be written, the run goes on ({one_line(error)})")
+            return False
+        return True
 
 
 def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
@@ -96,13 +149,16 @@ def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
     if not path.is_file():
         raise MissingPathError(f"{str(path)!r} does not exist: give the directory of a run that has made a step")
     rows: list[MetricsRow] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, ConfigError, "correct or remove the file").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ConfigError(f"{str(path)!r} line {number} is not JSON: correct or remove the line") from None
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            raise ConfigError(f"{str(path)!r} line {number} is not a row of metrics: correct or remove the line")
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
+from opd_megatron.system.ranks import launched
 from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
 from opd_megatron.weights.hf_reader import load_hf_config, resolve_model
 from opd_megatron.weights.layout import pad_vocab
@@ -75,7 +75,8 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
 def _data_parallel(config: RunConfig) -> int:
     """Computes the data-parallel size that the world size (torchrun's, or the config's) leaves."""
     parallel = config.parallel
-    world = int(os.environ.get("WORLD_SIZE", config.world_size))
+    ranks = launched()
+    world = config.world_size if ranks is None else ranks.world_size
     data, rest = divmod(world, parallel.model)
     if rest or (parallel.data is not None and parallel.data != data):
         wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}" + (

@@ -12,7 +12,7 @@ A new engine is a file with a class, a `weight_format` and a `build_engine`, and
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
 
 
 def build_engine(
-    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = ()
-) -> RolloutEngine:
+    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> RolloutEngine:  # fmt: skip
     """Makes the engine named by `config.rollout`, not started yet.
 
     Args:
@@ -45,11 +46,13 @@ def build_engine(
         max_model_len: longest prompt plus answer, in tokens.
         log_path: file that the engine's own log is appended to.
         banned_ids: ids that are never sampled.
+        overrides: fields of config.json that the weights say otherwise.
 
     Raises:
         RolloutError: the engine's package is not installed.
     """
-    engine: RolloutEngine = _module(config).build_engine(config, model_dir, max_model_len, log_path, banned_ids)
+    build = _module(config).build_engine
+    engine: RolloutEngine = build(config, model_dir, max_model_len, log_path, banned_ids, overrides)
     return engine
 
 

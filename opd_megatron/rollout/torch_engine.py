@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from opd_megatron.config import RunConfig, decided
 from opd_megatron.errors import RolloutError
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload, tensors_of
-
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+from opd_megatron.weights.transformers_names import parameter_named
 
 
 class TorchEngine:
@@ -29,11 +27,13 @@ class TorchEngine:
         max_model_len: int,
         dtype: torch.dtype = torch.float32,
         banned_ids: Sequence[int] = (),
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.policy_version = -1
         self._model_dir = model_dir
         self._max_model_len = max_model_len
         self._dtype = dtype
+        self._overrides = dict(overrides or {})
         self._banned = torch.tensor(banned_ids, dtype=torch.int64)
         self._model: Any = None
 
@@ -44,7 +44,7 @@ class TorchEngine:
         """Builds the model with weights that no method will use."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(self._model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(self._model_dir, local_files_only=True, **self._overrides)
         self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
         self.policy_version = -1
 
@@ -73,7 +73,7 @@ class TorchEngine:
         state = self._model.state_dict()
         filled: Counter[int] = Counter()
         for name, tensor in (pair for bucket in payloads for pair in tensors_of(bucket)):
-            target = _parameter(state, name)
+            target = parameter_named(state, name)
             if target is None or target.shape != tensor.shape:
                 expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
                 raise RolloutError(
@@ -136,21 +136,11 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
 
 
 def build_engine(
-    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = ()
-) -> TorchEngine:
+    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> TorchEngine:  # fmt: skip
     """See `rollout.build_engine`."""
-    return TorchEngine(model_dir, max_model_len, DTYPES[decided(config.rollout.dtype)], banned_ids)
-
-
-def _parameter(state: dict[str, Tensor], name: str) -> Tensor | None:
-    """Finds where a tensor belongs. transformers stacks a layer's experts, which checkpoints hold one by one."""
-    expert = _EXPERT.fullmatch(name)
-    if expert is None or name in state:
-        return state.get(name)
-    prefix, index, part = expert.groups()
-    if part == "down":
-        return state[f"{prefix}.down_proj"][int(index)]
-    return state[f"{prefix}.gate_up_proj"][int(index)].chunk(2)[part == "up"]
+    return TorchEngine(model_dir, max_model_len, DTYPES[decided(config.rollout.dtype)], banned_ids, overrides)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -48,6 +49,8 @@ class VLLMOptions:
     """Seconds the start, or any other call, may take."""
     banned_ids: tuple[int, ...] = ()
     """Ids that are never sampled."""
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of config.json that the weights say otherwise."""
     log_path: Path | None = None
     """Where vLLM's log goes; by default a temporary file that lives as long as the engine."""
 
@@ -66,6 +69,8 @@ class VLLMOptions:
                 "logits_processors": ["opd_megatron.rollout.vllm_mask:BannedTokens"],
                 "additional_config": {"opd_banned_token_ids": list(self.banned_ids)},
             }
+        if self.overrides:
+            memory["hf_overrides"] = dict(self.overrides)
         return memory | {
             "model": str(self.model_dir),
             "load_format": "dummy",
@@ -122,8 +127,9 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
 
 
 def build_engine(
-    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = ()
-) -> VLLMEngine:
+    config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> VLLMEngine:  # fmt: skip
     """See `rollout.build_engine`."""
     rollout = config.rollout
     options = VLLMOptions(
@@ -136,6 +142,7 @@ def build_engine(
         seed=config.seed,
         request_timeout=rollout.request_timeout,
         banned_ids=tuple(banned_ids),
+        overrides=overrides or {},
         log_path=log_path,
     )
     return VLLMEngine(options)

@@ -35,6 +35,7 @@ from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.teacher import Teacher, build_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
+from opd_megatron.weights.hf_reader import config_overrides
 
 _EVALUATED_WITHOUT_DATA = 8
 """Training prompts that stand in for held-out ones where there are none."""
@@ -253,7 +254,8 @@ def _engine(
     config: RunConfig, models: ResolvedModels, run_dir: RunDir, banned: tuple[int, ...], *, launch: bool
 ) -> RolloutEngine:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    engine = build_engine(config, models.student, longest, run_dir.rollout_log, banned)
+    overrides = config_overrides(models.student, models.student_config)
+    engine = build_engine(config, models.student, longest, run_dir.rollout_log, banned, overrides)
     if launch:
         engine.spawn()
     return engine

@@ -37,6 +37,7 @@ class Evaluator:
         rows = config.evaluation.prompts if config.evaluation.every else _SANITY_ROWS
         answers = [_gold(prompt) for prompt in prompts[:rows]]
         self.num_sequences = len(answers)
+        self._batches = batches
         self._micro_batches = batches.build_any_number(answers)
         self._inputs: list[TeacherInputs] = []
 
@@ -50,6 +51,12 @@ class Evaluator:
             self._inputs = ask_teachers(self._teachers, self._micro_batches)
         means = student.evaluate(self._micro_batches, self._inputs, self._objective, self._vocab_size)
         return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
+
+    def likelihoods(self, student: Student, sequence: Rollout) -> dict[str, float]:
+        """Measures `nll` and `teacher_nll` of one sequence, in nats per token of its response. Collective."""
+        batches = self._batches.build_any_number([sequence])
+        inputs = ask_teachers(self._teachers, batches)
+        return student.evaluate(batches, inputs, self._objective, self._vocab_size)
 
     def teacher_summary(self, metrics: dict[str, float], names: Sequence[str]) -> list[str]:
         """Tells what `metrics` of the untrained student say of the teacher, with a warning if they look wrong."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from opd_megatron.config import decided
 from opd_megatron.errors import CheckpointError, OPDError
 from opd_megatron.run.build import RunParts
 from opd_megatron.system.collectives import raise_on_all_ranks
@@ -22,9 +23,12 @@ def export_hf(run: RunParts) -> Path:
     buckets = gather_student(run.student, bucket_bytes=run.config.rollout.bucket_mib * 2**20)
     failure: Exception | None = None
     if dist.get_rank() == 0:
-        dtype = DTYPES[run.config.student.dtype]
+        dtype = DTYPES[decided(run.config.student.dtype)]
         try:
-            save_hf(buckets, run.student.hf_config, run.run_dir.hf_dir, tokenizer_dir=run.models.tokenizer, dtype=dtype)
+            save_hf(
+                buckets, run.student.hf_config, run.run_dir.hf_dir, tokenizer_dir=run.models.tokenizer,
+                model_dir=run.models.student, stop_token_ids=run.stop_token_ids, dtype=dtype,
+            )  # fmt: skip
         except (OPDError, OSError) as error:
             failure = error
     for _ in buckets:  # the export is collective: also when nobody reads it, or its reader failed

@@ -21,11 +21,17 @@ from opd_megatron.system.reading import read_json_object
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MEGATRON_MARK = ".metadata"
 """The index of a torch_dist checkpoint, which Megatron's `dist_checkpointing` writes last but one."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# Patterns match whole paths, and `*` crosses `/`: other formats of the same weights lie in folders of their own.
+_NOT_WANTED = (
+    "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "consolidated*.safetensors", "adapter_*",
+)  # fmt: skip
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Anything else (int8, fp8, packed 4-bit) is a quantized checkpoint, whose numbers are not the weights.
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,7 +57,7 @@ def resolve_model(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(files)))
+        return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=list(_NOT_WANTED)))
     except Exception as error:  # the hub client raises its own, HTTP and OS errors
         cause = " ".join(str(error).split())[:160]
         raise MissingPathError(
@@ -63,6 +69,9 @@ def resolve_model(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
 def load_hf_config(folder: Path) -> PretrainedConfig:
     """Reads config.json; never runs code that came with the model.
 
+    Where it says that embedding and head are tied and the weights hold two different ones, they are not: so
+    transformers 5 decides too.
+
     Raises:
         MissingPathError: there is no config.json.
         WeightsError: it is not JSON.
@@ -71,16 +80,49 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise MissingPathError(f"{str(file)!r} does not exist: give a Hugging Face model folder")
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = read_json(file).get("model_type")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers checks types and rules of fields with errors of many kinds
         cause = " ".join(str(error).split())[:160]
+        if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+            raise WeightsError(f"{str(file)!r} is damaged ({cause}): download it again") from error
         raise UnsupportedModelError(
             f"{str(file)!r} has unknown model_type={model_type!r}: use a Llama, Mistral or Qwen model ({cause})"
         ) from error
+    if getattr(config, "tie_word_embeddings", False) and _has_own_head(folder):
+        config.tie_word_embeddings = False
+    return config
+
+
+def config_overrides(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """Lists what `load_hf_config` found otherwise than config.json says, for others who read that file."""
+    from transformers import AutoConfig
+
+    said = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tied = "tie_word_embeddings"
+    return {} if bool(said.tie_word_embeddings) == bool(config.tie_word_embeddings) else {tied: False}
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Compares head and embedding where the weights hold both."""
+    if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
+        return False
+    try:
+        with SafetensorsSource(folder) as source:
+            if not {EMBEDDING, HEAD} <= set(source.names) or source.shape(EMBEDDING) != source.shape(HEAD):
+                return False
+            rows, columns = source.shape(HEAD)
+            step = max(1, _READ_BYTES // max(1, columns * 4))
+            parts = (slice(start, start + step) for start in range(0, rows, step))
+            return any(
+                not torch.equal(source.get_slice(EMBEDDING, (part,)).float(), source.get_slice(HEAD, (part,)).float())
+                for part in parts
+            )
+    except WeightsError:
+        return False  # whoever reads the weights will say what is wrong with them
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +145,7 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, _File] = {}
+        self._aliases: dict[str, str] = {}
         self._file_of = self._locate()
 
     def __enter__(self) -> SafetensorsSource:
@@ -111,6 +154,11 @@ class SafetensorsSource:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         while self._files:
             os.close(self._files.popitem()[1].descriptor)
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives a tensor another name for this reader."""
+        self._aliases[new] = name
+        self._file_of[new] = self._file_of.pop(name)
 
     @property
     def names(self) -> Sequence[str]:
@@ -192,10 +240,10 @@ class SafetensorsSource:
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self._file_of:
             raise WeightsError(f"{str(self.folder)!r} holds no tensor {name!r}: the checkpoint is incomplete")
-        header = self._open(self._file_of[name]).header
-        if name not in header:
+        header, stored = self._open(self._file_of[name]).header, self._aliases.get(name, name)
+        if stored not in header:
             raise WeightsError(f"{self._where(name)} cannot be read: the file does not hold it, download it again")
-        entry: dict[str, Any] = header[name]
+        entry: dict[str, Any] = header[stored]
         return entry
 
     def _open(self, name: str) -> _File:
@@ -235,8 +283,10 @@ class SafetensorsSource:
                 f"{str(self.folder)!r} is a Megatron checkpoint: convert it first with `opd-megatron convert "
                 "megatron-to-hf`"
             )
-        pickled = any(self.folder.glob("*.bin"))
-        remedy = "load it with transformers and save_pretrained it once" if pickled else "give a folder with weights"
+        remedy = (
+            "give a folder or hub id with safetensors; weights of other formats (.bin) become that when transformers "
+            "loads them and save_pretrained writes them once"
+        )
         raise WeightsError(f"{str(self.folder)!r} holds no {SINGLE_FILE} or {INDEX_FILE}: {remedy}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd_megatron.errors import WeightsError
-from opd_megatron.weights.hf_reader import SafetensorsSource
+from opd_megatron.weights.hf_reader import EMBEDDING, HEAD, SafetensorsSource
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table, stage_parameters
 
@@ -43,6 +43,8 @@ def load_weights(
     table = sharding_table(hf_config, layout)
     pairs = stage_parameters(model, table, layout)
     with SafetensorsSource(source_dir) as source:
+        if table.tied and EMBEDDING not in source.names and HEAD in source.names:
+            source.rename(HEAD, EMBEDDING)  # tied either way round
         _refuse_unknown(source, table)
         for param, tensor in pairs:
             _fill(tensor, param, table, layout, source)

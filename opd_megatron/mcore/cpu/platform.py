@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -20,9 +22,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+from opd_megatron.system.ranks import Ranks, launched
+
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
 _CPU_TYPE_PREFIX, _CUDA_TYPE_PREFIX = "torch.", "torch.cuda."
 _applied = False
+_PATIENCE_SECONDS = 20.0
 
 
 def has_gpu() -> bool:
@@ -84,13 +89,31 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     init_platform()
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
+    ranks = launched()
+    if ranks is None:
         # An in-memory store needs no port, so that two plain runs on one machine never collide.
         dist.init_process_group(
             _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes)
         )
         return
-    dist.init_process_group(_backend(), timeout=timedelta(minutes=timeout_minutes))
+    with _telling_who_is_waited_for(ranks):
+        dist.init_process_group(_backend(), timeout=timedelta(minutes=timeout_minutes))
+
+
+@contextlib.contextmanager
+def _telling_who_is_waited_for(ranks: Ranks) -> Iterator[None]:
+    """Says after a while that other ranks have not come: silence would look like a hang."""
+    text = (
+        f"rank {ranks.rank} of {ranks.world_size} is waiting for the others at {ranks.meeting_point}: are all of them "
+        "started, with the same MASTER_ADDR and MASTER_PORT?"
+    )
+    timer = threading.Timer(_PATIENCE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _backend() -> str:
