@@ -1,4 +1,4 @@
-"""`opd-megatron train | plan | evaluate | export | convert | report | doctor | config`."""
+"""`opd-megatron train | data | plan | evaluate | export | convert | report | doctor | config`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,20 @@ def _on_newest_weights(
     return 0
 
 
+def _data(argv: list[str]) -> int:
+    parser = run_parser("opd-megatron data", "Show what student and teacher will see of a run's data, token by token.")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="prompts to show (default 3)")
+    arguments, _ = parser.parse_known_intermixed_args(argv)  # a wrong word is `parse_run`'s to refuse
+    config = parse_run(parser, argv).config
+    from opd_megatron.metrics.console import tolerant
+    from opd_megatron.run.data_command import show_data
+
+    out = tolerant(sys.stdout)
+    for line in show_data(config, max(0, arguments.show)):
+        print(line, file=out)
+    return 0
+
+
 def _convert(argv: list[str]) -> int:
     from opd_megatron.convert.convert_command import dispatch
 
@@ -135,6 +149,7 @@ def _plan(argv: list[str]) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
+    "data": (_data, "show what student and teacher will see of the data, token by token"),
     "plan": (_plan, "check layout, memory, traffic and time of a run without its weights or machines"),
     "evaluate": (_evaluate, "score a student on held-out answers"),
     "export": (_export, "write a run's newest weights as a Hugging Face folder"),

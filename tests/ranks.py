@@ -23,9 +23,13 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 MAX_RANKS = 4
+_ATTEMPTS = 3
+_JOIN_SECONDS = 150.0
+"""For the ranks to make their process group; the imports of new workers take most of it."""
 _FEW_THREADS = 24
 """Looking through all objects takes a tenth of a second, so a few threads may stay for a while."""
 
@@ -41,11 +45,22 @@ class RankError(AssertionError):
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """Runs `body(rank, world_size, *args)` on `world_size` gloo ranks; returns their results in rank order."""
     assert world_size <= MAX_RANKS
-    workers = _pool(world_size)
     with tempfile.TemporaryDirectory() as folder:
-        for rank in range(world_size):
-            workers[rank][1].send((rank, world_size, f"{folder}/store", body, args, timeout))
-        return _collect(workers[:world_size], time.monotonic() + timeout)
+        for attempt in range(_ATTEMPTS):
+            workers = _pool(world_size)[:world_size]
+            jobs = [(rank, world_size, f"{folder}/store{attempt}", body, args, timeout) for rank in range(world_size)]
+            # Once in some thousand times gloo's ranks wait for each other for ever, before the body has begun.
+            if _have_joined(workers, jobs, time.monotonic() + _JOIN_SECONDS):
+                return _collect(workers, time.monotonic() + timeout)
+            close_pool()
+    raise RankError(f"{world_size} ranks made no process group in {_ATTEMPTS} attempts")
+
+
+def as_launched(monkeypatch: pytest.MonkeyPatch, world_size: int, rank: int = 0) -> None:
+    """Makes this process look like one that torchrun started."""
+    variables = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
 
 
 _workers: list[tuple[Any, Connection]] = []
@@ -72,6 +87,19 @@ def close_pool() -> None:
         process.join(timeout=5)
         process.kill()  # one that hangs does not
         process.join()
+
+
+def _have_joined(workers: list[tuple[Any, Connection]], jobs: list[Any], deadline: float) -> bool:
+    """Hands out the jobs and waits until every rank is in the process group."""
+    try:
+        for (_, connection), job in zip(workers, jobs, strict=True):
+            connection.send(job)
+        return all(
+            connection.poll(max(0.0, deadline - time.monotonic())) and connection.recv() is True
+            for _, connection in workers
+        )
+    except (EOFError, OSError):  # a worker has ended
+        return False
 
 
 def _collect(workers: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
@@ -110,12 +138,17 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         faulthandler.dump_traceback_later(0.9 * timeout)  # where it hangs goes to the test's stderr
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun would
+        os.environ.update(  # as torchrun would
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT="1"
+        )
+        joined = False
         try:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
                 timeout=timedelta(seconds=timeout),
             )  # fmt: skip
+            connection.send(True)
+            joined = True
             try:
                 reply = (True, body(rank, world_size, *args), "")
             finally:
@@ -123,6 +156,8 @@ def _serve(connection: Connection) -> None:
                     dist.destroy_process_group()
         except Exception as error:
             reply = (False, error, traceback.format_exc())
+            if not joined:
+                connection.send(False)
         faulthandler.cancel_dump_traceback_later()
         _reply(connection, reply)
         body = args = reply = None

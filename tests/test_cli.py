@@ -15,6 +15,7 @@ from opd_megatron.config import RunConfig
 from opd_megatron.losses.objectives import users_of
 from opd_megatron.system import signals
 from opd_megatron.train import main as train_main
+from tests.ranks import as_launched
 
 QUESTION = '{"question": "What is 2 + 3?", "answer": "5"}\n'
 
@@ -200,7 +201,7 @@ def test_a_world_size_that_does_not_fit_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world)
+    as_launched(monkeypatch, int(world))
     line = refused(capsys, lambda: train_main([str(config_file), *overrides]))
     assert world in line
     for override in overrides:
@@ -228,7 +229,7 @@ def test_torchrun_is_started_exactly_when_ranks_are_missing(
     monkeypatch.setattr("opd_megatron.train.run_training", lambda *_: started.append(None))
     monkeypatch.setattr(signals, "note_stop_signals", lambda: None)
     if world is not None:
-        monkeypatch.setenv("WORLD_SIZE", world)
+        as_launched(monkeypatch, int(world))
     assert train_main([str(config_file), *overrides]) == 0
     assert started == [ranks]
 

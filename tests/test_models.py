@@ -10,6 +10,7 @@ import pytest
 from opd_megatron.config import RunConfig, load_config
 from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError, OPDError
 from opd_megatron.run.checks import check_run
+from tests.ranks import as_launched
 from tests.tiny_models import save_tiny
 
 
@@ -104,7 +105,7 @@ def test_expert_parallel_needs_experts_and_ranks_to_hold_them(
 ) -> None:
     with pytest.raises(ConfigError, match=r"parallel.expert=2 needs a MoE model"):
         check_run(_config(pair, **{"parallel.expert": 2}))
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    as_launched(monkeypatch, 1)
     with pytest.raises(ConfigError, match=r"parallel.expert=2 must divide data-parallel size 1"):
         check_run(_config(pair, **{"parallel.expert": 2, "student.path": experts}))
 
@@ -112,10 +113,10 @@ def test_expert_parallel_needs_experts_and_ranks_to_hold_them(
 def test_world_size_that_does_not_match_names_both_numbers(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    as_launched(monkeypatch, 3)
     with pytest.raises(ConfigError, match=r"world size 3 must be a multiple of parallel.tensor 2"):
         check_run(_config(pair, **{"parallel.tensor": 2}))
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    as_launched(monkeypatch, 4)
     assert check_run(_config(pair, **{"parallel.tensor": 2})).data_parallel == 2
     with pytest.raises(ConfigError, match=r"world size 4 must equal .*parallel.data 1"):
         check_run(_config(pair, **{"parallel.tensor": 2, "parallel.data": 1}))

@@ -89,6 +89,8 @@ class DataConfig(Section):
     """`chat` applies the tokenizer's chat template; `raw` continues the text as it stands."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, such as `{enable_thinking: false}`."""
+    allow_missing_tokens: bool = False
+    """Let one of student and teacher have special tokens that the other's tokenizer lacks; they are never sampled."""
     max_prompt_tokens: PositiveInt = 512
     """A longer prompt is an error, or is dropped where `drop_long_prompts` is set."""
     drop_long_prompts: bool = False

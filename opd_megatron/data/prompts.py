@@ -185,8 +185,9 @@ class PromptStream:
         self.dataset = dataset
         self.prompts_per_step = prompts_per_step
         self.seed = seed
+        self.weights = list(weights or [1.0])
         rows = dataset.sources() if weights else [list(range(len(dataset)))]
-        shares = zip(rows, weights or [1.0], strict=True)
+        shares = zip(rows, self.weights, strict=True)
         self._shares = [
             _Share(indices, weight, (seed, *([number] if number else [])))
             for number, (indices, weight) in enumerate(shares)

@@ -17,6 +17,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 _PADDING_TOKEN = re.compile(r"(reserved|unused|extra_?id|placeholder|dummy|padding|^<\|?pad\|?>$|^\[pad\d*\]$)", re.I)
 
 
+_SPECIAL = re.compile(r"^<[^\s<>]+>$|^\[[A-Z_0-9]+\]$")
+"""How the names of special tokens look."""
+
+
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a Hugging Face folder or hub id.
 
@@ -45,23 +49,58 @@ def check_same_tokenizer(
     teacher: PreTrainedTokenizerBase,
     student_path: str = "student",
     teacher_path: str = "teacher",
-) -> None:
-    """Raises TokenizerMismatchError unless every token id means the same to both. Ids that a maker reserved may be
-    missing in one, or have a name in a later release of it; returns what was let pass so, in words.
+    *,
+    allow_missing: bool = False,
+) -> list[str]:
+    """Compares what every token id means to both. An id that its maker reserved may be missing in one, or have got a
+    name in a later release; returns notes on names that one has and the other does not.
+
+    Args:
+        allow_missing: let special tokens pass that one of them lacks.
 
     Raises:
         TokenizerMismatchError: names the first id that differs and what it means to each.
     """
     ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
+    named = []
     for token_id in sorted(ours.keys() | theirs.keys()):
         mine, other = ours.get(token_id), theirs.get(token_id)
-        if mine == other or (None in (mine, other) and _PADDING_TOKEN.search(mine or other or "")):
+        if mine == other:
+            continue
+        if _is_reserved(mine) and _is_reserved(other):
+            continue
+        lacks = allow_missing and None in (mine, other) and _SPECIAL.search(mine or other or "") is not None
+        if lacks or _is_later_name(mine, other) or _is_later_name(other, mine):
+            named.append(token_id)
             continue
         raise TokenizerMismatchError(
             f"token id {token_id} is {_meaning(mine)} to the student ({student_path}) but {_meaning(other)} to the "
             f"teacher ({teacher_path}): distillation compares distributions id by id, so use two models of one "
             f"tokenizer family ({len(ours)} and {len(theirs)} tokens)"
+            + (
+                "; where it is a special token that does not matter, set data.allow_missing_tokens=true"
+                if None in (mine, other) and _SPECIAL.search(mine or other or "")
+                else ""
+            )
         )
+    if not named:
+        return []
+    first = named[0]
+    return [
+        f"token id {first} is {_meaning(ours.get(first))} to the student and {_meaning(theirs.get(first))} to the "
+        f"teacher {teacher_path}"
+        + (f", and {len(named) - 1} more so" if len(named) > 1 else "")
+        + ": one release named what another kept free, which is let pass"
+    ]
+
+
+def _is_reserved(token: str | None) -> bool:
+    return token is None or _PADDING_TOKEN.search(token) is not None
+
+
+def _is_later_name(reserved: str | None, token: str | None) -> bool:
+    """Whether one has an id free, by name, that is a special token to the other."""
+    return reserved is not None and _is_reserved(reserved) and token is not None and _SPECIAL.search(token) is not None
 
 
 def stop_token_ids(template: ChatTemplate, model_dir: str | Path | None = None) -> tuple[int, ...]:

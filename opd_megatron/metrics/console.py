@@ -61,7 +61,7 @@ class TrainingDisplay(NullDisplay):
         plain_seconds: float = 2.0,
     ) -> None:
         self._broken = False
-        self.console = console or Console(file=_tolerant(sys.stdout))
+        self.console = console or Console(file=tolerant(sys.stdout))
         self._total, self._start, self._plain_seconds = total_steps, start_step, plain_seconds
         self._began = time.monotonic()
         self._last_line = -plain_seconds
@@ -129,7 +129,7 @@ class TrainingDisplay(NullDisplay):
         return str(timedelta(seconds=round(per_step * (self._total - step))))
 
 
-def _tolerant(stream: Any) -> Any:
+def tolerant(stream: Any) -> Any:
     """Makes a stream replace what its encoding does not have."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         stream.reconfigure(errors="replace")

@@ -111,10 +111,12 @@ def build_run(
     models = models or check_run(config)
     run_dir.check(config, training=sampling)
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
+    notes: list[str] = []
     for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
         other = load_tokenizer(str(path), config.trust_remote_code)
-        check_same_tokenizer(tokenizer, other, str(models.tokenizer), teacher.path)
-    notes: list[str] = []
+        notes += check_same_tokenizer(
+            tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
+        )
     prompts, held_out = build_train_and_eval(config, tokenizer, notes)
     stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)

@@ -283,10 +283,9 @@ class SafetensorsSource:
                 f"{str(self.folder)!r} is a Megatron checkpoint: convert it first with `opd-megatron convert "
                 "megatron-to-hf`"
             )
-        remedy = (
-            "give a folder or hub id with safetensors; weights of other formats (.bin) become that when transformers "
-            "loads them and save_pretrained writes them once"
-        )
+        remedy = "load it with transformers and save_pretrained it once"
+        if not any(self.folder.glob("*.bin")):  # of a hub id none are fetched
+            remedy = f"give a folder or hub id with safetensors, or where it has other formats, {remedy}"
         raise WeightsError(f"{str(self.folder)!r} holds no {SINGLE_FILE} or {INDEX_FILE}: {remedy}")
 
 

@@ -17,6 +17,7 @@ from opd_megatron.errors import ConfigError, MissingPathError
 LAUNCH = """
 import os, sys
 from opd_megatron.command.launcher import launch
+from tests.ranks import as_launched
 for case in sys.argv[2:]:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{sys.argv[1]}/{case}.{name}", os.O_WRONLY | os.O_CREAT), number)
@@ -120,9 +121,8 @@ def test_only_rank_0_prints_and_every_rank_leaves_its_message(
     def refuse() -> int:
         raise ConfigError("steps=0 must be positive: raise it")
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, printed in (("0", "opd-megatron: error: steps=0 must be positive: raise it\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+        as_launched(monkeypatch, 2, int(rank))
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
         assert run_command(refuse) == 2
         assert capsys.readouterr().err == printed

@@ -66,10 +66,25 @@ def test_a_trailing_token_with_a_meaning_may_not_be_missing_on_either_side(token
         check_same_tokenizer(longer, tokenizer)
 
 
-def test_a_reserved_id_that_the_other_model_uses_is_a_mismatch(tokenizer, tmp_path):
-    other = with_tokens(tokenizer, tmp_path / "other", changes={"<|reserved_3|>": "<think>"})
+def test_a_reserved_id_that_a_later_release_named_passes_with_a_note(tokenizer, tmp_path):
+    other = with_tokens(tokenizer, tmp_path / "other", changes={"<|reserved_3|>": "<|finetune_pad|>"})
+    for pair in ((tokenizer, other), (other, tokenizer)):
+        (note,) = check_same_tokenizer(*pair)
+        assert "token id 262 is" in note
+    plain = with_tokens(tokenizer, tmp_path / "plain", changes={"<|reserved_3|>": "zebra"})
     with pytest.raises(TokenizerMismatchError, match="token id 262"):
-        check_same_tokenizer(tokenizer, other)
+        check_same_tokenizer(tokenizer, plain)
+
+
+def test_a_special_token_that_one_lacks_is_let_pass_when_asked_for(tokenizer, tmp_path):
+    longer = with_tokens(tokenizer, tmp_path / "other", extra=["<think>"])
+    with pytest.raises(TokenizerMismatchError, match=r"set data\.allow_missing_tokens=true"):
+        check_same_tokenizer(tokenizer, longer)
+    (note,) = check_same_tokenizer(tokenizer, longer, allow_missing=True)
+    assert "'<think>' to the teacher" in note
+    word = with_tokens(tokenizer, tmp_path / "word", extra=["zebra"])
+    with pytest.raises(TokenizerMismatchError, match="token id 272"):
+        check_same_tokenizer(tokenizer, word, allow_missing=True)
 
 
 def test_stop_tokens_join_tokenizer_generation_config_and_end_of_turn(tokenizer, tmp_path):

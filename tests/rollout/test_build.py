@@ -13,7 +13,7 @@ from opd_megatron.rollout.vllm_engine import VLLMOptions
 
 
 def run_config(**rollout):
-    return build_config({"teachers": [{"path": "t"}], "rollout": rollout, "seed": 3})
+    return build_config({"teachers": [{"path": "t"}], "rollout": {"dtype": "fp32", **rollout}, "seed": 3})
 
 
 def test_the_torch_engine_is_built_on_request(tmp_path):

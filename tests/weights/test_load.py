@@ -200,7 +200,7 @@ def _only_pickles(folder: Path) -> str:
 def _nothing(folder: Path) -> str:
     for file in folder.glob("model*"):
         file.unlink()
-    return "holds no model.safetensors or .*: give a folder with weights"
+    return "holds no model.safetensors or .*: give a folder or hub id with safetensors"
 
 
 @pytest.fixture(scope="module")
