@@ -23,7 +23,7 @@ from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
-from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, peak_memory_bytes
+from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.agreement import check_agreement
 from opd_megatron.run.build import RunParts, build_run
@@ -43,6 +43,8 @@ class OPDTrainer(RunParts):
     step_count: int = field(default=0, init=False)
     """Optimizer steps done; the policy version of the weights."""
     timers: PhaseTimers = field(default_factory=PhaseTimers, init=False)
+    watch: Watch = field(default_factory=Watch, init=False)
+    """Warns of what the numbers say is going wrong."""
 
     def __post_init__(self) -> None:
         self._cursor = self.prompts.state_dict()
@@ -119,7 +121,7 @@ class OPDTrainer(RunParts):
     def _metrics(self, rollouts: list[Rollout], output: StepOutput) -> StepMetrics:
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         finished = sum(rollout.finish_reason == "stop" for rollout in rollouts)
-        means = dict(output.metrics)
+        means, seconds = dict(output.metrics), self.timers.collect()
         return StepMetrics(
             step=self.step_count,
             tokens=output.tokens,
@@ -133,7 +135,9 @@ class OPDTrainer(RunParts):
                 **means,
                 "rollout/mean_length": sum(lengths) / len(lengths),
                 "rollout/finished": finished / len(rollouts),
-                **self.timers.collect(),
+                "rollout/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+                **seconds,
+                **_rates(output.tokens, seconds["time/step"]),
                 "memory/peak": peak_memory_bytes(),
             },
         )
@@ -226,6 +230,8 @@ class OPDTrainer(RunParts):
             metrics.extra.update(self.evaluate())
         log.write(metrics)
         self.display.step(metrics)
+        for finding in self.watch.look(metrics.as_dict()):
+            self.display.note(f"warning: {finding}")
         if saves:
             self.save(metrics.as_dict())
 
@@ -275,3 +281,9 @@ class OPDTrainer(RunParts):
 
     def _due(self, every: int) -> bool:
         return self.step_count == self.config.steps or (every > 0 and self.step_count % every == 0)
+
+
+def _rates(tokens: int, seconds: float) -> dict[str, float]:
+    """Response tokens a second of a whole step, of all ranks and of each of the devices that they share."""
+    rate = tokens / seconds if seconds else 0.0
+    return {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / dist.get_world_size()}

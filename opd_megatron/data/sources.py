@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import sys
 import types
 import warnings
@@ -75,14 +74,13 @@ def read_rows(config: RunConfig) -> Rows:
     sources = _sources(data)
     rows.weights = [source.weight for source in sources]
     wanted = config.evaluation.prompts if config.evaluation.every else 0
-    for source in sources:
-        share = math.ceil(wanted * source.weight / sum(rows.weights)) if data.eval_source is None else 0
+    own = wanted if data.eval_source is None else 0
+    for source, share in zip(sources, _shares(own, rows.weights), strict=True):
         train, held_out = _read_source(config, source, share if source.answers else 0, rows.notes)
         rows.train += train
         rows.held_out += held_out
     if data.eval_source is not None and wanted:
         rows.held_out, rows.train = _from_eval_source(config, sources[0], wanted, rows)
-    rows.held_out = rows.held_out[:wanted]
     kept_apart = {row.key for row in rows.held_out}
     rows.train = [row for row in rows.train if row.key not in kept_apart]
     for source in sources:
@@ -91,6 +89,15 @@ def read_rows(config: RunConfig) -> Rows:
                 f"every row of {source.name!r} is also held out for evaluation: give another data.eval_source"
             )
     return rows
+
+
+def _shares(count: int, weights: list[float]) -> list[int]:
+    """Divides `count` held-out rows among the sources; while there are enough, every source has one."""
+    shares = [min(1, count)] * len(weights) if count >= len(weights) else [0] * len(weights)
+    for taken in range(sum(shares), count):
+        wanted = [weight / sum(weights) * (taken + 1) - share for weight, share in zip(weights, shares, strict=True)]
+        shares[wanted.index(max(wanted))] += 1
+    return shares
 
 
 def _sources(data: DataConfig) -> list[Source]:

@@ -15,6 +15,10 @@ import torch.distributed as dist
 from opd_megatron.losses.linear import DivergenceTerms
 from opd_megatron.losses.objectives import DIVERGENCE_METRICS, POLICY_METRICS
 
+MISMATCH = "mismatch"
+_LARGEST_DIFFERENCE = 20.0
+"""Nats; e to the power of more would say no more, and drown every other token."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSums:
@@ -29,7 +33,9 @@ class TokenSums:
     names: tuple[str, ...]
 
 
-def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None) -> TokenSums:
+def token_sums(
+    terms: DivergenceTerms, token_weights: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None
+) -> TokenSums:
     """Packs what a step needs from one micro batch.
 
     `loss` is summed with the token weights, every other metric over the tokens whose weight is not 0.
@@ -37,6 +43,8 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
     Args:
         terms: of `linear_divergence_terms`, called with the same `token_weights`.
         token_weights: [T]; ones by default.
+        rollout_logprobs: [T] the engine's log-probabilities of the targets, at the loss's temperature; with them comes
+            `mismatch`, the mean of exp |log p - log p of the engine|, 1 where trainer and engine agree.
     """
     mask = torch.ones_like(terms.per_token, dtype=torch.bool) if token_weights is None else token_weights != 0
     columns = {
@@ -47,6 +55,9 @@ def token_sums(terms: DivergenceTerms, token_weights: torch.Tensor | None = None
         "top1_agreement": terms.top1_agreement,
     }
     columns |= _of_targets(terms) | _of_policy(terms)
+    if rollout_logprobs is not None and terms.student_logprob is not None:
+        difference = (terms.student_logprob.detach().double() - rollout_logprobs.double()).abs()
+        columns[MISMATCH] = difference.clamp(max=_LARGEST_DIFFERENCE).exp()
     # Selection, not multiplication: a masked infinity must not become a NaN.
     per_token = torch.stack([column.double() for column in columns.values()])[:, mask]
     return TokenSums(

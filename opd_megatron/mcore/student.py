@@ -14,7 +14,7 @@ from opd_megatron.config import ObjectiveConfig, RunConfig, decided
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.losses import linear_divergence_terms
 from opd_megatron.losses.objectives import loss_arguments, metric_names, objective_terms
-from opd_megatron.losses.reduction import TokenSums, global_means, token_sums
+from opd_megatron.losses.reduction import MISMATCH, TokenSums, global_means, token_sums
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
@@ -32,6 +32,9 @@ class Student:
         self, config: RunConfig, source: Path, hf_config: PretrainedConfig, grid: ParallelGrid, padded_vocab: int
     ) -> None:
         self.hf_config, self.grid = hf_config, grid
+        rollout = config.rollout
+        # Whether the engine's log-probabilities are of the distribution that the loss computes.
+        self._comparable = rollout.top_p == 1 and rollout.temperature == config.objective.temperature
         self.layout: ShardLayout = grid.layout(hf_config.num_hidden_layers, padded_vocab)
         self.model: HiddenStatesModel = build_gpt_model(
             hf_config,
@@ -60,14 +63,16 @@ class Student:
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = run_schedule(self.ddp, self.grid, micro_batches, self._loss(teachers, objective, vocab_size))
-        metrics, tokens = self._global_means(sums, objective)
+        sampled = self._comparable and all(batch.rollout_logprobs is not None for batch in micro_batches)
+        loss = self._loss(teachers, objective, vocab_size, sampled=sampled)
+        sums = run_schedule(self.ddp, self.grid, micro_batches, loss)
+        metrics, tokens = self._global_means(sums, objective, sampled=sampled)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             raise NonFiniteError(
-                f"loss={metrics['loss']} grad_norm={grad_norm} must be finite: the weights were left as they were; "
-                "lower optimizer.lr or resume from the last checkpoint"
+                f"loss={metrics['loss']} grad_norm={grad_norm} must be finite, {_who(metrics)}: the weights were "
+                "left as they were"
             )
         self.scheduler.step(increment=1)
         with torch.no_grad():
@@ -92,7 +97,9 @@ class Student:
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _loss(self, teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int) -> LossFunction:
+    def _loss(
+        self, teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int, *, sampled: bool = False
+    ) -> LossFunction:
         terms = objective_terms(objective)
 
         def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
@@ -113,15 +120,32 @@ class Student:
                 targets=batch.targets[mask],
                 gather_index=self.model.gather_index(mask),
             )
-            sums = token_sums(result, token_weights)
+            rollout = batch.rollout_logprobs[mask] if sampled and batch.rollout_logprobs is not None else None
+            sums = token_sums(result, token_weights, rollout)
             return sums.loss_sum, sums.num_tokens.to(torch.int), sums
 
         return loss
 
-    def _global_means(self, sums: list[TokenSums], objective: ObjectiveConfig) -> tuple[dict[str, float], int]:
+    def _global_means(
+        self, sums: list[TokenSums], objective: ObjectiveConfig, *, sampled: bool = False
+    ) -> tuple[dict[str, float], int]:
         """Reduces to token means over all micro batches and ranks, the same on every rank."""
         groups = self.grid.groups
         device = next(self.model.parameters()).device
-        names = metric_names(objective_terms(objective))
+        names = (*metric_names(objective_terms(objective)), *([MISMATCH] if sampled else []))
         means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device, names)
         return dict(zip(names, means, strict=True)), tokens
+
+
+def _who(metrics: dict[str, float]) -> str:
+    """Says which side's numbers are not finite, and what to do about that."""
+    own = all(math.isfinite(metrics[name]) for name in ("nll", "student_entropy") if name in metrics)
+    theirs = all(math.isfinite(metrics[name]) for name in ("teacher_nll", "teacher_entropy") if name in metrics)
+    if own and not theirs:
+        return "the teacher's logits are not (its weights hold NaN or infinite values, download it again)"
+    if theirs and not own:
+        return (
+            "the student's logits are not (its weights hold NaN or infinite values, or the last steps were too large: "
+            "download it again, or lower optimizer.lr and resume from the last checkpoint)"
+        )
+    return "lower optimizer.lr or resume from the last checkpoint"

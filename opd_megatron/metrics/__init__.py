@@ -10,6 +10,7 @@ from opd_megatron.metrics.jsonl import MetricsLog, NullLog, read_metrics
 from opd_megatron.metrics.plots import plot_curves
 from opd_megatron.metrics.summary import Summary, result_table, summarize
 from opd_megatron.metrics.timers import PhaseTimers, peak_memory_bytes
+from opd_megatron.metrics.watch import Watch, how_it_went
 
 __all__ = [
     "MetricsLog",
@@ -18,6 +19,8 @@ __all__ = [
     "PhaseTimers",
     "Summary",
     "TrainingDisplay",
+    "Watch",
+    "how_it_went",
     "peak_memory_bytes",
     "plot_curves",
     "read_metrics",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig, decided
-from opd_megatron.errors import RolloutError
+from opd_megatron.errors import NonFiniteError, RolloutError
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload, tensors_of
 from opd_megatron.weights.transformers_names import parameter_named
@@ -119,6 +119,11 @@ class TorchEngine:
             output = self._model(inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits = output.logits[0, -1].float().index_fill(0, self._banned, -torch.inf)
+            if logits.isnan().any():
+                raise NonFiniteError(
+                    f"the student's logits are not numbers ({self._model_dir}, policy version {self.policy_version}): "
+                    "its weights hold NaN or infinite values, take other weights or an earlier checkpoint"
+                )
             policy = _policy(logits, sampling)
             token = _draw(policy, sampling, generator)
             ids.append(token)

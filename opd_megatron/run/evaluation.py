@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from opd_megatron.config import ObjectiveConfig, RunConfig
 from opd_megatron.data.batching import MicroBatchBuilder
+from opd_megatron.errors import NonFiniteError
 from opd_megatron.mcore.student import Student
 from opd_megatron.teacher import Teacher, ask_teachers
 from opd_megatron.types import Prompt, Rollout, TeacherInputs
@@ -50,6 +52,13 @@ class Evaluator:
         if not self._inputs:
             self._inputs = ask_teachers(self._teachers, self._micro_batches)
         means = student.evaluate(self._micro_batches, self._inputs, self._objective, self._vocab_size)
+        for who, name in (("student", "nll"), ("teacher", "teacher_nll")):
+            if not math.isfinite(means[name]):
+                remedy = "take other weights" if who == "student" else "download it again"
+                raise NonFiniteError(
+                    f"the {who} gives held-out answers {means[name]} nats a token: its weights hold NaN or infinite "
+                    f"values, {remedy}"
+                )
         return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
 
     def likelihoods(self, student: Student, sequence: Rollout) -> dict[str, float]:

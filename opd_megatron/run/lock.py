@@ -27,6 +27,9 @@ _MISSED = 4
 """Pulses that the owner on another host may miss before its lock counts as left behind."""
 
 
+_UNKNOWN = {"pid": "?", "host": "?", "since": "?"}
+
+
 class RunLock:
     """The lock of one run directory. One process of a run takes it.
 
@@ -98,12 +101,11 @@ class RunLock:
     def _read(self) -> dict[str, Any] | None:
         """Reads who has the lock; None when nobody has. A file that cannot be understood has an unknown owner."""
         try:
-            found = json.loads(self._path.read_text())
+            return _parsed(self._path.read_text(errors="replace"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
-            found = None
-        return found if isinstance(found, dict) else {"pid": "?", "host": "?", "since": "?"}
+        except OSError:
+            return dict(_UNKNOWN)
 
     def _left_behind(self, theirs: dict[str, Any]) -> bool:
         mine = _this_process()
@@ -129,7 +131,7 @@ class RunLock:
         aside = self._path.with_name(f".{LOCK_FILE}.stale.{os.getpid()}")
         with contextlib.suppress(OSError):
             os.rename(self._path, aside)
-            if json.loads(aside.read_text()) != theirs:
+            if _parsed(aside.read_text(errors="replace")) != theirs:
                 os.link(aside, self._path)
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -138,6 +140,14 @@ class RunLock:
         while not self._stop.wait(self._pulse):
             with contextlib.suppress(OSError):  # a pulse that fails is a pulse missed
                 os.utime(self._path)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else dict(_UNKNOWN)
 
 
 def _this_process() -> dict[str, Any]:

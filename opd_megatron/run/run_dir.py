@@ -14,6 +14,7 @@ from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.config.run_folder import CONFIG_FILE, RunRecord, is_run, read_settings
 from opd_megatron.errors import ConfigError, one_line
 from opd_megatron.run.identity import check_identity, first_difference, settings_identity, student_only
+from opd_megatron.run.lock import LOCK_FILE
 from opd_megatron.system.atomic import disk_remedy, write_file
 
 
@@ -54,7 +55,7 @@ class RunDir:
             raise ConfigError(f"output_dir={str(self.root)!r} must be a folder, it is a file: choose another name")
         saved = self.settings()
         if not saved:
-            if any(not path.name.startswith(".") for path in self._inside()):
+            if any(not path.name.startswith(".") and path.name != LOCK_FILE for path in self._inside()):
                 raise ConfigError(
                     f"output_dir={str(self.root)!r} is not empty and holds no run's {CONFIG_FILE}: choose another "
                     "folder"

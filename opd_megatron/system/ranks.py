@@ -10,6 +10,13 @@ from opd_megatron.errors import ConfigError
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def forget() -> None:
+    """Removes what is left of a launcher's variables from the environment of a process that is no rank: libraries read
+    them too."""
+    for name in (*_NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """What torchrun told this process."""

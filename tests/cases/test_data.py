@@ -74,7 +74,7 @@ def test_every_format_is_read_whatever_the_case_of_its_suffix(tmp_path: Path, na
     ("name", "content"),
     [
         ("bom.jsonl", b"\xef\xbb\xbf" + b"\n".join(json.dumps(row).encode() for row in ROWS)),
-        ("bom.csv", b"\xef\xbb\xbfquestion,answer\n" + b"q,a\n" * 10),
+        ("bom.csv", b"\xef\xbb\xbfquestion,answer\n" + b"".join(f"q{n},a\n".encode() for n in range(10))),
         ("object.json", json.dumps({"version": 1, "data": ROWS}).encode()),
         ("lines.json", b"\n".join(json.dumps(row).encode() for row in ROWS)),
         ("list.jsonl", json.dumps(ROWS, indent=2).encode()),
@@ -84,7 +84,8 @@ def test_every_format_is_read_whatever_the_case_of_its_suffix(tmp_path: Path, na
 )  # fmt: skip
 def test_what_other_programs_write_is_read(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert questions(config_for(tmp_path / name)) == [row["question"] for row in ROWS]
+    expected = [f"q{n}" for n in range(10)] if name == "bom.csv" else [row["question"] for row in ROWS]
+    assert questions(config_for(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize("folder", ["parquet", "jsonl", "saved", "dictionary"])
@@ -288,7 +289,7 @@ def test_data_command_shows_what_the_models_see(tmp_path: Path, capsys: pytest.C
     assert cli.main(["data", *train_words(tmp_path)[1:], "--show", "2"]) == 0
     out = capsys.readouterr().out
     assert "20 prompts to train on, 4 held out with a gold answer" in out
-    assert f"an answer ends with 256:'<|endoftext|>', {TURN_END}:'<|im_end|>', or after 8 tokens" in out
+    assert f"256:'<|endoftext|>', {TURN_END}:'<|im_end|>', or after 8 tokens" in out
     assert "    | <|im_start|>user" in out
     assert out.count("gold answer, ") == 3
     assert "it is cut at rollout.max_new_tokens=8" in out

@@ -157,7 +157,7 @@ def test_a_conversion_of_a_runs_checkpoint_finds_its_student_from_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (checkpoint,) = (home / "run/checkpoints").glob("step_*2")
-    assert cli.main(["convert", "megatron-to-hf", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert cli.main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/model.safetensors").is_file()
 
 

@@ -26,7 +26,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path: Path, encoding:
     make_pair(tmp_path)
     rows = [{"question": f"Größe → {n} 🙂?", "answer": "naïve"} for n in range(12)]
     write_rows(tmp_path / "prompts.jsonl", rows)
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
     words = train_words(tmp_path, "logging.sample_every=1")
     done = subprocess.run(
         [sys.executable, "-m", "opd_megatron.cli", *words], cwd=ROOT, env=environment, capture_output=True

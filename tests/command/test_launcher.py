@@ -13,11 +13,11 @@ import pytest
 
 from opd_megatron.command.launcher import available_cores, run_command
 from opd_megatron.errors import ConfigError, MissingPathError
+from tests.ranks import as_launched
 
 LAUNCH = """
 import os, sys
 from opd_megatron.command.launcher import launch
-from tests.ranks import as_launched
 for case in sys.argv[2:]:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{sys.argv[1]}/{case}.{name}", os.O_WRONLY | os.O_CREAT), number)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
-from opd_megatron.system.ranks import Ranks, launched
+from opd_megatron.system.ranks import Ranks, forget, launched
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
 _CPU_TYPE_PREFIX, _CUDA_TYPE_PREFIX = "torch.", "torch.cuda."
@@ -91,6 +91,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         return
     ranks = launched()
     if ranks is None:
+        forget()
         # An in-memory store needs no port, so that two plain runs on one machine never collide.
         dist.init_process_group(
             _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes)
