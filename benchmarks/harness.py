@@ -1,12 +1,12 @@
-"""What every benchmark script shares: `[--quick] [--json PATH] [--write-readme]`, one table, checks, an exit code.
+"""What every benchmark script shares: `[--quick] [--json PATH] [--write-docs]`, one table, checks, an exit code.
 
 def measure(arguments) -> Report: ...
 if __name__ == "__main__":
     main("demo", __doc__, measure)
 
 The JSON holds name, device, quick, rows and checks: [{name, value, limit, ok}]. Exit code 1 when a check fails, 2 when
-something the user can mend is missing. `--write-readme` replaces what stands between `<!-- measured:NAME:begin -->` and
-`<!-- measured:NAME:end -->` in README.md by the rows as a markdown table.
+something the user can mend is missing. `--write-docs` replaces what stands between `<!-- measured:NAME:begin -->` and
+`<!-- measured:NAME:end -->` in docs/measurements.md by the rows as a markdown table.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller measurement that ends within a minute")
     parser.add_argument("--json", metavar="PATH", help="write the result as JSON")
-    parser.add_argument("--write-readme", action="store_true", help="put the rows into README.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the rows into docs/measurements.md")
     if add_arguments is not None:
         add_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -84,8 +84,8 @@ def main(
         show(name, report)
         if arguments.json:
             Path(arguments.json).write_text(as_json(name, report, quick=arguments.quick))
-        if arguments.write_readme:
-            write_between_markers(REPOSITORY / "README.md", name, markdown(report))
+        if arguments.write_docs:
+            write_between_markers(REPOSITORY / "docs/measurements.md", name, markdown(report))
     except BenchmarkError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -140,14 +140,14 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def write_between_markers(readme: Path, name: str, body: str) -> None:
+def write_between_markers(page: Path, name: str, body: str) -> None:
     """Replaces the text between the markers `measured:NAME:begin` and `:end`."""
     begin, end = f"<!-- measured:{name}:begin -->", f"<!-- measured:{name}:end -->"
-    old = readme.read_text() if readme.exists() else ""
+    old = page.read_text() if page.exists() else ""
     if old.count(begin) != 1 or old.count(end) != 1 or old.index(end) < old.index(begin):
-        raise BenchmarkError(f"{readme.name} must hold {begin} and {end} once each, in this order: add them")
+        raise BenchmarkError(f"{page.name} must hold {begin} and {end} once each, in this order: add them")
     before, rest = old.split(begin)
-    readme.write_text(f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}")
+    page.write_text(f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}")
 
 
 def text(value: Any) -> str:

@@ -134,4 +134,4 @@ def test_peers_of_the_divergence_benchmark_compute_what_ours_does(harness, peer)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_takes_the_common_options(script):
     done = subprocess.run([sys.executable, str(FOLDER / script), "--help"], capture_output=True, text=True, check=True)
-    assert all(option in done.stdout for option in ("--quick", "--json", "--write-readme"))
+    assert all(option in done.stdout for option in ("--quick", "--json", "--write-docs"))

@@ -24,7 +24,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("extended")
     for name in ("opd_megatron", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", copy)
+    (copy / "docs").mkdir()
+    shutil.copy(ROOT / "docs/objectives.md", copy / "docs")
     for diff in DIFFS:
         applied = subprocess.run(
             ["git", "apply", "--whitespace=nowarn", "-"],

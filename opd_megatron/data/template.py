@@ -27,20 +27,19 @@ class ChatTemplate:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What the template is given beside the messages."""
 
-    @staticmethod
-    def of(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
-        """Takes system prompt and arguments from the configuration.
-
-        Raises:
-            ConfigError: an argument has a name of transformers' own, or the system prompt is no text.
-        """
-        taken = [name for name in data.template_kwargs if name in _TAKEN]
+    def __post_init__(self) -> None:
+        """Raises ConfigError when an argument has a name of transformers' own, or the system prompt is no text."""
+        taken = [name for name in self.arguments if name in _TAKEN]
         if taken:
             raise ConfigError(
                 f"data.template_kwargs.{taken[0]} is set by the trainer itself: give arguments of the template only"
             )
-        if data.system_prompt is not None and not is_text(data.system_prompt):
-            raise ConfigError(f"data.system_prompt={data.system_prompt!a} is no text: correct it")
+        if self.system_prompt is not None and not is_text(self.system_prompt):
+            raise ConfigError(f"data.system_prompt={ascii(self.system_prompt)} is no text: correct it")
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
+        """Takes system prompt and arguments from the configuration."""
         return ChatTemplate(tokenizer, data.system_prompt, data.template_kwargs)
 
     def prompt(self, messages: Sequence[Message]) -> str:

@@ -1,7 +1,7 @@
 """What `objective.type` can be, one entry each: its formula, its terms, its own keys and its metrics.
 
-The configuration makes its keys from this table, the student its loss, and README's table is checked against it. A new
-divergence is one line here beside its entry in `divergences.DIVERGENCES`. Nothing here imports torch.
+The configuration makes its keys from this table, the student its loss, and the table of docs/objectives.md is checked
+against it. A new divergence is one line here beside its entry in `divergences.DIVERGENCES`. Nothing here imports torch.
 
 An objective is a list of terms that are added up, all computed in one pass over the vocabulary: an exact divergence,
 policy gradients on the sampled tokens, or both. Rewards are a term of their own beside any `type`.
@@ -65,7 +65,7 @@ class Objective:
     """A leaf: what one `objective.type` minimises."""
 
     formula: str
-    """At every response token, with p the student and q the teacher: README's column `loss`."""
+    """At every response token, with p the student and q the teacher: the column `loss` of docs/objectives.md."""
     term: Callable[[Any], Term]
     """From the values of the section `objective:`."""
     keys: tuple[str, ...] = ()

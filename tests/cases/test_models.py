@@ -117,9 +117,10 @@ def test_tied_or_not_is_decided_by_the_file(tmp_path: Path, who: str, tensor: in
         own = json.loads((tmp_path / "run/hf/config.json").read_text())
         assert own["tie_word_embeddings"] is (who != "student")
     else:
-        for command in (["hf-to-megatron", "--hf", str(tmp_path / who), "--out", str(tmp_path / "m")],
-                        ["megatron-to-hf", "--megatron", str(tmp_path / "m"), "--out", str(tmp_path / "back")]):  # fmt: skip
-            assert cli.main(["convert", *command]) == 0
+        megatron = str(tmp_path / "megatron")
+        assert cli.main(["convert", "hf-to-megatron", "--hf", str(tmp_path / who), "--out", megatron]) == 0
+        back = ["--megatron", megatron, "--out", str(tmp_path / "back")]
+        assert cli.main(["convert", "megatron-to-hf", *back]) == 0
         before, after = (load_file(tmp_path / name / "model.safetensors") for name in (who, "back"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
