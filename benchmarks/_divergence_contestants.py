@@ -1,4 +1,4 @@
-"""The ways to the same number that `divergence.py` compares: ours, the bare matrix products, dense autograd, Liger.
+"""The ways to the same number that `divergence.py` compares: ours, bare matrix products, dense autograd, Liger, TRL.
 
 All take the same inputs and yield the mean divergence of a token in nats. Dividing by the tokens gives backward a
 factor that is not one, as training has it: whoever has made the gradients in forward must still scale them.
@@ -240,6 +240,27 @@ def liger(inputs: Inputs) -> Contestant:
     def forward() -> torch.Tensor:
         result: torch.Tensor = loss(x.student_hidden, x.student_head, x.teacher_hidden, x.teacher_head, labels)
         return result
+
+    return Contestant(forward, (x.student_hidden, x.student_head))
+
+
+TRL_BETAS = {Loss("forward_kl"): 0.0, Loss("reverse_kl"): 1.0, Loss("gkd", "beta", 0.5): 0.5}
+
+
+def trl(inputs: Inputs, loss: Loss) -> Contestant:
+    """The chunked divergence of TRL's DistillationTrainer: products in fp32, heads multiplied out again in backward."""
+    try:
+        module = importlib.import_module("trl.kernels.chunked_divergence")
+    except ImportError as error:
+        raise BenchmarkError(f"trl cannot be imported ({error}): run `make env`, which installs it") from error
+    x, beta = inputs, TRL_BETAS[loss]
+
+    def forward() -> torch.Tensor:
+        per_token, _ = module.ChunkedDivergenceFunction.apply(
+            x.student_hidden, x.student_head, None, x.teacher_hidden, x.teacher_head, None, beta
+        )
+        mean: torch.Tensor = per_token.mean()
+        return mean
 
     return Contestant(forward, (x.student_hidden, x.student_head))
 

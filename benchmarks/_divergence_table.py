@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from harness import Check, Report, Row
 
-COLUMNS = ("case", "loss", "ms", "/bare", "/dense", "/torch", "/Liger", "held", "peak", "/copy")
+COLUMNS = ("case", "loss", "ms", "/bare", "/dense", "/torch", "/Liger", "/TRL", "held", "peak", "/copy")
 
 
 @dataclass(slots=True)

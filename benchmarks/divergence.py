@@ -1,4 +1,4 @@
-"""Speed and memory of the divergence engine against the bare matrix products, dense autograd and Liger-Kernel.
+"""Speed and memory of the divergence engine against bare matrix products, dense autograd, Liger-Kernel and TRL.
 
 A case TxHxV is `linear_divergence`, forward and backward, on random hidden states and heads whose logits have a
 standard deviation of 3. Contestants run in turn, round after round; a ratio is the median over the rounds of the two
@@ -6,8 +6,9 @@ times within a round. The bare products are the four that no exact method can do
 gradients), whole, into memory that is already there; they run before every run of ours that is compared with them.
 Dense is autograd over products in the inputs' dtype and an fp32 softmax: every type of ours is compared with the
 fastest of three. Liger is LigerFusedLinearJSDLoss with its own chunk size, compiled on a GPU only; every type is
-compared with it, though it computes the Jensen-Shannon divergence alone. That contestants compute the same loss and
-gradients is a check too.
+compared with it, though it computes the Jensen-Shannon divergence alone. TRL is the chunked divergence of its
+DistillationTrainer, for the three types that it has; the fastest of them counts. That contestants compute the same loss
+and gradients is a check too.
 
 Memory is what torch's allocator handed out above the inputs, in multiples of the fp32 student logits [T, V].
 """
@@ -23,6 +24,7 @@ import torch
 from _divergence_contestants import (
     DENSE,
     LIGER_LOSS,
+    TRL_BETAS,
     Case,
     Contestant,
     Inputs,
@@ -35,6 +37,7 @@ from _divergence_contestants import (
     liger,
     ours,
     ours_from_logits,
+    trl,
 )
 from _divergence_kernels import kernel_pass
 from _divergence_table import Rival, Table
@@ -153,6 +156,8 @@ def linear_contestants(case: Case) -> tuple[Inputs, dict[str, Contestant], dict[
             peers[f"torch {loss.name}"] = Peer(ours(inputs, loss, backend="torch"), loss, "/torch", same)
         else:
             peers[f"dense {loss.name}"] = Peer(dense(inputs, loss), loss, "/dense", same)
+    for loss in TRL_BETAS:
+        peers[f"TRL {loss.name}"] = Peer(trl(inputs, loss), loss, "/TRL", same)
     peers[f"Liger {LIGER_LOSS.name}"] = Peer(liger(inputs), LIGER_LOSS, "/Liger", SAME_AS_LIGER[case.dtype])
     return inputs, mine, peers
 

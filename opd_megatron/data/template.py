@@ -35,7 +35,7 @@ class ChatTemplate:
                 f"data.template_kwargs.{taken[0]} is set by the trainer itself: give arguments of the template only"
             )
         if self.system_prompt is not None and not is_text(self.system_prompt):
-            raise ConfigError(f"data.system_prompt={ascii(self.system_prompt)} is no text: correct it")
+            raise ConfigError(f"data.system_prompt={self.system_prompt!a} is no text: correct it")
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:

@@ -11,6 +11,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from opd_megatron.errors import EngineDiedError, RolloutError
 from opd_megatron.rollout import RolloutClient
@@ -127,6 +128,17 @@ def test_a_prompt_over_the_context_names_the_lengths_and_harms_nothing(engine):
     assert len(engine.generate(REQUESTS, SAMPLING)) == 3
 
 
+def test_a_request_that_vllm_refuses_is_an_error_at_once_and_harms_nothing(engine):
+    """A stop id beyond the vocabulary: it was taken for a dead engine, which was restarted again and again."""
+    engine.update_weights(buckets_of(tiny_model(seed=6)), 6)
+    pid = engine.pid
+    with pytest.raises(RolloutError, match="vLLM refuses the request") as refused:
+        engine.generate(REQUESTS, Sampling(max_new_tokens=12, stop_token_ids=(10**9,)))
+    assert not isinstance(refused.value, EngineDiedError)
+    assert engine.pid == pid
+    assert len(engine.generate(REQUESTS, SAMPLING)) == 3
+
+
 @pytest.mark.parametrize("lost", ["model.embed_tokens", "layers.1.self_attn.k_proj", "model.norm"])
 def test_a_missing_tensor_is_refused_and_the_next_full_sync_repairs_it(engine, lost):
     model = tiny_model(seed=7)
@@ -179,3 +191,22 @@ def test_a_tensor_of_the_wrong_shape_is_refused_and_ends_the_engine(engine):
     assert engine.pid is None
     with pytest.raises(RolloutError, match="not running: call wait_ready first"):
         engine.update_weights(buckets_of(tiny_model(seed=7)), 7)
+
+
+def test_banned_ids_are_never_drawn_and_a_head_that_config_json_denies_is_used(tmp_path):
+    banned = torch.arange(0, VOCAB, 2)
+    engine = make_engine(tmp_path, banned_ids=tuple(banned.tolist()), overrides={"tie_word_embeddings": False})
+    try:
+        engine.wait_ready()
+        model = tiny_model(seed=3, tied=False)
+        engine.update_weights(buckets_of(model), 0)
+        for rollout in engine.generate(REQUESTS, SAMPLING):
+            sampled = rollout.response_ids
+            assert not set(sampled.tolist()) & set(banned.tolist())
+            with torch.no_grad():
+                ids = torch.tensor([[*rollout.prompt.token_ids, *sampled.tolist()]])
+                logits = model(ids).logits[0, -len(sampled) - 1 : -1].double().index_fill(-1, banned, -torch.inf)
+            expected = logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
+            assert rollout.logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    finally:
+        engine.close()
