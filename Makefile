@@ -10,15 +10,17 @@ DATASET ?=
 # Another data set is another run, so it gets a folder of its own.
 RUN ?= runs/demo$(if $(DATASET),-$(notdir $(basename $(DATASET))))
 PYTEST_ARGS ?=
+# Files of tests side by side: much of a test is waiting, and a file that starts an engine keeps it to itself.
+TEST_WORKERS ?= 2
 export PYTHON EXTRAS TORCH_INDEX
 
 STAMP := .venv/.made-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test test-long lint bench clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
 	@echo "variables: EXTRAS=$(EXTRAS)  DATASET=<hub id or jsonl>  RUN=$(RUN)  PYTHON=<interpreter>  TORCH_INDEX=<url>  PYTEST_ARGS=..."
 
 env: $(STAMP)  ## make .venv with everything in it
@@ -31,8 +33,11 @@ demo: env  ## distil real weights (SmolLM2-135M, 24 layers from 30), print the r
 	@$(BIN)/python tools/demo_assets.py --out runs/assets
 	@$(BIN)/opd-megatron train configs/demo.yaml output_dir=$(RUN) $(if $(DATASET),data.source='$(DATASET)')
 
-test: env  ## the whole test suite
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: env  ## the test suite, all but the long proofs
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-long: env  ## the long proofs: twenty kills, every engine layout, plans against real memory
+	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: env  ## ruff, mypy
 	@$(BIN)/ruff check .

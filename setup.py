@@ -39,6 +39,7 @@ EXTRAS = {
         "psutil",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
         "mypy>=1.15",
         "pre-commit>=4",

@@ -237,7 +237,7 @@ def test_torchrun_is_started_exactly_when_ranks_are_missing(
 def test_an_error_that_only_the_ranks_can_find_is_one_line_and_exit_code_2(config_file: Path) -> None:
     """The folder has no tokenizer: found in the ranks, which the plain command starts itself."""
     command = [sys.executable, "-m", "opd_megatron.train", str(config_file), "parallel.data=2"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     errors = [line for line in result.stderr.splitlines() if line.startswith("opd-megatron:")]
     assert result.returncode == 2, result.stderr
     assert len(errors) == 1

@@ -58,7 +58,7 @@ Outcome = Callable[[str], Ended]
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """All cases in one parent process, one launch after the other: importing torch is what takes the time."""
     folder = tmp_path_factory.mktemp("launches")
-    assert start(folder, *CASES).wait(timeout=240) == 0
+    assert start(folder, *CASES).wait(timeout=600) == 0
     return lambda case: ended(folder, case)
 
 
@@ -106,7 +106,7 @@ def test_ctrl_c_ends_every_rank_with_one_line(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
+    process.wait(timeout=200)
     end = ended(tmp_path, "waits")
     assert (end.code, end.stderr) == (130, "opd-megatron: interrupted\n")
     for line in end.stdout.splitlines():

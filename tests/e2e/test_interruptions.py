@@ -107,7 +107,7 @@ def test_a_stop_signal_to_the_launcher_or_to_one_rank_saves_the_current_step_and
         ranks = _ranks_of(process.pid)
         assert len(ranks) >= 2
         os.kill(process.pid if to_launcher else ranks[-1], number)
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
         assert not any(_is_running(pid) for pid in ranks)
         steps = [row["step"] for row in read_metrics(run)]
@@ -139,7 +139,7 @@ def test_a_signal_to_every_process_while_vllm_samples_costs_neither_the_step_nor
     assert any("vllm_server" in Path(f"/proc/{pid}/cmdline").read_text() for pid in family)
     for pid in family:
         os.kill(pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
     assert "restarting" not in errors
     assert list_checkpoints(run / "checkpoints")[-1][0] == read_metrics(run)[-1]["step"] >= 3

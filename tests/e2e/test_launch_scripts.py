@@ -54,7 +54,7 @@ def test_a_job_near_its_time_limit_saves_and_is_requeued(inputs: dict[str, str],
     )  # fmt: skip
     wait_for_step(process, run, 2)
     process.send_signal(signal.SIGUSR1)
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     assert list_checkpoints(run / "checkpoints")[-1][0] == read_metrics(run)[-1]["step"] >= 2
     assert "requeueing job 7" in output
@@ -63,7 +63,7 @@ def test_a_job_near_its_time_limit_saves_and_is_requeued(inputs: dict[str, str],
 
 def test_a_users_mistake_is_one_line_from_torchrun_sh_too(inputs: dict[str, str], tmp_path: Path) -> None:
     process = _start("torchrun.sh", config_file(inputs, tmp_path / "run", **{"parallel.data": 4}))
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert errors.count("\n") == 1, errors
     assert "world size 2 must equal" in errors

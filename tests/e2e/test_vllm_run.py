@@ -130,7 +130,7 @@ def test_two_tensor_parallel_ranks_train_experts_with_one_engine_from_the_comman
     (tmp_path / "config.yaml").write_text(dump_config(config))
     done = subprocess.run(
         [sys.executable, "-m", "opd_megatron.train", str(tmp_path / "config.yaml")],
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read_metrics(tmp_path / "run")

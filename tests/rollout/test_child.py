@@ -86,7 +86,7 @@ def test_a_stop_signal_gives_up_a_start_at_once_and_ends_the_child(tmp_path):
     assert process.stdout is not None
     engine = int(process.stdout.readline().split()[-1])
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=30)[0] == "given up -9\n"
+    assert process.communicate(timeout=120)[0] == "given up -9\n"
     assert process.returncode == 0
     assert not is_running(engine)
 
