@@ -37,6 +37,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """Configuration key -> flags that set it. `--temperature` divides the logits in the loss; how the student samples is
 `rollout.temperature`. There is no `--alpha`: elsewhere it weighs distillation against labels."""
 
+_PATHS = ("DIR", "FILE", "PATH", "RUN_DIR", "CONFIG")
+"""Metavars of arguments that are paths."""
+
 EXAMPLES = """examples:
   opd-megatron train configs/demo.yaml
   opd-megatron train configs/demo.yaml parallel.tensor=3 optimizer.lr=5e-5
@@ -66,6 +69,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Expands `~` in what is a path: the shell leaves it alone behind an equals sign."""
+        if options.get("metavar") in _PATHS:
+            options.setdefault("type", os.path.expanduser)
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see {self.prog} --help")
 
@@ -94,7 +103,7 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
     known, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         raise ConfigError(unknown_flag(unknown[0], parser))
-    paths = [word for word in known.arguments if "=" not in word]
+    paths = [os.path.expanduser(word) for word in known.arguments if "=" not in word]
     if known.config is not None:
         paths.insert(0, known.config)
     if len(paths) > 1:
