@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,10 +11,8 @@ import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, decide_precision, take_precision
 from opd_megatron.data.batching import MicroBatchBuilder
-from opd_megatron.data.prompts import PromptStream, build_train_and_eval
+from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.stages import RolloutStage
-from opd_megatron.data.template import ChatTemplate
-from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
 from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
 from opd_megatron.mcore.cpu.platform import device, init_distributed
@@ -27,9 +24,9 @@ from opd_megatron.rollout import RolloutEngine, build_engine, weight_format
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.run.checks import check_run
 from opd_megatron.run.evaluation import Evaluator
-from opd_megatron.run.identity import run_identity
+from opd_megatron.run.identity import run_identity, settings_identity
+from opd_megatron.run.inputs import read_inputs
 from opd_megatron.run.lock import RunLock
-from opd_megatron.run.preflight import check_ids
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.teacher import Teacher, build_teachers
@@ -110,33 +107,25 @@ def build_run(
     config, _ = decide_precision(config, run_dir.settings())
     models = models or check_run(config)
     run_dir.check(config, training=sampling)
-    tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
-    notes: list[str] = []
-    for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
-        other = load_tokenizer(str(path), config.trust_remote_code)
-        notes += check_same_tokenizer(
-            tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
-        )
-    prompts, held_out = build_train_and_eval(config, tokenizer, notes)
-    stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
-    banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
-    identity = run_identity(config, models, tokenizer, prompts, scoring=scoring)
-    notes += run_dir.check_content(identity) if sampling else []
+    inputs = read_inputs(config, models)
+    identity = run_identity(config, models, inputs.tokenizer, inputs.prompts, scoring=scoring)
+    notes = [*inputs.notes, *(run_dir.check_content(identity) if sampling else [])]
 
     init_distributed()
     config = _rank_0s_precision(config)
+    identity |= settings_identity(config.model_dump(mode="json"))
     torch.manual_seed(config.seed)
     lock = _own(run_dir, config, identity) if sampling else None
     engine: RolloutEngine | None = None
     try:
         resume_from = choose_checkpoint(run_dir.checkpoints)
         unfinished = resume_from is None or resume_from.step < config.steps
-        engine = (
-            _engine(config, models, run_dir, banned, launch=sampling and unfinished) if dist.get_rank() == 0 else None
-        )
+        if dist.get_rank() == 0:
+            engine = _engine(config, models, run_dir, inputs.banned_ids, launch=sampling and unfinished)
         grid = _grid(config, models)
         student, teachers = _models(config, models, grid, scoring)
         batches = _batches(config, grid)
+        scored = inputs.held_out or _some(inputs.prompts)
         display = _display(config, resume_from)
         for note in notes:
             display.note(note)
@@ -144,17 +133,17 @@ def build_run(
             config=config,
             models=models,
             run_dir=run_dir,
-            tokenizer=tokenizer,
-            prompts=prompts,
+            tokenizer=inputs.tokenizer,
+            prompts=inputs.prompts,
             rollout_client=_rollout_client(config, engine, student, display),
             batches=batches,
             student=student,
             teachers=teachers,
-            evaluator=Evaluator(config, held_out or _some(prompts), teachers, batches, models.vocab_size),
+            evaluator=Evaluator(config, scored, teachers, batches, models.vocab_size),
             resume_from=resume_from,
             saver=_saver(config, run_dir),
             display=display,
-            stop_token_ids=stops,
+            stop_token_ids=inputs.stop_token_ids,
             identity=identity,
             trains=sampling,
             lock=lock,
@@ -175,7 +164,11 @@ def _own(run_dir: RunDir, config: RunConfig, identity: dict[str, Any]) -> RunLoc
             run_dir.make()
             lock = RunLock(run_dir.root, print)
             lock.acquire()
-            run_dir.prepare(config, identity)
+            try:
+                run_dir.prepare(config, identity)
+            except BaseException:
+                lock.release()
+                raise
     return lock
 
 

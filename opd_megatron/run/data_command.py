@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from opd_megatron.config import RunConfig
-from opd_megatron.data.prompts import build_train_and_eval
 from opd_megatron.data.show import describe_prompts
-from opd_megatron.data.template import ChatTemplate
-from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
 from opd_megatron.models import resolve_models
-from opd_megatron.run.preflight import check_ids
+from opd_megatron.run.inputs import read_inputs
 
 
 def show_data(config: RunConfig, count: int) -> Iterator[str]:
     """Reads data and tokenizers as a run does, with the same checks, and writes lines about the first prompts."""
-    models = resolve_models(config)
-    tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
-    notes: list[str] = []
-    for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
-        other = load_tokenizer(str(path), config.trust_remote_code)
-        notes += check_same_tokenizer(
-            tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
-        )
-    stream, held_out = build_train_and_eval(config, tokenizer, notes)
-    stops = stop_token_ids(stream.dataset.template or ChatTemplate(tokenizer), models.student)
-    check_ids(config, models, tokenizer, itertools.chain(stream.dataset, held_out), stops)
-    yield from notes
+    inputs = read_inputs(config, resolve_models(config))
+    stream, held_out, tokenizer, stops = inputs.prompts, inputs.held_out, inputs.tokenizer, inputs.stop_token_ids
+    yield from inputs.notes
     dropped = f", {stream.dataset.dropped} left out as too long" if stream.dataset.dropped else ""
     yield f"{len(stream.dataset)} prompts to train on{dropped}, {len(held_out)} held out with a gold answer"
     if len(stream.weights) > 1:

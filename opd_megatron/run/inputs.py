@@ -1,0 +1,52 @@
+"""What a run reads before any process group exists: tokenizers, prompts, what ends an answer; checked against each
+other and against every model."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from opd_megatron.config import RunConfig
+from opd_megatron.data.prompts import PromptStream, build_train_and_eval
+from opd_megatron.data.template import ChatTemplate
+from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+from opd_megatron.models import ResolvedModels
+from opd_megatron.run.preflight import check_ids
+from opd_megatron.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """Tokens in, and where they stop."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    prompts: PromptStream
+    held_out: list[Prompt]
+    stop_token_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+    banned_ids: tuple[int, ...]
+    """Ids that are never sampled: some model has no row for them, or the tokenizer no token."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know, though it is no error."""
+
+
+def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
+    """Reads and checks them.
+
+    Raises:
+        OPDError: MissingPathError, DataError, TokenizerMismatchError or ConfigError, for the first thing that is wrong.
+    """
+    tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
+    notes: list[str] = []
+    for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
+        other = load_tokenizer(str(path), config.trust_remote_code)
+        notes += check_same_tokenizer(
+            tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
+        )
+    prompts, held_out = build_train_and_eval(config, tokenizer, notes)
+    stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
+    banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
+    return RunInputs(tokenizer, prompts, held_out, stops, banned, notes)
