@@ -26,6 +26,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+_MANY_THREADS = 300
+"""Every group has three, which wake up now and then: with a thousand of them the kernel takes half of the time."""
 MAX_RANKS = 4
 _ATTEMPTS = 3
 _JOIN_SECONDS = 150.0
@@ -162,6 +164,8 @@ def _serve(connection: Connection) -> None:
         _reply(connection, reply)
         body = args = reply = None
         _free_process_groups()
+        if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+            return  # something still holds groups of bodies that ended: a new worker costs less than their threads
 
 
 def _free_process_groups() -> None:

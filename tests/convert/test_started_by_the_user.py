@@ -40,6 +40,7 @@ def _script(ranks: int, name: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(300)

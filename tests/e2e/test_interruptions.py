@@ -46,6 +46,7 @@ def _live(config: Path, kills: int) -> dict[str, int]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_killed_at_20_moments_the_run_ends_with_the_weights_of_an_uninterrupted_one(
     inputs: dict[str, str], tmp_path: Path
@@ -92,6 +93,7 @@ def _is_running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_stop_signal_to_the_launcher_or_to_one_rank_saves_the_current_step_and_exits_0(
     inputs: dict[str, str], tmp_path: Path
@@ -124,6 +126,7 @@ def _family_of(pid: int) -> list[int]:
     return [pid, *(member for child in _ranks_of(pid) for member in _family_of(child))]
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_a_signal_to_every_process_while_vllm_samples_costs_neither_the_step_nor_the_engine(

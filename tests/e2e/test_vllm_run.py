@@ -112,6 +112,7 @@ def _package_that_fails(folder: Path) -> str:
     return f"{package.parent}{os.pathsep}{repository}"
 
 
+@pytest.mark.long
 def test_two_tensor_parallel_ranks_train_experts_with_one_engine_from_the_command_line(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_dry_run_text_accounts_for_every_stage(pair: tuple[Path, Path]) -> None:
     assert "stage 1" in text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

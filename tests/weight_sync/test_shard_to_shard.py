@@ -101,7 +101,9 @@ def _sample_both_ways(
 @pytest.mark.parametrize(
     ("family", "tied", "padded_vocab", "kill"),
     [
-        pytest.param("llama", True, 272, True, id="tied, vocabulary cut elsewhere, the engine dies"),
+        pytest.param(
+            "llama", True, 272, True, id="tied, vocabulary cut elsewhere, the engine dies", marks=pytest.mark.long
+        ),
         pytest.param("qwen2_moe", False, 256, False, id="untied, with biases, experts routed and shared"),
     ],
 )

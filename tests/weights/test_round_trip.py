@@ -176,6 +176,7 @@ def test_smollm2_has_transformers_logits_at_tp_1_and_3() -> None:
     tokens = AutoTokenizer.from_pretrained(SMOLLM2)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = {"tokens": tokens, "logits": model(tokens).logits}
+    limit = 5e-6 * float(expected["logits"].abs().max())  # which sums a processor makes first is its own business
     for tp in (1, 3):
         errors = run_ranks(tp, _check_smollm2, tp, SMOLLM2, expected)
-        assert all(error <= 1e-4 for error in errors), (tp, errors)
+        assert all(error <= limit for error in errors), (tp, errors, limit)
