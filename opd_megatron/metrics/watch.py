@@ -93,7 +93,7 @@ def _divergence(rows: Sequence[MetricsRow]) -> Finding | None:
         return None
     size = min(_SMOOTH, max(1, len(values) // 2))
     smooth = [_mean(values[end - size : end]) for end in range(size, len(values) + 1)]
-    first, last, least = smooth[0], smooth[-1], min(smooth)
+    first, last, least = values[0], smooth[-1], min(smooth)
     if last > 1.2 * first:
         return Finding(f"diverging: reverse KL rose from {first:.3f} to {last:.3f}", "Divergence rises")
     if last > 1.5 * least and last - least > 0.05:
