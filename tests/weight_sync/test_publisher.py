@@ -30,7 +30,8 @@ def _stream(rank: int, world_size: int, folder: Path, overrides: dict[str, Any])
     init_distributed()
     values = {
         "student.path": folder, "teachers.0.path": folder, "output_dir": "unused", "student.dtype": "fp32",
-        "rollout.dtype": "fp32", "data.source": "unused", "data.max_prompt_tokens": 8, "rollout.max_new_tokens": 8, **overrides,
+        "rollout.dtype": "fp32", "data.source": "unused", "data.max_prompt_tokens": 8, "rollout.max_new_tokens": 8,
+        **overrides,
     }  # fmt: skip
     config = load_config(None, [f"{key}={value}" for key, value in values.items()])
     models = check_run(config)
