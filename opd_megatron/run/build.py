@@ -25,7 +25,7 @@ from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.run.checks import check_run
 from opd_megatron.run.evaluation import Evaluator
 from opd_megatron.run.identity import run_identity, settings_identity
-from opd_megatron.run.inputs import read_inputs
+from opd_megatron.run.inputs import RunInputs, read_inputs
 from opd_megatron.run.lock import RunLock
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
@@ -103,17 +103,7 @@ def build_run(
         sampling: launch the rollout engine; commands that do not sample leave it out.
         scoring: load the teachers.
     """
-    run_dir = RunDir(Path(config.output_dir))
-    config, _ = decide_precision(config, run_dir.settings())
-    models = models or check_run(config)
-    run_dir.check(config, training=sampling)
-    inputs = read_inputs(config, models)
-    identity = run_identity(config, models, inputs.tokenizer, inputs.prompts, scoring=scoring)
-    notes = [*inputs.notes, *(run_dir.check_content(identity) if sampling else [])]
-
-    init_distributed()
-    config = _rank_0s_precision(config)
-    identity |= settings_identity(config.model_dump(mode="json"))
+    run_dir, config, models, inputs, identity = _checked(config, models, sampling=sampling, scoring=scoring)
     torch.manual_seed(config.seed)
     lock = _own(run_dir, config, identity) if sampling else None
     engine: RolloutEngine | None = None
@@ -127,7 +117,7 @@ def build_run(
         batches = _batches(config, grid)
         scored = inputs.held_out or _some(inputs.prompts)
         display = _display(config, resume_from)
-        for note in notes:
+        for note in inputs.notes:
             display.note(note)
         return kind(
             config=config,
@@ -154,6 +144,24 @@ def build_run(
         if lock is not None:
             lock.release()
         raise
+
+
+def _checked(
+    config: RunConfig, models: ResolvedModels | None, *, sampling: bool, scoring: bool
+) -> tuple[RunDir, RunConfig, ResolvedModels, RunInputs, dict[str, Any]]:
+    """Checks everything that needs no model, joins the process group and settles what all ranks must agree on: the run
+    directory, the configuration with its precision, models, data, and what the run is."""
+    run_dir = RunDir(Path(config.output_dir))
+    config, _ = decide_precision(config, run_dir.settings())
+    models = models or check_run(config)
+    run_dir.check(config, training=sampling)
+    inputs = read_inputs(config, models)
+    identity = run_identity(config, models, inputs.tokenizer, inputs.prompts, scoring=scoring)
+    if sampling:
+        inputs.notes.extend(run_dir.check_content(identity))
+    init_distributed()
+    config = _rank_0s_precision(config)
+    return run_dir, config, models, inputs, identity | settings_identity(config.model_dump(mode="json"))
 
 
 def _own(run_dir: RunDir, config: RunConfig, identity: dict[str, Any]) -> RunLock | None:

@@ -22,16 +22,18 @@ def agree(*overrides: str) -> tuple[str, ...]:
     return ("evaluation.agreement=true", *overrides)
 
 
-def add_turn_tokens(folder: Path) -> None:
-    """A template with two tokens more than the model has rows."""
+def add_tokens(folder: Path, tokens: list[str], template: str) -> None:
+    """Gives the tokenizer special tokens that the model has no rows for, and a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
 
 
-def first_rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def add_turn_tokens(folder: Path) -> None:
+    """A template with two tokens more than the model has rows."""
+    template = CHAT_TEMPLATE.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over|>")
+    add_tokens(folder, ["<|turn|>", "<|over|>"], template)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +57,7 @@ def test_a_template_that_writes_an_id_without_a_row_is_named_by_prompt(
 ) -> None:
     make_pair(tmp_path)
     for name in ("student", "teacher"):
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-        tokenizer.chat_template = "<|turn|>" + CHAT_TEMPLATE
-        tokenizer.save_pretrained(tmp_path / name)
+        add_tokens(tmp_path / name, ["<|turn|>"], "<|turn|>" + CHAT_TEMPLATE)
     assert "token id 272 ('<|turn|>'), which occurs in the prompt 'prompts:0'" in refused(
         capsys, *train_words(tmp_path)
     )
@@ -69,9 +68,7 @@ def test_a_text_that_holds_an_id_without_a_row_is_named_by_row(
 ) -> None:
     make_pair(tmp_path)
     for name in ("student", "teacher"):
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
-        tokenizer.save_pretrained(tmp_path / name)
+        add_tokens(tmp_path / name, ["<|tool|>"], CHAT_TEMPLATE)
     assert cli.main(train_words(tmp_path, "steps=1")) == 0, "a token that occurs nowhere does not matter"
     rows = (tmp_path / "prompts.jsonl").read_text().splitlines()
     rows[3] = json.dumps({"question": "q", "answer": "use <|tool|>"})
@@ -106,12 +103,15 @@ def test_only_ids_that_the_tokenizer_knows_and_all_models_have_are_sampled(
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_tied_or_not_is_decided_by_the_file(tmp_path: Path, who: str, tensor: int) -> None:
+def test_tied_or_not_is_decided_by_the_file(
+    tmp_path: Path, who: str, tensor: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_pair(tmp_path, **{who: {"tie_word_embeddings": False}})
     edit_json(tmp_path / who / "config.json", tie_word_embeddings=True)
     assert load_hf_config(tmp_path / who).tie_word_embeddings is False
     if tensor == 1:
         assert cli.main(train_words(tmp_path, *agree("optimizer.lr=1e-9"))) == 0
+        assert "not compared with transformers" not in capsys.readouterr().out
         exported = load_file(tmp_path / "run/hf/model.safetensors")
         assert ("lm_head.weight" in exported) == (who == "student")
         own = json.loads((tmp_path / "run/hf/config.json").read_text())

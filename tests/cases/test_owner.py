@@ -54,7 +54,13 @@ def test_the_lock_of_a_process_that_ended_is_known_by_its_start(tmp_path: Path) 
     held = json.loads((tmp_path / LOCK_FILE).read_text())
     lock.release()
     (tmp_path / LOCK_FILE).write_text(json.dumps(held | {"started": "1"}))  # the id has been given to another process
-    RunLock(tmp_path).acquire()
+    notes: list[str] = []
+    again = RunLock(tmp_path, notes.append)
+    again.acquire()
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["started"] == held["started"]
+    assert len(notes) == 1
+    assert "took over" in notes[0]
+    again.release()
 
 
 def test_another_hosts_lock_is_held_while_it_beats(tmp_path: Path) -> None:
