@@ -14,6 +14,7 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -112,7 +113,7 @@ def _collect(workers: list[tuple[Any, Connection]], deadline: float) -> list[Any
         for rank, (process, connection) in list(pending.items()):
             if connection.poll(0.002):
                 try:
-                    ok, value, trace = connection.recv()
+                    ok, value, trace = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     ok, value, trace = False, None, f"rank process ended with exit code {process.exitcode}"
                 del pending[rank]
@@ -179,7 +180,9 @@ def _free_process_groups() -> None:
 
 
 def _reply(connection: Connection, reply: tuple[bool, Any, str]) -> None:
+    """Sends the reply by value: what `send` shares of a tensor is gone when this worker ends before it was fetched."""
     try:
-        connection.send(reply)
+        message = pickle.dumps(reply)
     except Exception:  # an exception or result that does not pickle: its text must do
-        connection.send((False, None, reply[2] or "the result of the rank does not pickle"))
+        message = pickle.dumps((False, None, reply[2] or "the result of the rank does not pickle"))
+    connection.send_bytes(message)
