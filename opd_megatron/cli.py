@@ -73,7 +73,7 @@ def _on_newest_weights(
             f"output_dir={arguments.config.output_dir!r} is another run than {arguments.run!r}, which is named: leave "
             "output_dir out"
         )
-    config, lines = settle_precision(arguments.config)
+    config, lines = settle_precision(arguments.config.without_engine_hosts())
     models = check(config)
     if arguments.dry_run:
         print(describe(config, models), *lines, sep="\n")

@@ -26,6 +26,7 @@ from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, nam
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.agreement import check_agreement
+from opd_megatron.run.ahead import StepRollouts
 from opd_megatron.run.build import RunParts, build_run
 from opd_megatron.run.export import export_hf
 from opd_megatron.run.identity import check_identity, student_only
@@ -47,6 +48,11 @@ class OPDTrainer(RunParts):
     """Warns of what the numbers say is going wrong."""
 
     def __post_init__(self) -> None:
+        rollout = self.config.rollout
+        self.rollouts = StepRollouts(
+            self.rollout_client, self.prompts, self._requests_of, self._sampling(), rollout.steps_ahead,
+            self.config.steps,
+        )  # fmt: skip
         self._cursor = self.prompts.state_dict()
         """Where the prompts of the next step begin; the stream itself is further on while a step is under way."""
         self._saved_step = 0
@@ -74,15 +80,16 @@ class OPDTrainer(RunParts):
     def step(self) -> StepMetrics:
         """Makes one optimizer step on fresh samples of the student."""
         timers = self.timers
-        requests = self._next_requests()
         with timers.phase("rollout"):
-            rollouts = self.rollout_client.sample(requests, self._sampling())
+            rollouts = self.rollouts.take(self.step_count)
         micro_batches = self.batches.build(apply_stages(rollouts, self.stages))
         with timers.phase("teacher"):
             teachers = ask_teachers(self.teachers, micro_batches)
         with timers.phase("train"):
             output = self.student.update(micro_batches, teachers, self.config.objective, self.models.vocab_size)
         self.step_count += 1
+        with timers.phase("rollout"):
+            self.rollouts.collect()
         with timers.phase("sync"):
             self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
@@ -90,11 +97,11 @@ class OPDTrainer(RunParts):
 
     # Pieces of the line
 
-    def _next_requests(self) -> list[SampleRequest]:
-        """Asks for the samples of this step. Every sequence of a run has a seed of its own, so that an answer depends
-        neither on the engine nor on the order of requests, and a resumed run draws the same one."""
+    def _requests_of(self, step: int) -> list[SampleRequest]:
+        """Takes the next prompts for the samples of a step. Every sequence of a run has a seed of its own, so that an
+        answer depends neither on the engine nor on the order of requests, and a resumed run draws the same one."""
         answers = self.config.rollout.samples_per_prompt
-        first = self.config.seed * 1_000_003 + self.step_count * self.config.sequences_per_step
+        first = self.config.seed * 1_000_003 + step * self.config.sequences_per_step
         return [
             SampleRequest(prompt, seed=first + group * answers + answer, group=group)
             for group, prompt in enumerate(self.prompts.next_prompts())
@@ -133,11 +140,12 @@ class OPDTrainer(RunParts):
             forward_kl=means.pop("forward_kl"),
             extra={
                 **means,
+                "policy_lag": self.step_count - 1 - min(rollout.policy_version for rollout in rollouts),
                 "rollout/mean_length": sum(lengths) / len(lengths),
                 "rollout/finished": finished / len(rollouts),
                 "rollout/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
                 **seconds,
-                **_rates(output.tokens, seconds["time/step"]),
+                **_rates(output.tokens, seconds["time/step"], dist.get_world_size() + (self.config.rollout.hosts or 0)),
                 "memory/peak": peak_memory_bytes(),
             },
         )
@@ -200,7 +208,8 @@ class OPDTrainer(RunParts):
         load_checkpoint(path, self.student)
         if self.trains:
             self.prompts.load_state_dict(state["prompts"])
-            self._cursor = self.prompts.state_dict()
+            self.rollouts.restore(int(state["policy_version"]), state.get("rollouts"))
+            self._cursor = self.rollouts.cursor()
         self.step_count = self._saved_step = int(state["policy_version"])
         self.display.note(f"resumed from step {self.step_count} ({path})")
 
@@ -211,6 +220,7 @@ class OPDTrainer(RunParts):
             "step": self.step_count,
             "policy_version": self.step_count,
             "prompts": self._cursor,
+            "rollouts": self.rollouts.state(),
             "metrics": {key: value for key, value in metrics.items() if key == self.config.checkpoint.best_metric},
             "identity": identity,
             "config_hash": sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -224,7 +234,7 @@ class OPDTrainer(RunParts):
 
     def _train_step(self, log: MetricsLog | NullLog) -> None:
         metrics = self.step()
-        self._cursor = self.prompts.state_dict()
+        self._cursor = self.rollouts.cursor()
         saves = self._due(self.config.checkpoint.every)
         if self._evaluates(saves):
             metrics.extra.update(self.evaluate())
@@ -283,7 +293,7 @@ class OPDTrainer(RunParts):
         return self.step_count == self.config.steps or (every > 0 and self.step_count % every == 0)
 
 
-def _rates(tokens: int, seconds: float) -> dict[str, float]:
+def _rates(tokens: int, seconds: float, ranks: int) -> dict[str, float]:
     """Response tokens a second of a whole step, of all ranks and of each of the devices that they share."""
     rate = tokens / seconds if seconds else 0.0
-    return {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / dist.get_world_size()}
+    return {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / ranks}

@@ -17,7 +17,7 @@ LEVELS = [
     {"losses"},
     {"config"},
     {"data", "metrics", "command", "weights"},
-    {"models", "weight_sync"},
+    {"models", "places", "weight_sync"},
     {"mcore", "rollout"},
     {"teacher", "doctor"},
     {"run"},

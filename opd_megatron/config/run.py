@@ -65,7 +65,14 @@ class RunConfig(Section):
     @property
     def world_size(self) -> int:
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
-        return self.parallel.model * (self.parallel.data or self.parallel.expert)
+        return self.parallel.model * (self.parallel.data or self.parallel.expert) + (self.rollout.hosts or 0)
+
+    def without_engine_hosts(self) -> RunConfig:
+        """The same run for a command that samples nothing: it needs the student's ranks alone."""
+        if self.rollout.hosts is None:
+            return self
+        rollout = self.rollout.model_copy(update={"placement": "student", "hosts": None})
+        return self.model_copy(update={"rollout": rollout})
 
     @model_validator(mode="after")
     def _cross_field_rules(self) -> RunConfig:
@@ -105,6 +112,17 @@ class RunConfig(Section):
                 f"objective.temperature={objective.temperature} must equal rollout.temperature="
                 f"{self.rollout.temperature} with objective.type={objective.type}, which scores sampled tokens: "
                 "set one to the other"
+            )
+        if self.rollout.steps_ahead and objective.temperature != self.rollout.temperature:
+            # How far the student has moved since is read from the ratio of the two.
+            raise ValueError(
+                f"rollout.steps_ahead={self.rollout.steps_ahead} needs objective.temperature={objective.temperature} "
+                f"to equal rollout.temperature={self.rollout.temperature}: set one to the other, or steps_ahead to 0"
+            )
+        if (self.rollout.placement == "own") != (self.rollout.hosts is not None):
+            raise ValueError(
+                f"rollout.placement={self.rollout.placement} with rollout.hosts={self.rollout.hosts}: engines on ranks "
+                "of their own need both rollout.placement=own and rollout.hosts, their number of ranks"
             )
         self.micro_batch_size(parallel.data or 1)
         return self

@@ -118,8 +118,19 @@ class RolloutConfig(Section):
     """Nucleus mass; below 1 the samples are no longer the student's own distribution."""
     dtype: Precision = "auto"
     """Arithmetic of the engine; `auto` is the student's."""
+    engines: PositiveInt | None = None
+    """Engines that sample side by side, each in a process of its own. By default one for every `tensor` GPUs of their
+    ranks on each node; on a CPU one in all, or one a host. Answers do not depend on how many there are."""
+    placement: Literal["student", "own"] = "student"
+    """`student`: engines take turns with the student on its ranks. `own`: they have the last `hosts` ranks of the job
+    to themselves, which hold no model; weights reach them by broadcast."""
+    hosts: PositiveInt | None = None
+    """Ranks that hold engines alone, with `placement: own`: on a GPU machine `tensor` of them for each engine."""
+    steps_ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """How many optimizer steps old an answer may be when it is trained on. 1 samples the answers of the next step while
+    this one trains; a step then costs the longer of the two instead of their sum."""
     tensor: PositiveInt = 1
-    """Tensor-parallel size inside the engine."""
+    """Tensor-parallel size inside each engine: its GPUs, which are of one node."""
     bucket_mib: PositiveInt = 256
     """Extra memory per rank for weight sync, in MiB: weights are sent in buckets of a third of it, and a tensor above
     that is sent alone. Larger is faster until a step's weights are few buckets."""
@@ -132,7 +143,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Fraction = 0.4
     """Share of the GPU that the engine may take, cache included."""
     max_restarts: NonNegativeInt = 3
-    """How often in a row a dead engine is restarted before the run stops."""
+    """How often in a row a dead engine is restarted before the run stops; counted for each engine."""
     request_timeout: PositiveFloat = 600.0
     """Seconds the engine may take to start or to answer a call."""
 

@@ -49,7 +49,9 @@ class Watch:
 
     def _mismatch(self, row: MetricsRow) -> Finding | None:
         value = row.get("mismatch")
-        return None if value is None or value <= MISMATCH_LIMIT else _mismatched(value)
+        if value is None or value <= MISMATCH_LIMIT or row.get("policy_lag"):
+            return None  # of older weights' answers it is no sign of anything wrong
+        return _mismatched(value)
 
     def _growth(self) -> Finding | None:
         lengths = self._lengths
@@ -130,7 +132,7 @@ def _truncation(rows: Sequence[MetricsRow]) -> Finding | None:
 
 
 def _agreement(rows: Sequence[MetricsRow]) -> Finding | None:
-    values = _values(rows, "mismatch")
+    values = _values([row for row in rows if not row.get("policy_lag")], "mismatch")
     return None if not values or _median(values) <= MISMATCH_LIMIT else _mismatched(_median(values))
 
 

@@ -73,16 +73,20 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
 
 
 def _data_parallel(config: RunConfig) -> int:
-    """Computes the data-parallel size that the world size (torchrun's, or the config's) leaves."""
-    parallel = config.parallel
+    """Computes the data-parallel size that the world size (torchrun's, or the config's) leaves the student."""
+    parallel, hosts = config.parallel, config.rollout.hosts or 0
     ranks = launched()
     world = config.world_size if ranks is None else ranks.world_size
-    data, rest = divmod(world, parallel.model)
-    if rest or (parallel.data is not None and parallel.data != data):
-        wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}" + (
-            f" * parallel.data {parallel.data}" if parallel.data is not None else ""
+    data, rest = divmod(world - hosts, parallel.model)
+    if data < 1 or rest or (parallel.data is not None and parallel.data != data):
+        wanted = (
+            f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}"
+            + (f" * parallel.data {parallel.data}" if parallel.data is not None else "")
+            + (f" + rollout.hosts {hosts}" if hosts else "")
         )
-        relation = "equal" if parallel.data is not None else "be a multiple of"
+        relation = "equal" if parallel.data is not None or hosts else "be a multiple of"
+        if parallel.data is None and hosts:
+            wanted = wanted.replace(" + rollout", " * a data-parallel size + rollout")
         raise ConfigError(f"world size {world} must {relation} {wanted}: start another number of ranks or change them")
     return data
 

@@ -12,6 +12,7 @@ from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, RunSizes
+from opd_megatron.places import cut_places, ranks_per_node
 from opd_megatron.planning.coverage import Coverage, build_and_check
 from opd_megatron.planning.gpus import Gpu
 from opd_megatron.planning.layouts import Suggestion, stage_memories, suggestions, usable
@@ -89,7 +90,9 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
     sizes = RunSizes(config, models)
     gpu = has_gpu()
     lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)])]
-    return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)}, in a process of its own beside rank 0"])
+    places = cut_places(config, sizes.ranks, ranks_per_node(sizes.ranks), on_gpu=gpu)
+    lines += [f"places           {line}" for line in places.lines()]
+    return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)} each, in a process of its own"])
 
 
 def format_plan(plan: RunPlan) -> str:

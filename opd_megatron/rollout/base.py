@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
 
 
+@dataclass(frozen=True, slots=True)
+class MachineShare:
+    """What of its machine an engine may use."""
+
+    devices: str | None = None
+    """Its CUDA_VISIBLE_DEVICES; None leaves them as they are."""
+    neighbours: int = 1
+    """Engines on the machine, itself included, that sample at the same time and share its cores."""
+
+
+WHOLE_MACHINE = MachineShare()
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples answers with the weights that it was last given.
 
-    An engine lives on one rank (global rank 0); `rollout.client.RolloutClient` makes it look the same on all. What
-    weights it takes is its `WeightFormat`, which every rank knows from the configuration (`rollout.weight_format`).
+    An engine lives on one rank; `rollout.client.RolloutClient` makes a fleet of them look like one on all. Engines of
+    one rank are called from threads, each engine from one at a time. What weights it takes is its `WeightFormat`, which
+    every rank knows from the configuration (`rollout.weight_format`).
     Every method raises EngineDiedError when the process behind it has ended; `wait_ready` then brings up a new one,
     which has no usable weights until the next `update_weights`.
     """

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.errors import EngineDiedError, RolloutError
+from opd_megatron.rollout.shared_memory import SharedMemoryOf
 from opd_megatron.system.signals import STOP_SIGNALS, raise_if_stop_requested, stop_requested
 
 _POLL_SECONDS = 0.5
@@ -46,6 +47,7 @@ class ChildProcess:
         self.log_path = log_path
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self._shared_memory = SharedMemoryOf(self.log_path.with_name(f".{self.log_path.stem}.shared"))
         self._connection, theirs = Pipe()
         with self.log_path.open("ab") as log, _blocked(STOP_SIGNALS):
             self.process = subprocess.Popen(
@@ -72,9 +74,11 @@ class ChildProcess:
                 # Processes that the child forked may keep its end of the pair open.
                 if self.process.poll() is not None and not self._connection.poll(0):
                     raise EOFError
-                if name == "start" and stop_requested():
-                    self._kill()  # it may take minutes to come up, and would have nothing to do then
-                    raise_if_stop_requested()
+                if name == "start":
+                    self._shared_memory.look(self.process.pid)
+                    if stop_requested():
+                        self._kill()  # it may take minutes to come up, and would have nothing to do then
+                        raise_if_stop_requested()
                 if time.monotonic() > deadline:
                     self._kill()
                     raise EngineDiedError(
@@ -82,6 +86,8 @@ class ChildProcess:
                         f"and was ended: raise it{self.log_hint}"
                     )
             status, value = self._connection.recv()
+        if name == "start":
+            self._shared_memory.look(self.process.pid)
         if status == "refused":
             raise RolloutError(value)
         return value
@@ -120,6 +126,7 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._shared_memory.remove()
         _alive.discard(self)
 
 

@@ -1,31 +1,52 @@
-"""Makes one engine, on one rank, look the same on all: samples and errors are shared, a dead engine is replaced.
+"""Makes a fleet of engines, each on some rank, look like one on all: samples and errors are shared, a dead engine is
+replaced while the others keep what they have.
 
-    client.start(version)           bring the engine up, give it the weights
+    client.start(version)           bring the engines up, give them the weights
     client.sample(requests, how)    -> the same list of rollouts on every rank, all from the version last synced
     client.sync_weights(version)    after every optimizer step
 
-Each call is a collective over `group`. Whatever happens to the engine, rank 0 tells the others before anyone acts
-on it, so that all ranks raise, restart or go on together.
+    client.begin(requests, how)     `sample` in two halves, with other work of the rank between them
+    client.collect()
+
+Each call is a collective over `group`. Whatever happens to an engine, its rank tells the others before anyone acts on
+it, so that all ranks raise, restart or go on together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from opd_megatron.errors import EngineDiedError, RolloutError, StalePolicyError
+from opd_megatron.errors import EngineDiedError, OPDError, StalePolicyError
 from opd_megatron.rollout.base import RolloutEngine
-from opd_megatron.system.collectives import on_rank_0
+from opd_megatron.rollout.commands import Commands
+from opd_megatron.rollout.shares import share_out
+from opd_megatron.rollout.side_by_side import InThreads, Outcome, fed_from, gathered, in_threads
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
 
-Result = TypeVar("Result")
 _Packed = tuple[list[int], torch.Tensor, torch.Tensor, list[str], int]
 """Lengths, all tokens (int32), all logprobs, finish reasons, policy version."""
+
+
+@dataclass(slots=True)
+class _Sampling:
+    """Answers under way."""
+
+    requests: Sequence[SampleRequest]
+    sampling: Sampling
+    waiting: dict[int, list[int]]
+    """Indices of the requests that an engine has not answered yet."""
+    answers: dict[int, Rollout] = field(default_factory=dict)
+    asked: InThreads = field(default_factory=lambda: InThreads({}))
 
 
 class RolloutClient:
@@ -33,101 +54,188 @@ class RolloutClient:
 
     def __init__(
         self,
-        engine: RolloutEngine | None,
+        engines: Mapping[int, RolloutEngine],
+        count: int,
         weights: Callable[[], Iterator[WeightPayload]],
         group: ProcessGroup | None,
         *,
         max_restarts: int,
         on_event: Callable[[str], None],
+        commands: Commands | None = None,
     ) -> None:
         """
         Args:
-            engine: the engine on rank 0 of `group`, None on the others.
+            engines: this rank's engines by their number in the fleet; each number is on exactly one rank.
+            count: engines of the whole fleet.
             weights: called on every rank; a collective generator of the current weights whose payloads come out on
-                rank 0 (`weight_sync.WeightPublisher.stream`). It is always exhausted on every rank.
+                every rank that has engines (`weight_sync.WeightPublisher.stream`). It is exhausted on every rank.
             group: a gloo group of all ranks that sample (objects travel over it, so NCCL will not do); None for
                 a single process.
-            max_restarts: how often in a row a dead engine is replaced.
+            max_restarts: how often in a row each engine is replaced when it has died.
             on_event: gets one line about each restart, on rank 0.
+            commands: tells ranks that `serve` of each call; None where all ranks of the group make the same calls.
         """
-        self._is_host = group is None or dist.get_rank(group) == 0
-        assert (engine is not None) == self._is_host, "the engine belongs on rank 0 of the group, and only there"
-        self._engine = engine
+        assert count > 0
+        self._engines = dict(engines)
+        self._count = count
         self._weights = weights
         self._group = group
         self._max_restarts = max_restarts
         self._on_event = on_event
+        self._commands = commands
+        self._is_first = group is None or dist.get_rank(group) == 0
+        self._sampling: _Sampling | None = None
         self._version = -1
+        self._deaths: Counter[int] = Counter()
+        """In a row, of each engine; the same on every rank."""
 
     def start(self, version: int) -> None:
-        """Brings the engine up and gives it the current weights as `version`."""
+        """Brings the engines up and gives them the current weights as `version`."""
+        self._tell("start", version)
         self._version = version
-        self._with_restarts(self._restart, again=self._restart)
+        self._bring_up(range(self._count))
 
     def sync_weights(self, version: int) -> None:
-        """Gives the engine the current weights as `version`.
+        """Gives the engines the current weights as `version`.
 
         Raises, on all ranks (as `start` and `sample` do):
-            EngineDiedError: the engine died more than `max_restarts` times in a row.
-            OPDError: whatever else the engine on rank 0 raised, with its type and message.
+            EngineDiedError: an engine died more than `max_restarts` times in a row.
+            OPDError: whatever else an engine raised, with its type and message.
         """
+        self._tell("sync_weights", version)
         self._version = version
-        self._with_restarts(self._sync, again=self._restart)
+        outcomes = self._feed(range(self._count))
+        self._note_lives(outcomes)
+        self._bring_up(self._note_deaths(outcomes))
 
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
         """Samples one answer a request, in order; every rank passes the same list and gets the same rollouts.
 
-        Raises StalePolicyError when the engine samples from other weights than the ones last synced, and what
+        The share of an engine that dies is sampled again, by that engine when it is back; the others' answers stay.
+
+        Raises StalePolicyError when an engine samples from other weights than the ones last synced, and what
         `sync_weights` raises.
         """
+        self.begin(requests, sampling)
+        return self.collect()
 
-        def generate() -> list[Rollout]:
-            packed = self._on_host(lambda engine: _pack(self._sample_fresh(engine, requests, sampling)))
-            return _unpack(requests, packed)
+    def begin(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """Starts to sample, from the weights last synced; `collect` must come before the next sync. Other work of this
+        rank runs beside it."""
+        assert self._sampling is None, "what was begun before has not been collected"
+        self._tell("begin", requests, sampling)
+        shares = enumerate(share_out(requests, self._count))
+        self._sampling = _Sampling(requests, sampling, {index: share for index, share in shares if share})
+        self._ask(self._sampling)
 
-        def bring_up_and_generate() -> list[Rollout]:
-            self._restart()
-            return generate()
+    def collect(self) -> list[Rollout]:
+        """Waits for what was begun; returns and raises as `sample` does.
 
-        return self._with_restarts(generate, again=bring_up_and_generate)
+        An engine that died meanwhile gets the weights of now, which may be newer than those of the other answers.
+        """
+        self._tell("collect")
+        step, self._sampling = self._sampling, None
+        assert step is not None, "nothing was begun"
+        while True:
+            outcomes = gathered(step.asked.outcomes(), self._group)
+            for index in [index for index, outcome in outcomes.items() if not outcome.died]:
+                share = step.waiting.pop(index)
+                rollouts = _unpack([step.requests[i] for i in share], outcomes[index].value)
+                step.answers |= dict(zip(share, rollouts, strict=True))
+            self._note_lives(outcomes)
+            self._bring_up(self._note_deaths(outcomes))
+            if not step.waiting:
+                return [step.answers[i] for i in range(len(step.requests))]
+            self._ask(step)
+
+    def _ask(self, step: _Sampling) -> None:
+        """Has this rank's engines sample what is not answered yet."""
+
+        def generate(index: int, engine: RolloutEngine) -> _Packed:
+            return _pack(self._sample_fresh(engine, [step.requests[i] for i in step.waiting[index]], step.sampling))
+
+        mine = {
+            index: functools.partial(generate, index, engine)
+            for index, engine in self._engines.items()
+            if index in step.waiting
+        }
+        step.asked = InThreads(mine)
+
+    def serve(self) -> None:
+        """Makes the calls that the first rank tells of, until it closes: on a rank that holds engines and no model.
+
+        Every rank raises the same error, and what becomes of the run is the trainer's to decide.
+        """
+        assert self._commands is not None
+        while True:
+            name, arguments = self._commands.next()
+            if name == "close":
+                return
+            with contextlib.suppress(OPDError):
+                getattr(self, name)(*arguments)
 
     def close(self) -> None:
-        """Ends the engine. Not a collective; safe to call twice."""
-        if self._engine is not None:
-            self._engine.close()
+        """Ends this rank's engines, and has the ranks that `serve` end theirs. Not a collective; safe to call twice."""
+        if self._commands is not None and self._is_first:
+            self._commands.close()
+        in_threads({index: engine.close for index, engine in self._engines.items()})
 
-    def _with_restarts(self, first: Callable[[], Result], again: Callable[[], Result]) -> Result:
-        """Runs `first()`, then `again()` as often as the engine dies on the way and restarts are left."""
-        deaths = 0
-        while True:
-            try:
-                return again() if deaths else first()
-            except EngineDiedError as error:
-                deaths += 1
-                if deaths > self._max_restarts:
-                    raise EngineDiedError(
-                        f"the rollout engine died {deaths} times in a row, rollout.max_restarts="
-                        f"{self._max_restarts} allows no further start; the last time: {error}"
-                    ) from None
-                if self._is_host:
-                    self._on_event(f"{error}; restarting {deaths}/{self._max_restarts}")
+    def _tell(self, name: str, *arguments: Any) -> None:
+        if self._commands is not None and self._is_first:
+            self._commands.tell(name, *arguments)
 
-    def _restart(self) -> None:
-        self._on_host(lambda engine: engine.wait_ready())
-        self._sync()
+    def _bring_up(self, which: Collection[int]) -> None:
+        """Starts engines and gives them the weights, again while one dies on the way and restarts are left."""
+        while which:
+            started = self._on_engines(lambda _, engine: engine.wait_ready(), which)
+            dead = self._note_deaths(started)
+            fed = self._feed([index for index in which if index not in dead])
+            which = sorted({*dead, *self._note_deaths(fed)})
 
-    def _sync(self) -> None:
-        payloads = iter(self._weights())
+    def _note_lives(self, outcomes: Mapping[int, Outcome]) -> None:
+        """What an engine has done without dying ends its row of deaths. Not its start, after which it may die again."""
+        for index in [index for index, outcome in outcomes.items() if not outcome.died]:
+            self._deaths[index] = 0
 
-        def update(engine: RolloutEngine) -> None:
-            try:
-                engine.update_weights(payloads, self._version)
-            finally:
-                _exhaust(payloads)  # also when the engine stopped reading: the other ranks are in these collectives
+    def _note_deaths(self, outcomes: Mapping[int, Outcome]) -> list[int]:
+        """Counts who died; returns their numbers. Raises EngineDiedError when one did so too often in a row."""
+        dead = []
+        for index, outcome in sorted(outcomes.items()):
+            if not outcome.died:
+                continue
+            self._deaths[index] += 1
+            name = "the rollout engine" if self._count == 1 else f"rollout engine {index} of {self._count}"
+            if self._deaths[index] > self._max_restarts:
+                raise EngineDiedError(
+                    f"{name} died {self._deaths[index]} times in a row, rollout.max_restarts={self._max_restarts} "
+                    f"allows no further start; the last time: {outcome.message}"
+                )
+            if self._is_first:
+                which = "" if self._count == 1 else f" engine {index}"
+                self._on_event(f"{outcome.message}; restarting{which} {self._deaths[index]}/{self._max_restarts}")
+            dead.append(index)
+        return dead
 
-        if not self._is_host:
-            _exhaust(payloads)
-        self._on_host(update)
+    def _feed(self, which: Collection[int]) -> dict[int, Outcome]:
+        """Sends the weights to some of the engines; every rank takes part."""
+        if not which:
+            return {}
+        mine = {
+            index: lambda payloads, engine=engine: engine.update_weights(payloads, self._version)
+            for index, engine in self._engines.items()
+            if index in which
+        }
+        return gathered(fed_from(self._weights(), mine), self._group)
+
+    def _on_engines(self, action: Callable[[int, RolloutEngine], Any], which: Collection[int]) -> dict[int, Outcome]:
+        """Runs `action` on some of the engines side by side; every rank learns what came of each, and raises what one
+        of them raised unless it died."""
+        mine = {
+            index: lambda index=index, engine=engine: action(index, engine)
+            for index, engine in self._engines.items()
+            if index in which
+        }
+        return gathered(in_threads(mine), self._group)
 
     def _sample_fresh(
         self, engine: RolloutEngine, requests: Sequence[SampleRequest], sampling: Sampling
@@ -140,22 +248,6 @@ class RolloutClient:
                 f"version {self._version} is being trained: sync the weights before sampling"
             )
         return rollouts
-
-    def _on_host(self, action: Callable[[RolloutEngine], Result]) -> Result:
-        """Runs `action` on rank 0; every rank returns its result or raises its error."""
-
-        def run() -> Result:
-            assert self._engine is not None
-            return action(self._engine)
-
-        if self._group is None:
-            return run()
-        return on_rank_0(run, "the rollout engine failed", RolloutError, group=self._group)
-
-
-def _exhaust(iterator: Iterable[Any]) -> None:
-    for _ in iterator:
-        pass
 
 
 def _pack(rollouts: Sequence[Rollout]) -> _Packed:

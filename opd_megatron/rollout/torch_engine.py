@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig, decided
 from opd_megatron.errors import NonFiniteError, RolloutError
+from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload, tensors_of
 from opd_megatron.weights.transformers_names import parameter_named
@@ -142,7 +143,7 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
 
 def build_engine(
     config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = (),
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None, share: MachineShare = WHOLE_MACHINE,
 ) -> TorchEngine:  # fmt: skip
     """See `rollout.build_engine`."""
     return TorchEngine(model_dir, max_model_len, DTYPES[decided(config.rollout.dtype)], banned_ids, overrides)

@@ -18,15 +18,17 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig, decided
 from opd_megatron.errors import EngineDiedError, RolloutError
+from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare
 from opd_megatron.rollout.child import ChildProcess
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.bucket_files import BucketFiles
-from opd_megatron.weight_sync.format import ShardFiles, WeightFormat, WeightPayload, tensors_of
+from opd_megatron.weight_sync.format import ShardFiles, SharedFiles, WeightFormat, WeightPayload, tensors_of
 
 _TORCHRUN_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"),
+    "CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron's; it would put vLLM's streams in line
 }
 
 
@@ -51,6 +53,8 @@ class VLLMOptions:
     """Ids that are never sampled."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of config.json that the weights say otherwise."""
+    share: MachineShare = WHOLE_MACHINE
+    """What of the machine is this engine's."""
     log_path: Path | None = None
     """Where vLLM's log goes; by default a temporary file that lives as long as the engine."""
 
@@ -103,18 +107,19 @@ class VLLMOptions:
         }
         env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if on_gpu:
-            return env
+            return env if self.share.devices is None else env | {"CUDA_VISIBLE_DEVICES": self.share.devices}
         cores = len(os.sched_getaffinity(0))
         if under_torchrun:
             env.pop("OMP_NUM_THREADS", None)  # torchrun's 1; the trainer's ranks wait while the engine samples
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.tensor)))
+        workers = self.tensor * self.share.neighbours
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
         env |= {
             # Spinning threads steal the cores of whoever shares them; a short spin keeps most of its speed.
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "20000",
             "TORCHDYNAMO_DISABLE": "1",  # else the first request for logprobs compiles for half a minute
         }
-        if self.tensor > 1:
+        if workers > 1:  # each would choose its cores as if it were alone, and the same ones
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         return env
 
@@ -128,7 +133,7 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
 
 def build_engine(
     config: RunConfig, model_dir: Path, max_model_len: int, log_path: Path, banned_ids: Sequence[int] = (),
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None, share: MachineShare = WHOLE_MACHINE,
 ) -> VLLMEngine:  # fmt: skip
     """See `rollout.build_engine`."""
     rollout = config.rollout
@@ -144,6 +149,7 @@ def build_engine(
         banned_ids=tuple(banned_ids),
         overrides=overrides or {},
         log_path=log_path,
+        share=share,
     )
     return VLLMEngine(options)
 
@@ -248,7 +254,7 @@ class VLLMEngine:
         """Streams weights through files, two buckets at a time, and drops cached prefixes.
 
         Full HF tensors go through files of this process, which every worker reads and takes its part of. ShardFiles
-        are there already: worker i loads file i as it is.
+        are there already: worker i loads file i as it is. Of SharedFiles it makes names of its own first.
 
         Raises RolloutError when the stream does not fit the model. After a missing tensor the engine has no
         version until the next full update; after an unknown or misshapen one its layers are in no known state and
@@ -285,6 +291,8 @@ class VLLMEngine:
         with BucketFiles(DTYPES[self.options.dtype]) as files:
             try:
                 for payload in payloads:
+                    if isinstance(payload, SharedFiles):
+                        payload = payload.own()
                     paths = payload.paths if isinstance(payload, ShardFiles) else (files.write(tensors_of(payload)),)
                     loaded()
                     child.send("load", {"paths": [str(path) for path in paths]})

@@ -20,9 +20,10 @@ from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
-from opd_megatron.rollout import RolloutEngine, build_engine, weight_format
+from opd_megatron.rollout import weight_format
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.run.checks import check_run
+from opd_megatron.run.engines import Fleet
 from opd_megatron.run.evaluation import Evaluator
 from opd_megatron.run.identity import run_identity, settings_identity
 from opd_megatron.run.inputs import RunInputs, read_inputs
@@ -32,7 +33,6 @@ from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.teacher import Teacher, build_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
-from opd_megatron.weights.hf_reader import config_overrides
 
 _EVALUATED_WITHOUT_DATA = 8
 """Training prompts that stand in for held-out ones where there are none."""
@@ -103,15 +103,14 @@ def build_run(
         sampling: launch the rollout engine; commands that do not sample leave it out.
         scoring: load the teachers.
     """
+    config = config if sampling else config.without_engine_hosts()
     run_dir, config, models, inputs, identity = _checked(config, models, sampling=sampling, scoring=scoring)
     torch.manual_seed(config.seed)
     lock = _own(run_dir, config, identity) if sampling else None
-    engine: RolloutEngine | None = None
+    fleet: Fleet | None = None
     try:
         resume_from = choose_checkpoint(run_dir.checkpoints)
-        unfinished = resume_from is None or resume_from.step < config.steps
-        if dist.get_rank() == 0:
-            engine = _engine(config, models, run_dir, inputs.banned_ids, launch=sampling and unfinished)
+        fleet = _fleet(config, models, run_dir, inputs, resume_from, launch=sampling)
         grid = _grid(config, models)
         student, teachers = _models(config, models, grid, scoring)
         batches = _batches(config, grid)
@@ -125,7 +124,7 @@ def build_run(
             run_dir=run_dir,
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
-            rollout_client=_rollout_client(config, engine, student, display),
+            rollout_client=_rollout_client(config, fleet, student, display),
             batches=batches,
             student=student,
             teachers=teachers,
@@ -139,11 +138,39 @@ def build_run(
             lock=lock,
         )
     except BaseException:
-        if engine is not None:
-            engine.close()
+        if fleet is not None:
+            fleet.close()
         if lock is not None:
             lock.release()
         raise
+
+
+def serve_engines(config: RunConfig, models: ResolvedModels | None = None) -> None:
+    """What a rank of `rollout.hosts` does of a run: its engines, until the trainer's ranks close them. It is in the
+    collectives of `build_run` that are of all ranks."""
+    run_dir, config, models, inputs, identity = _checked(config, models, sampling=True, scoring=True)
+    _own(run_dir, config, identity)
+    fleet = _fleet(config, models, run_dir, inputs, choose_checkpoint(run_dir.checkpoints), launch=True)
+    try:
+        fleet.serve(config)
+    finally:
+        fleet.close()
+        dist.destroy_process_group()
+
+
+def _fleet(
+    config: RunConfig, models: ResolvedModels, run_dir: RunDir, inputs: RunInputs, resume_from: FoundCheckpoint | None,
+    *, launch: bool,
+) -> Fleet:  # fmt: skip
+    """Joins the fleet and launches this rank's engines, unless the run is finished. Collective over all ranks."""
+    fleet = Fleet.join(config, models)
+    unfinished = resume_from is None or resume_from.step < config.steps
+    try:
+        fleet.build(config, models, run_dir, inputs.banned_ids, launch=launch and unfinished)
+    except BaseException:
+        fleet.close()
+        raise
+    return fleet
 
 
 def _checked(
@@ -227,38 +254,19 @@ def _display(config: RunConfig, resume_from: FoundCheckpoint | None) -> NullDisp
     return TrainingDisplay(config.steps, resume_from.step if resume_from else 0, config.logging.progress)
 
 
-def _rollout_client(
-    config: RunConfig, engine: RolloutEngine | None, student: Student, display: NullDisplay
-) -> RolloutClient:
-    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+def _rollout_client(config: RunConfig, fleet: Fleet, student: Student, display: NullDisplay) -> RolloutClient:
     publisher = WeightPublisher(
         student,
         weight_format(config, student.hf_config),
-        group,
+        dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None,
         bucket_bytes=config.rollout.bucket_mib * 2**20,
         on_event=display.note,
+        fan_out=fleet.fan_out,
     )
-    return RolloutClient(
-        engine,
-        publisher.stream,
-        group,
-        max_restarts=config.rollout.max_restarts,
-        on_event=display.note,
-    )
+    return fleet.client(config, publisher.stream, display.note)
 
 
 def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:
     settings = config.checkpoint
     best = BestCheckpoint(settings.best_metric, settings.best_mode) if settings.best_metric else None
     return CheckpointSaver(run_dir.checkpoints, keep=settings.keep, best=best, asynchronous=settings.async_save)
-
-
-def _engine(
-    config: RunConfig, models: ResolvedModels, run_dir: RunDir, banned: tuple[int, ...], *, launch: bool
-) -> RolloutEngine:
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    overrides = config_overrides(models.student, models.student_config)
-    engine = build_engine(config, models.student, longest, run_dir.rollout_log, banned, overrides)
-    if launch:
-        engine.spawn()
-    return engine

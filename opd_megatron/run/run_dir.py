@@ -1,6 +1,6 @@
 """The run directory: what lies in it, and whether it belongs to this run.
 
-config.yaml   run.json   run.lock   metrics.jsonl   rollout.log   tensorboard/   checkpoints/   hf/   report/
+config.yaml   run.json   run.lock   metrics.jsonl   rollout-N.log   tensorboard/   checkpoints/   hf/   report/
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RunDir:
     def hf_dir(self) -> Path:
         return self.root / "hf"
 
-    @property
-    def rollout_log(self) -> Path:
-        return self.root / "rollout.log"
+    def rollout_log(self, engine: int) -> Path:
+        """What the process of an engine of the fleet prints."""
+        return self.root / f"rollout-{engine}.log"
 
     def check(self, config: RunConfig, *, training: bool = True) -> None:
         """Raises ConfigError when the folder holds another run, or something that is not a run.

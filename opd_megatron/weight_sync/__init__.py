@@ -1,11 +1,12 @@
 """The student's weights into the rollout engine, after every optimizer step.
 
     publisher = WeightPublisher(student, format, ...)      every rank; the engine's format decides which transport
-    for payload in publisher.stream(): ...                 a collective; payloads come out on rank 0
-    engine.update_weights(payloads, version)               rank 0; samples come from the new weights once it returns
+    for payload in publisher.stream(): ...                 a collective; payloads come out where engines are
+    engine.update_weights(payloads, version)               samples come from the new weights once it returns
 
 format.py        WeightFormat (what an engine takes) and the payloads
 publisher.py     WeightPublisher: which transport serves which format
+fan_out.py       from rank 0 to the engines of all ranks, each node once
 gathered.py      transport: full Hugging Face tensors, gathered in bounded buckets
 shard_files.py   transport: each rank's shards in files that the engine's worker of the same rank reads
 sharded.py       the trainer's shards turned into the engine's, for `shard_files`

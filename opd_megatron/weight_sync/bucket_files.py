@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-import weakref
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from opd_megatron.system.held_folders import HeldFolder
 from opd_megatron.types import Bucket
 
 
@@ -21,7 +21,7 @@ class BucketFiles:
         """`dtype`: the engine's. `writers`: how many ranks of this host write at the same time."""
         self._dtype = dtype
         self._writers = writers
-        self._folders: dict[str, tuple[Path, weakref.finalize[..., BucketFiles]]] = {}
+        self._folders: dict[str, HeldFolder] = {}
         self._count = 0
 
     def __enter__(self) -> BucketFiles:
@@ -32,8 +32,8 @@ class BucketFiles:
 
     def close(self) -> None:
         """Removes every file that is left. Safe to call twice; the next `write` starts afresh."""
-        for _, remove in self._folders.values():
-            remove()
+        for folder in self._folders.values():
+            folder.remove()
         self._folders.clear()
 
     def write(self, bucket: Bucket) -> Path:
@@ -43,10 +43,14 @@ class BucketFiles:
             # Rounding here is what the engine would do with it, at half the bytes.
             tensors[name] = tensor.detach().to("cpu", self._dtype).contiguous()
         tensors = _unshared(tensors)
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        path = self.new_path(sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, path)
+        return path
+
+    def new_path(self, size: int) -> Path:
+        """A name for a file of `size` bytes."""
         path = self._folder(size) / f"{self._count}.safetensors"
         self._count += 1
-        save_file(tensors, path)
         return path
 
     def _folder(self, size: int) -> Path:
@@ -56,10 +60,8 @@ class BucketFiles:
             if shutil.disk_usage("/dev/shm").free > 4 * size * self._writers:
                 root = "/dev/shm"
         if root not in self._folders:
-            folder = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
-            remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            self._folders[root] = folder, remove
-        return self._folders[root][0]
+            self._folders[root] = HeldFolder("opd-weights-", root)
+        return self._folders[root].path
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
+from safetensors.torch import load_file
 
 from opd_megatron.types import Bucket
 
@@ -19,12 +22,31 @@ class ShardFiles:
     """safetensors files the engine's process can read; file i holds what worker i needs, and is removed when read."""
 
 
-WeightPayload = Bucket | ShardFiles
-"""One piece of a weight sync: a bucket of full Hugging Face tensors, or the shard files of one."""
+@dataclass(frozen=True, slots=True)
+class SharedFiles:
+    """One bucket for all engines of a node, in memory once."""
+
+    paths: tuple[Path, ...]
+    """One safetensors file of full Hugging Face tensors, or one for each worker as in `ShardFiles`. They are there
+    until the next payload is asked for."""
+
+    def own(self) -> ShardFiles:
+        """The same bytes under names of one engine's own, which go when they are read."""
+        names = [path.with_name(f"{path.stem}.{uuid4().hex}.safetensors") for path in self.paths]
+        for path, name in zip(self.paths, names, strict=True):
+            os.link(path, name)
+        return ShardFiles(tuple(names))
+
+
+WeightPayload = Bucket | ShardFiles | SharedFiles
+"""One piece of a weight sync: a bucket of full Hugging Face tensors, or the files of one."""
 
 
 def tensors_of(payload: WeightPayload) -> Bucket:
     """The tensors of a payload, for an engine whose `WeightFormat` asks for full tensors."""
+    if isinstance(payload, SharedFiles):
+        [path] = payload.paths
+        return list(load_file(path).items())
     assert isinstance(payload, Sequence), f"the engine takes full tensors, not {type(payload).__name__}"
     return payload
 

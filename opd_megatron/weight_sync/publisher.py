@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.types import Bucket
+from opd_megatron.weight_sync.fan_out import FanOut
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload
 from opd_megatron.weight_sync.gathered import gather_student
 from opd_megatron.weight_sync.shard_files import ShardFileTransport
@@ -28,6 +29,7 @@ class WeightPublisher:
         *,
         bucket_bytes: int,
         on_event: Callable[[str], None],
+        fan_out: FanOut | None = None,
     ) -> None:
         """
         Args:
@@ -35,12 +37,18 @@ class WeightPublisher:
             world: gloo group of all ranks; None for a single process.
             bucket_bytes: what a rank may hold beyond its own shards.
             on_event: gets a line when the ranks share no files with the engine, so that tensors must be gathered.
+            fan_out: brings the payloads to the engines of all ranks; None where the only engine is on rank 0.
         """
         self._student, self._format, self._world = student, weight_format, world
         self._bucket_bytes = bucket_bytes
         self._transport: ShardFileTransport | None = None
-        self.stream: Callable[[], Iterator[WeightPayload]] = self._choose_transport(on_event)
-        """Yields the current weights, on rank 0 (what others get is ignored); every rank must exhaust it."""
+        self._payloads = self._choose_transport(on_event)
+        self._fan_out = fan_out
+
+    def stream(self) -> Iterator[WeightPayload]:
+        """Yields the current weights on the ranks that have engines (what others get is ignored); every rank must
+        exhaust it."""
+        return self._fan_out.stream(self._payloads()) if self._fan_out else self._payloads()
 
     def _choose_transport(self, on_event: Callable[[str], None]) -> Callable[[], Iterator[WeightPayload]]:
         takes_shards = self._format.vocab_rows is not None

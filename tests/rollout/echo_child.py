@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
 
 
@@ -20,8 +21,28 @@ def main() -> None:
             os._exit(3)
         elif name == "hang" or (name == "start" and argument == "forever"):
             time.sleep(600)
+        elif name == "start":
+            connection.send(("ok", _hold_shared_memory()))
         else:
             connection.send(("ok", argument))
+
+
+_held = []
+
+
+def _hold_shared_memory() -> list[str]:
+    """Holds a piece of shared memory here and another in a process of its own, as vLLM and its workers do."""
+    theirs = shared_memory.SharedMemory(create=True, size=4096)
+    if os.fork() == 0:
+        theirs.buf[0] = 1
+        time.sleep(600)
+        os._exit(0)
+    name = theirs.name
+    theirs.close()
+    mine = shared_memory.SharedMemory(create=True, size=4096)
+    mine.buf[0] = 1
+    _held.append(mine)
+    return [name, mine.name]
 
 
 if __name__ == "__main__":

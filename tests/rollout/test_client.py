@@ -1,4 +1,4 @@
-"""The client's contract with a fake engine: every rank sees the same answers and the same errors, nobody hangs."""
+"""The client's contract with fake engines: every rank sees the same answers and the same errors, nobody hangs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class FakeEngine:
         self.faults = faults
         self.starts = 0
         self.synced: list[int] = []
+        self.answered = 0
 
     def _fault(self, name: str) -> bool:
         self.faults[name] = self.faults.get(name, 0) - 1
@@ -56,6 +57,7 @@ class FakeEngine:
             raise RolloutError("prompt 'a' is too long")
         if self._fault("bug"):
             raise KeyError("a bug")
+        self.answered += len(requests)
         version = self.policy_version - 1 if self._fault("lag") else self.policy_version
         return [
             Rollout(r.prompt, torch.tensor([7, 8 + r.seed]), torch.tensor([-0.1, -0.25]), version, "stop")
@@ -67,7 +69,7 @@ class FakeEngine:
 
 
 def collective_export(group: Any) -> Callable[[], Iterator[Bucket]]:
-    """Each bucket takes an all-reduce of all ranks, as a gather of shards does; buckets come out on rank 0."""
+    """Each bucket takes an all-reduce of all ranks, as a gather of shards does; buckets come out on all of them."""
 
     def export() -> Iterator[Bucket]:
         for i in range(BUCKETS):
@@ -81,9 +83,13 @@ def collective_export(group: Any) -> Callable[[], Iterator[Bucket]]:
 
 
 def make(group: Any, rank: int, max_restarts: int = 3, **faults: int) -> tuple[RolloutClient, Any, list[str]]:
+    """One engine, on rank 0."""
     engine = FakeEngine(**faults) if rank == 0 else None
     events: list[str] = []
-    client = RolloutClient(engine, collective_export(group), group, max_restarts=max_restarts, on_event=events.append)
+    engines = {} if engine is None else {0: engine}
+    client = RolloutClient(
+        engines, 1, collective_export(group), group, max_restarts=max_restarts, on_event=events.append
+    )
     return client, engine, events
 
 
@@ -188,3 +194,111 @@ def test_a_single_process_needs_no_group():
     engine.faults["lag"] = 1
     with pytest.raises(StalePolicyError):
         client.sample(REQUESTS, SAMPLING)
+
+
+# A fleet
+
+FLEET = [SampleRequest(PROMPTS[i % 2], seed=i, group=i) for i in range(9)]
+
+
+def fleet(group: Any, rank: int, seats: dict[int, list[int]], faults: dict[int, dict[str, int]]) -> Any:
+    """`seats`: the engines of each rank."""
+    engines = {index: FakeEngine(**faults.get(index, {})) for index in seats.get(rank, [])}
+    events: list[str] = []
+    count = sum(map(len, seats.values()))
+    export = collective_export(group)
+    client = RolloutClient(engines, count, export, group, max_restarts=2, on_event=events.append)
+    return client, engines, events
+
+
+def _run_fleet(rank: int, world_size: int, seats: dict[int, list[int]], faults: dict[int, dict[str, int]]) -> Any:
+    client, engines, events = fleet(dist.group.WORLD, rank, seats, faults)
+    client.start(0)
+    samples = [_plain(client.sample(FLEET, SAMPLING))]
+    client.sync_weights(1)
+    samples.append(_plain(client.sample(FLEET, SAMPLING)))
+    client.close()
+    return samples, events, {index: (engine.starts, engine.answered) for index, engine in engines.items()}
+
+
+@pytest.mark.parametrize("seats", [{0: [0]}, {0: [0, 1]}, {1: [0]}, {0: [0], 1: [1, 2]}, {1: [0, 1, 2, 3]}], ids=str)
+def test_answers_do_not_depend_on_how_many_engines_there_are_or_where(seats):
+    ranks = run_ranks(2, _run_fleet, seats, {})
+    assert ranks[0][0] == ranks[1][0]
+    for version, rollouts in enumerate(ranks[0][0]):
+        assert rollouts == [
+            (r.prompt, [7, 8 + r.seed], pytest.approx([-0.1, -0.25]), version, "stop", r.group) for r in FLEET
+        ]
+    engines = ranks[0][2] | ranks[1][2]
+    answered = [number for _, number in engines.values()]
+    assert sum(answered) == 2 * len(FLEET)
+    assert max(answered) - min(answered) <= 2, "an engine has one request more in each step at most"
+
+
+@pytest.mark.parametrize("fault", ["die_in_start", "die_mid_sync", "die_in_generate"])
+@pytest.mark.parametrize("seats", [{0: [0, 1]}, {0: [0], 1: [1]}], ids=str)
+def test_an_engine_that_dies_is_restarted_alone_and_only_its_share_is_sampled_again(seats, fault):
+    unharmed = run_ranks(2, _run_fleet, seats, {})
+    ranks = run_ranks(2, _run_fleet, seats, {1: {fault: 1}})
+    assert [rank[0] for rank in ranks] == [rank[0] for rank in unharmed]
+    engines = ranks[0][2] | ranks[1][2]
+    assert engines[0] == (1, 10), "five requests in each of two steps"
+    assert engines[1] == (2, 8)
+    assert len(ranks[0][1]) == 1
+    assert "restarting engine 1 1/2" in ranks[0][1][0]
+
+
+def _fail_fleet(rank: int, world_size: int, seats: dict[int, list[int]], faults: dict[int, dict[str, int]]) -> Any:
+    client, _, _ = fleet(dist.group.WORLD, rank, seats, faults)
+    try:
+        client.start(0)
+        client.sample(FLEET, SAMPLING)
+    except Exception as error:
+        dist.barrier()  # the group must still be in step
+        return type(error).__name__, str(error)
+    return "no error", ""
+
+
+@pytest.mark.parametrize("seats", [{0: [0, 1]}, {0: [0], 1: [1]}, {1: [0, 1]}], ids=str)
+@pytest.mark.parametrize(
+    ("fault", "times", "error", "words"),
+    [
+        ("die_in_generate", 100, "EngineDiedError", "rollout engine 1 of 2 died 3 times in a row"),
+        ("die_mid_sync", 100, "EngineDiedError", "rollout engine 1 of 2 died 3 times in a row"),
+        ("refuse", 1, "RolloutError", "prompt 'a' is too long"),
+        ("lag", 1, "StalePolicyError", "policy version -1, but version 0 is being trained"),
+    ],
+)
+def test_one_engines_failure_is_one_error_on_every_rank(seats, fault, times, error, words):
+    ranks = run_ranks(2, _fail_fleet, seats, {1: {fault: times}})
+    assert ranks[0] == ranks[1]
+    assert ranks[0][0] == error
+    assert words in ranks[0][1]
+
+
+def test_a_bug_of_any_engine_ends_all_ranks():
+    ranks = run_ranks(2, _fail_fleet, {0: [0], 1: [1]}, {1: {"bug": 1}})
+    assert ranks[1][0] == "KeyError"
+    assert ranks[0][0] == "RolloutError"
+    assert "rank 1: KeyError" in ranks[0][1]
+
+
+def test_deaths_are_counted_for_each_engine():
+    client, engines, events = fleet(None, 0, {0: [0, 1, 2]}, {})
+    client.start(0)
+    for _ in range(2):
+        for engine in engines.values():
+            engine.faults["die_in_generate"] = 1  # three deaths at once are one of each
+        assert len(client.sample(FLEET, SAMPLING)) == len(FLEET)
+    assert len(events) == 6
+
+
+def test_an_error_of_the_trainers_side_ends_the_sync_of_all_engines():
+    def export() -> Iterator[Bucket]:
+        yield [("w", torch.tensor(0.0))]
+        raise RolloutError("no room for the weights")
+
+    engines = {index: FakeEngine() for index in range(3)}
+    client = RolloutClient(engines, 3, export, None, max_restarts=1, on_event=print)
+    with pytest.raises(RolloutError, match="no room for the weights"):
+        client.start(0)

@@ -173,7 +173,8 @@ def test_a_killed_engine_is_an_error_for_its_user_and_restarted_by_the_client(en
 
     events: list[str] = []
     impatient, patient = (
-        RolloutClient(engine, lambda: buckets_of(model), None, max_restarts=n, on_event=events.append) for n in (0, 1)
+        RolloutClient({0: engine}, 1, lambda: buckets_of(model), None, max_restarts=n, on_event=events.append)
+        for n in (0, 1)
     )
     with pytest.raises(EngineDiedError, match=r"died 1 times in a row.*max_restarts=0.*exit code -9"):
         impatient.sync_weights(10)

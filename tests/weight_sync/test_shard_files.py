@@ -37,13 +37,13 @@ def _consume(rank: int, world_size: int, reads: bool) -> tuple[list[list[float]]
     loading: tuple[Path, ...] = ()
     for files in transport.stream(_buckets(rank)):
         folders |= {path.parent for path in files.paths}
-        most = max(most, sum(len(list(folder.iterdir())) for folder in folders))
+        most = max(most, sum(len(list(folder.glob("*.safetensors"))) for folder in folders))
         values.append([load_file(path)["w"].unique().item() for path in files.paths])
         for path in loading if reads else ():
             path.unlink()  # as the engine does with the bucket before
         loading = files.paths
     dist.barrier()
-    left = sum(len(list(folder.iterdir())) for folder in folders)
+    left = sum(len(list(folder.glob("*.safetensors"))) for folder in folders)
     dist.barrier()
     list(transport.stream(iter(())))  # the next sync finds nothing of the last one
     dist.barrier()

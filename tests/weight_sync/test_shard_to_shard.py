@@ -77,7 +77,8 @@ def _sample_both_ways(
     events: list[str] = []
 
     def client(export: Any) -> RolloutClient:
-        return RolloutClient(engine, export, dist.group.WORLD, max_restarts=1, on_event=events.append)
+        engines = {} if engine is None else {0: engine}
+        return RolloutClient(engines, 1, export, dist.group.WORLD, max_restarts=1, on_event=events.append)
 
     gathering, sharding = client(lambda: export_weights(model, config, layout)), client(shards)
     try:

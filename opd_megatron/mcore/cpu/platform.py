@@ -101,6 +101,24 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         dist.init_process_group(_backend(), timeout=timedelta(minutes=timeout_minutes))
 
 
+def narrow_world(size: int) -> None:
+    """Makes the first `size` ranks the default process group of each other, so that what asks for "all ranks"
+    (checkpoints, Megatron) means those that hold the student. Groups made before still reach beyond. Collective.
+
+    The other ranks keep the whole world, where they have their own number.
+    """
+    group = dist.new_group(list(range(size)))
+    if dist.get_rank() < size:
+        # A rank's number is the same in both, which is what torch reckons with when it looks a group's ranks up.
+        dist.distributed_c10d._update_default_pg(group)
+
+
+def start_store() -> dist.Store:
+    """The store that all ranks met at; call it before `narrow_world`."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
 @contextlib.contextmanager
 def _telling_who_is_waited_for(ranks: Ranks) -> Iterator[None]:
     """Says after a while that other ranks have not come: silence would look like a hang."""
