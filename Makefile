@@ -34,7 +34,7 @@ demo: env  ## distil real weights (SmolLM2-135M, 24 layers from 30), print the r
 	@$(BIN)/opd-megatron train configs/demo.yaml output_dir=$(RUN) $(if $(DATASET),data.source='$(DATASET)')
 
 test: env  ## the test suite, all but the long proofs
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-long: env  ## the long proofs: twenty kills, every engine layout, plans against real memory
 	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
