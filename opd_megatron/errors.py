@@ -53,6 +53,10 @@ class EngineDiedError(RolloutError):
     """The rollout engine's process ended; `RolloutClient` restarts it."""
 
 
+class EngineMemoryError(RolloutError):
+    """The rollout engine found too little free memory to start."""
+
+
 class StalePolicyError(RolloutError):
     """A rollout was sampled by other weights than the ones being trained."""
 

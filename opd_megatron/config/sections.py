@@ -142,6 +142,9 @@ class RolloutConfig(Section):
     """Key-value cache on CPU, in GiB."""
     gpu_memory_utilization: Fraction = 0.4
     """Share of the GPU that the engine may take, cache included."""
+    sleep: bool = True
+    """Let engines on the student's GPUs give their memory back while it trains. Without effect on a CPU, on ranks of
+    their own, and with `steps_ahead`."""
     max_restarts: NonNegativeInt = 3
     """How often in a row a dead engine is restarted before the run stops; counted for each engine."""
     request_timeout: PositiveFloat = 600.0

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from opd_megatron.losses.core.chunks import default_chunk
 from opd_megatron.mcore.cpu.attention import SCORES_AT_ONCE
 from opd_megatron.models.sizes import LayerSizes, RunSizes, StageShard, parameters
+from opd_megatron.rollout.turns import sleeps
 from opd_megatron.teacher import teacher_costs
 
 GIB = 2**30
@@ -25,6 +26,10 @@ _GPU_RUNTIME = 2 * GIB
 _GLIBC_HOLES = 0.8
 
 
+_OF_A_STEP = {"teacher states", "activations", "loss chunks", "workspace"}
+"""Parts that are free while the engines sample."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """Bytes of one rank of a pipeline stage. All tensor- and data-parallel ranks of a stage have the same."""
@@ -32,7 +37,9 @@ class RankMemory:
     stage: int
     parts: dict[str, float]
     engine: float = 0.0
-    """What the rollout engine takes of the device it shares with this stage's first ranks; 0 elsewhere."""
+    """What a rollout engine takes of the device that it shares with this rank; 0 where it shares none."""
+    takes_turns: bool = False
+    """Whether the engine sleeps while this rank trains."""
 
     @property
     def total(self) -> float:
@@ -40,15 +47,22 @@ class RankMemory:
         return sum(self.parts.values())
 
     @property
+    def resident(self) -> float:
+        """Bytes of the training process that stay between two steps."""
+        return sum(size for name, size in self.parts.items() if name not in _OF_A_STEP)
+
+    @property
     def peak(self) -> float:
         """Bytes of the training process and the rollout engine beside it."""
+        if self.takes_turns:
+            return max(self.total, self.resident + self.engine)
         return self.total + self.engine
 
 
 def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float = 0.0) -> RankMemory:
     """Memory of a rank of `stage` at the peak of a step whose sequences are as long as they may be.
 
-    `device_bytes` is the memory of the GPU, of which the rollout engine takes its share on the first stage.
+    `device_bytes` is the memory of the GPU, of which a rollout engine takes its share where it has the student's GPUs.
     """
     student = sizes.stage(sizes.models.student_config, stage)
     last = stage == sizes.pp_size - 1
@@ -67,8 +81,9 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
         "allocator": 0.0 if gpu else _GLIBC_HOLES * kept,
         "runtime": _GPU_RUNTIME if gpu else 0.0,
     }
-    share = sizes.config.rollout.gpu_memory_utilization if gpu and stage == 0 else 0.0
-    return RankMemory(stage, parts, share * device_bytes)
+    rollout = sizes.config.rollout
+    share = rollout.gpu_memory_utilization if gpu and rollout.placement == "student" else 0.0
+    return RankMemory(stage, parts, share * device_bytes, sleeps(sizes.config, on_gpu=gpu))
 
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:

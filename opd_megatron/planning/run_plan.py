@@ -18,7 +18,7 @@ from opd_megatron.planning.gpus import Gpu
 from opd_megatron.planning.layouts import Suggestion, stage_memories, suggestions, usable
 from opd_megatron.planning.memory import GIB, RankMemory, activation_bytes, rank_memory, weights_bytes
 from opd_megatron.planning.published import find_model, known_tensors
-from opd_megatron.planning.timing import ASSUMPTIONS, step_seconds
+from opd_megatron.planning.timing import ASSUMPTIONS, plan_places, step_seconds
 from opd_megatron.planning.traffic import Traffic, traffic
 from opd_megatron.run.checks import check_run
 from opd_megatron.system.processor import BF16_GPU
@@ -90,7 +90,8 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
     sizes = RunSizes(config, models)
     gpu = has_gpu()
     lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)])]
-    places = cut_places(config, sizes.ranks, ranks_per_node(sizes.ranks), on_gpu=gpu)
+    world = sizes.ranks + (config.rollout.hosts or 0)
+    places = cut_places(config, world, ranks_per_node(world), on_gpu=gpu)
     lines += [f"places           {line}" for line in places.lines()]
     return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)} each, in a process of its own"])
 
@@ -98,12 +99,13 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
 def format_plan(plan: RunPlan) -> str:
     """The plan as the command prints it."""
     lines = _layout_lines(plan.sizes)
+    lines += [f"places           {line}" for line in plan_places(plan.sizes.config, plan.sizes.ranks).lines()]
     lines += [f"{'weights':<16} {path}: {_coverage(found)}" for path, found in plan.coverage.items()]
     lines += _memory_lines(plan.stages)
     lines += _recompute_lines(plan.sizes)
     lines.append("sent a step      GiB of the busiest rank: " + _listed(asdict(plan.moved), GIB))
     if plan.gpu is None:
-        lines.append(f"rollout engine   {_engine(plan.sizes, False)}, in a process of its own beside rank 0")
+        lines.append(f"rollout engine   {_engine(plan.sizes, False)} each, in a process of its own")
         return "\n".join(lines)
     lines.append(f"seconds a step   {sum(plan.seconds.values()):.1f} on {plan.gpu.name}: " + _listed(plan.seconds, 1))
     lines += [f"  assumed        {assumption}" for assumption in ASSUMPTIONS]
@@ -124,10 +126,12 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
             "data": sizes.dp_size,
             "expert": sizes.ep_size,
         },
+        "engines": len(plan_places(sizes.config, sizes.ranks).engines),
         "models": {path: asdict(found) for path, found in plan.coverage.items()},
         "stages": [
             {
-                "stage": memory.stage, "bytes": memory.parts, "engine_bytes": memory.engine, "peak_bytes": memory.peak,
+                "stage": memory.stage, "bytes": memory.parts, "resident_bytes": memory.resident,
+                "engine_bytes": memory.engine, "peak_bytes": memory.peak,
                 "activation_bytes": dict(
                     zip(("kept", "recomputed"), activation_bytes(sizes, memory.stage), strict=True)
                 ),
@@ -165,8 +169,11 @@ def _coverage(found: Coverage) -> str:
 def _memory_lines(stages: Sequence[RankMemory]) -> list[str]:
     lines = ["memory a rank    estimate in GiB; activations at the longest prompt and answer"]
     for memory in stages:
-        parts = memory.parts | ({"rollout engine": memory.engine} if memory.engine else {})
-        lines.append(f"  stage {memory.stage:<8} {memory.peak / GIB:.2f} = {_listed(parts, GIB)}")
+        line = f"  stage {memory.stage:<8} {memory.total / GIB:.2f} = {_listed(memory.parts, GIB)}"
+        if memory.engine:
+            turns = f"beside {memory.resident / GIB:.2f} of it, in turns" if memory.takes_turns else "beside it"
+            line += f"; rollout engine {memory.engine / GIB:.2f} {turns}"
+        lines.append(line)
     return lines
 
 

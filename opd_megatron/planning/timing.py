@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from opd_megatron.config import decided
+from opd_megatron.config import RunConfig, decided
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
+from opd_megatron.places import Places, cut_places
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import optimizer_share, weights_bytes
 from opd_megatron.planning.traffic import Traffic
 from opd_megatron.teacher import teacher_costs
 
 _FLOPS_USED, _BANDWIDTH_USED = 0.4, 0.6
+_DECODE_FLOOR = 0.005
+"""Seconds of a decode step however small the model: launches, scheduling, sampling. A guess, not measured here."""
+_FILE_RATE = 1.5e9
+"""Bytes a second from the GPU through a file in memory into the engine: pageable copies, one writer."""
 _SEQUENCES_AT_ONCE = 256  # of vLLM, by default
 
 ASSUMPTIONS = (
@@ -18,8 +23,16 @@ ASSUMPTIONS = (
     "pipeline bubble (stages - 1) / micro batches; transfers at the links' published rate, none behind arithmetic",
     f"{GPUS_PER_NODE} GPUs a machine: a group that fits into one uses NVLink, any other one network card a GPU",
     f"decoding at {_BANDWIDTH_USED:.0%} of the memory bandwidth, which reads weights and keys and values once a token, "
-    f"{_SEQUENCES_AT_ONCE} sequences at once, on rollout.tensor GPUs; every answer as long as it may be",
+    f"at least {1000 * _DECODE_FLOOR:g} ms a token, {_SEQUENCES_AT_ONCE} sequences at once in each engine of "
+    "rollout.tensor GPUs; answers dealt evenly, every one as long as it may be",
+    f"weights to the engines through files in memory at {_FILE_RATE / 1e9:g} GB/s a writing rank, as today",
 )
+
+
+def plan_places(config: RunConfig, student_ranks: int) -> Places:
+    """Where a run's engines are on machines of `GPUS_PER_NODE` GPUs."""
+    world = student_ranks + (config.rollout.hosts or 0)
+    return cut_places(config, world, min(world, GPUS_PER_NODE), on_gpu=True)
 
 
 def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
@@ -41,7 +54,7 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
         "data collectives": moved.data / _link(sizes.tp_size * sizes.dp_size, gpu),
         # Gradient, main weight and both moments read, three of them and the weight written.
         "optimizer": updated * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
-        "weight sync": moved.weight_sync / gpu.network,
+        "weight sync": _weight_sync(sizes, moved, gpu),
     }
 
 
@@ -49,13 +62,25 @@ def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
     """Estimates prefill, then one pass over weights, keys and values for each new token of all sequences."""
     hf_config, rollout = sizes.models.student_config, sizes.config.rollout
     bytes_per_element = BYTES_PER_ELEMENT[decided(rollout.dtype)]
-    waves = -(-sizes.config.sequences_per_step // _SEQUENCES_AT_ONCE)
-    batch = sizes.config.sequences_per_step / waves
+    engines = len(plan_places(sizes.config, sizes.ranks).engines)
+    share = -(-sizes.config.sequences_per_step // engines)
+    waves = -(-share // _SEQUENCES_AT_ONCE)
+    batch = share / waves
     cached = batch * sizes.length * 2 * LayerSizes.of(hf_config).key * hf_config.num_hidden_layers * bytes_per_element
     rate = gpu.memory_bandwidth * _BANDWIDTH_USED * rollout.tensor
-    decode = waves * rollout.max_new_tokens * (weights_bytes(hf_config, bytes_per_element) + cached) / rate
-    share = sizes.config.data.max_prompt_tokens / sizes.length
-    return decode + sizes.body_flops(hf_config) * share / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor)
+    token = max(_DECODE_FLOOR, (weights_bytes(hf_config, bytes_per_element) + cached) / rate)
+    prompts = sizes.config.data.max_prompt_tokens / sizes.length
+    prefill = sizes.body_flops(hf_config) * prompts / (gpu.bf16_flops * _FLOPS_USED * rollout.tensor * engines)
+    return waves * rollout.max_new_tokens * token + prefill
+
+
+def _weight_sync(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> float:
+    """Estimates a sync: written by the ranks that hold the shards or by the first one, sent to other nodes once."""
+    rollout = sizes.config.rollout
+    by_shard = rollout.shard_to_shard and rollout.tensor == sizes.tp_size and sizes.ep_size == 1
+    writers = sizes.tp_size if by_shard else 1
+    nodes = {seat.node for seat in plan_places(sizes.config, sizes.ranks).engines}
+    return moved.weight_sync / (_FILE_RATE * writers) + (moved.weight_sync / gpu.network if len(nodes) > 1 else 0.0)
 
 
 def _link(ranks: int, gpu: Gpu) -> float:

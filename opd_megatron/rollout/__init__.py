@@ -6,6 +6,7 @@ commands.py       its calls, told to ranks that hold engines alone
 shares.py         which engine samples which requests
 side_by_side.py   engines of one rank at the same time
 vllm_engine.py    vLLM in a process of its own (vllm_server.py), with our hands in its workers (vllm_worker.py)
+turns.py          whether engines give their memory back while the student trains
 torch_engine.py   a plain transformers engine, for tests
 child.py          a watched child process; shared_memory.py removes what it leaves
 

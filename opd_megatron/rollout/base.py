@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
@@ -21,6 +21,9 @@ class MachineShare:
 
 
 WHOLE_MACHINE = MachineShare()
+
+Sleeper = Literal["weights", "cache"]
+"""What an engine gives back while it sleeps."""
 
 
 @runtime_checkable
@@ -48,6 +51,12 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, payloads: Iterable[WeightPayload], version: int) -> None:
         """Replaces all weights, drops cached prefixes and sets `policy_version`. The payloads hold the whole model."""
+
+    def sleep(self) -> None:
+        """Gives its GPU's memory back. It has neither weights nor cache until `wake`, and needs an update between."""
+
+    def wake(self, what: Sleeper) -> None:
+        """Takes memory again: for `weights` before the update, for the `cache` after it."""
 
     def close(self) -> None:
         """Ends the engine. Safe to call twice."""

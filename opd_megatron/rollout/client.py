@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,14 +26,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from opd_megatron.errors import EngineDiedError, OPDError, StalePolicyError
-from opd_megatron.rollout.base import RolloutEngine
+from opd_megatron.errors import EngineDiedError, EngineMemoryError, OPDError, StalePolicyError
+from opd_megatron.rollout.base import RolloutEngine, Sleeper
 from opd_megatron.rollout.commands import Commands
 from opd_megatron.rollout.shares import share_out
 from opd_megatron.rollout.side_by_side import InThreads, Outcome, fed_from, gathered, in_threads
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
 
+_MEMORY_PATIENCE = 2.0
+"""Seconds before an engine that found too little memory is started again."""
 _Packed = tuple[list[int], torch.Tensor, torch.Tensor, list[str], int]
 """Lengths, all tokens (int32), all logprobs, finish reasons, policy version."""
 
@@ -62,6 +65,8 @@ class RolloutClient:
         max_restarts: int,
         on_event: Callable[[str], None],
         commands: Commands | None = None,
+        sleeps: bool = False,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -74,6 +79,8 @@ class RolloutClient:
             max_restarts: how often in a row each engine is replaced when it has died.
             on_event: gets one line about each restart, on rank 0.
             commands: tells ranks that `serve` of each call; None where all ranks of the group make the same calls.
+            sleeps: engines give their memory back when they have sampled, and take it again for the next sync.
+            make_room: frees what this rank holds without need, before its engines take memory.
         """
         assert count > 0
         self._engines = dict(engines)
@@ -83,6 +90,8 @@ class RolloutClient:
         self._max_restarts = max_restarts
         self._on_event = on_event
         self._commands = commands
+        self._sleeps, self._make_room = sleeps, make_room
+        self._asleep = False
         self._is_first = group is None or dist.get_rank(group) == 0
         self._sampling: _Sampling | None = None
         self._version = -1
@@ -104,9 +113,17 @@ class RolloutClient:
         """
         self._tell("sync_weights", version)
         self._version = version
-        outcomes = self._feed(range(self._count))
-        self._note_lives(outcomes)
-        self._bring_up(self._note_deaths(outcomes))
+        dead: list[int] = []
+        if self._asleep:
+            dead += self._note_deaths(self._wake("weights", range(self._count)))
+        fed = self._feed([index for index in range(self._count) if index not in dead])
+        dead += self._note_deaths(fed)
+        if self._asleep:
+            fed = self._wake("cache", [index for index in fed if index not in dead])
+            dead += self._note_deaths(fed)
+        self._asleep = False
+        self._note_lives(fed)
+        self._bring_up(dead)
 
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
         """Samples one answer a request, in order; every rank passes the same list and gets the same rollouts.
@@ -145,8 +162,19 @@ class RolloutClient:
             self._note_lives(outcomes)
             self._bring_up(self._note_deaths(outcomes))
             if not step.waiting:
+                self._fall_asleep()
                 return [step.answers[i] for i in range(len(step.requests))]
             self._ask(step)
+
+    def _fall_asleep(self) -> None:
+        """Whoever dies of it is found dead at the next sync, when its memory is wanted again."""
+        if self._sleeps:
+            self._on_engines(lambda _, engine: engine.sleep(), range(self._count))
+            self._asleep = True
+
+    def _wake(self, what: Sleeper, which: Collection[int]) -> dict[int, Outcome]:
+        self._make_room()
+        return self._on_engines(lambda _, engine: engine.wake(what), which)
 
     def _ask(self, step: _Sampling) -> None:
         """Has this rank's engines sample what is not answered yet."""
@@ -187,10 +215,20 @@ class RolloutClient:
     def _bring_up(self, which: Collection[int]) -> None:
         """Starts engines and gives them the weights, again while one dies on the way and restarts are left."""
         while which:
-            started = self._on_engines(lambda _, engine: engine.wait_ready(), which)
+            self._make_room()
+            started = self._on_engines(lambda _, engine: self._start(engine), which)
             dead = self._note_deaths(started)
             fed = self._feed([index for index in which if index not in dead])
             which = sorted({*dead, *self._note_deaths(fed)})
+
+    def _start(self, engine: RolloutEngine) -> None:
+        try:
+            engine.wait_ready()
+        except EngineMemoryError:
+            # What a process has freed, or one that died held, is not always free at once.
+            self._make_room()
+            time.sleep(_MEMORY_PATIENCE)
+            engine.wait_ready()
 
     def _note_lives(self, outcomes: Mapping[int, Outcome]) -> None:
         """What an engine has done without dying ends its row of deaths. Not its start, after which it may die again."""

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig, decided
 from opd_megatron.errors import NonFiniteError, RolloutError
-from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare
+from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare, Sleeper
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload, tensors_of
 from opd_megatron.weights.transformers_names import parameter_named
@@ -90,6 +90,12 @@ class TorchEngine:
                 "the stream must hold the whole model"
             )
         self.policy_version = version
+
+    def sleep(self) -> None:
+        """Does nothing: it has no GPU."""
+
+    def wake(self, what: Sleeper) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         """Drops the model."""

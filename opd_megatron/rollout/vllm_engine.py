@@ -17,9 +17,10 @@ import torch
 from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig, decided
-from opd_megatron.errors import EngineDiedError, RolloutError
-from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare
+from opd_megatron.errors import EngineDiedError, EngineMemoryError, RolloutError
+from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare, Sleeper
 from opd_megatron.rollout.child import ChildProcess
+from opd_megatron.rollout.turns import sleeps
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.bucket_files import BucketFiles
 from opd_megatron.weight_sync.format import ShardFiles, SharedFiles, WeightFormat, WeightPayload, tensors_of
@@ -30,6 +31,8 @@ _TORCHRUN_VARIABLES = {
     *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"),
     "CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron's; it would put vLLM's streams in line
 }
+_TOO_LITTLE_MEMORY = "Free memory on device"
+"""vLLM's words (`request_memory` of its workers), followed by what is free and what it was asked to take."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,8 @@ class VLLMOptions:
     """Seconds the start, or any other call, may take."""
     banned_ids: tuple[int, ...] = ()
     """Ids that are never sampled."""
+    sleeps: bool = False
+    """Whether it will be asked to `sleep`, which its memory has to be made for."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of config.json that the weights say otherwise."""
     share: MachineShare = WHOLE_MACHINE
@@ -60,7 +65,9 @@ class VLLMOptions:
 
     def for_vllm(self, on_gpu: bool) -> dict[str, object]:
         """Builds the arguments of `vllm.LLM`."""
-        memory: dict[str, object] = {"gpu_memory_utilization": self.gpu_memory_utilization}
+        memory: dict[str, object] = {
+            "gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": self.sleeps,
+        }  # fmt: skip
         if not on_gpu:
             # Compiling costs a minute and gained nothing on CPU; vLLM's own kernels gain 6%.
             memory = {
@@ -148,6 +155,7 @@ def build_engine(
         request_timeout=rollout.request_timeout,
         banned_ids=tuple(banned_ids),
         overrides=overrides or {},
+        sleeps=sleeps(config, on_gpu=torch.cuda.is_available()),
         log_path=log_path,
         share=share,
     )
@@ -193,6 +201,7 @@ class VLLMEngine:
         """Ends the process that is in use, if any, and brings up a new one.
 
         Raises:
+            EngineMemoryError: the GPU has less memory free than `gpu_memory_utilization` asks for.
             RolloutError: vLLM does not take the model or the sizes asked for.
             EngineDiedError: the process ended, or took longer than `request_timeout`.
         """
@@ -208,7 +217,8 @@ class VLLMEngine:
         except RolloutError as error:
             hint = child.log_hint
             self.close()
-            raise RolloutError(f"vLLM could not start: {error}{hint}") from None
+            kind = EngineMemoryError if _TOO_LITTLE_MEMORY in str(error) else RolloutError
+            raise kind(f"vLLM could not start: {error}{hint}") from None
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
         """Samples one answer a request. Raises RolloutError before the first `update_weights`, or for a prompt that is
@@ -275,6 +285,15 @@ class VLLMEngine:
                 f"every tensor of the architecture in {self.options.model_dir}/config.json"
             )
         self.policy_version = version
+
+    def sleep(self) -> None:
+        """Gives weights and cache back (vLLM's level 2); the next samples need an update."""
+        self.policy_version = -1
+        self._running().call("sleep", {})
+
+    def wake(self, what: Sleeper) -> None:
+        """Takes the memory of weights or cache again."""
+        self._running().call("wake", {"tag": {"weights": "weights", "cache": "kv_cache"}[what]})
 
     def _stream(self, child: ChildProcess, payloads: Iterable[WeightPayload]) -> None:
         """Sends every bucket; the engine loads one while the trainer gathers and writes the next."""

@@ -83,6 +83,12 @@ class Server:
             raise RuntimeError("the prefix cache could not be reset after a weight update")
         return problem
 
+    def sleep(self) -> None:
+        self.llm.sleep(level=2)  # weights are not kept: the next update brings all of them
+
+    def wake(self, tag: str) -> None:
+        self.llm.wake_up(tags=[tag])
+
     def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.mcore.cpu.platform import device, has_gpu, narrow_world, start_store
+from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, narrow_world, start_store
 from opd_megatron.models import ResolvedModels
 from opd_megatron.places import EngineSeat, Places, cut_places, owned_device, ranks_per_node, visible_devices
 from opd_megatron.rollout import MachineShare, RolloutClient, RolloutEngine, build_engine, weight_format
 from opd_megatron.rollout.commands import Commands
+from opd_megatron.rollout.turns import sleeps
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.weight_sync.fan_out import FanOut
@@ -80,6 +81,8 @@ class Fleet:
             max_restarts=config.rollout.max_restarts,
             on_event=on_event,
             commands=self.commands,
+            sleeps=sleeps(config, on_gpu=has_gpu()),
+            make_room=free_caches,
         )
 
     def serve(self, config: RunConfig) -> None:

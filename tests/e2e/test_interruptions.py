@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -119,6 +120,45 @@ def test_a_stop_signal_to_the_launcher_or_to_one_rank_saves_the_current_step_and
         assert list_checkpoints(run / "checkpoints")[-1][0] == reached
         assert (run / "checkpoints" / "latest").read_text() == f"step_{reached:08d}\n"
         assert not (run / "hf").exists(), "the run is not finished"
+
+
+def _rank_of(pid: int) -> str | None:
+    with contextlib.suppress(OSError):
+        variables = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        return variables.get("RANK")
+    return None
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_host_of_engines_that_dies_ends_the_run_with_one_line_and_a_stop_signal_ends_both_places(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {"rollout.placement": "own", "rollout.hosts": 1, "rollout.engines": 2, "rollout.steps_ahead": 1}
+    config = config_file(inputs, run, **{"steps": 100_000, "checkpoint.every": 1, "evaluation.every": 0, **settings})
+    process = _start(config)
+    wait_for_step(process, run, 2)
+    ranks = _ranks_of(process.pid)
+    (host,) = (pid for pid in ranks if _rank_of(pid) == "1")
+    os.kill(host, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = [line for line in errors.splitlines() if line.startswith("opd-megatron:")]
+    assert "rank 1 failed with signal SIGKILL" in line
+    assert not any(_is_running(pid) for pid in ranks)
+
+    reached = list_checkpoints(run / "checkpoints")[-1][0]
+    process = _start(config)
+    wait_for_step(process, run, reached + 2)
+    ranks = _ranks_of(process.pid)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert not any(_is_running(pid) for pid in ranks)
+    steps = [row["step"] for row in read_metrics(run)]
+    assert steps == list(range(len(steps)))
+    assert steps[-1] >= reached + 2
 
 
 def _family_of(pid: int) -> list[int]:

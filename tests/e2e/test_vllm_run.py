@@ -58,7 +58,7 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
     original = OPDTrainer.step
 
     def step_and_compare(self: OPDTrainer) -> StepMetrics:
-        engine: Any = self.rollout_client._engine
+        engine: Any = self.rollout_client._engines[0]
         pids.append(engine.pid)
         if self.step_count == 1:
             os.kill(engine.pid, signal.SIGKILL)

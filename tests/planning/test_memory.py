@@ -123,11 +123,22 @@ def test_earlier_stages_keep_more_micro_batches(pair: tuple[Path, Path]) -> None
     assert one["activations"] < first["activations"], "there is only one micro batch to keep"
 
 
-def test_the_engine_takes_its_share_of_the_first_stages_gpu(pair: tuple[Path, Path]) -> None:
+def test_an_engine_takes_its_share_of_every_gpu_in_turns_with_the_student(pair: tuple[Path, Path]) -> None:
     sizes = sizes_of(pair, parallel__pipeline=2, rollout__gpu_memory_utilization=0.25)
-    first, last = (rank_memory(sizes, stage, gpu=True, device_bytes=1e9) for stage in range(2))
-    assert (first.engine, last.engine) == (0.25e9, 0)
-    assert first.peak == first.total + 0.25e9
+    for stage in range(2):
+        for device in (1e6, 1e12):  # the student's step needs more, and the engine does
+            memory = rank_memory(sizes, stage, gpu=True, device_bytes=device)
+            assert memory.engine == 0.25 * device
+            assert 0 < memory.resident < memory.total
+            assert memory.peak == max(memory.total, memory.resident + memory.engine)
+
+
+def test_an_engine_that_stays_awake_is_added_and_one_elsewhere_is_not(pair: tuple[Path, Path]) -> None:
+    for changed in ({"rollout__sleep": False}, {"rollout__steps_ahead": 1}):
+        awake = rank_memory(sizes_of(pair, **changed), 0, gpu=True, device_bytes=1e9)
+        assert awake.peak == awake.total + awake.engine > awake.total
+    apart = sizes_of(pair, rollout__placement="own", rollout__hosts=1)
+    assert rank_memory(apart, 0, gpu=True, device_bytes=1e9).engine == 0
 
 
 def test_dry_run_text_accounts_for_every_stage(pair: tuple[Path, Path]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import sys
 import threading
@@ -46,6 +47,13 @@ def release_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_caches() -> None:
+    """Gives the GPU memory back that the caching allocator keeps, so that another process can take it."""
+    if has_gpu():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def quiet_upstream() -> None:
