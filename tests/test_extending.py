@@ -50,7 +50,7 @@ def _runs(extended: Path, code: str) -> None:
 
 def test_the_document_has_a_draft_of_each_kind() -> None:
     files = [re.findall(r"^\+\+\+ b/(\S+)", diff, re.M) for diff in DIFFS]
-    assert [names[-1].split("/")[1] for names in files] == ["losses", "teacher", "weight_sync", "weights"]
+    assert [names[-1].split("/")[1] for names in files] == ["losses", "teacher", "weight_sync", "rollout", "weights"]
 
 
 def test_a_new_divergence_is_trained_by_name_and_its_key_belongs_to_it(extended: Path) -> None:
@@ -151,6 +151,62 @@ publisher._gathered = lambda: iter([[("a", weights["a"])], [("b", weights["b"]),
 assert list(publisher.stream()) == [WeightFolder(folder)]
 found = {name: value for file in folder.iterdir() for name, value in load_file(file).items()}
 assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+""",
+    )
+
+
+def test_a_new_engine_is_chosen_by_its_name_samples_and_takes_weights(extended: Path) -> None:
+    _runs(
+        extended,
+        """
+import http.server, json, tempfile, threading
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from opd_megatron.config import load_config
+from opd_megatron.rollout import RolloutClient, RolloutEngine, build_engine, weight_format
+from opd_megatron.types import Prompt, SampleRequest, Sampling
+from opd_megatron.weight_sync.publisher import WeightPublisher
+
+asked = []
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked.append((self.path, body))
+        if self.path == "/generate":
+            seeds = [each["sampling_seed"] for each in body["sampling_params"]]
+            self.answer([{"meta_info": {"output_token_logprobs": [[-0.5, seed, None], [-1.5, 3, None]],
+                                        "finish_reason": {"type": "stop"}}} for seed in seeds])
+        else:
+            self.answer({"success": True, "files": len(list(Path(body["model_path"]).iterdir()))})
+    def answer(self, value):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+folder = Path(tempfile.mkdtemp()) / "run"
+folder.mkdir()
+config = load_config(None, ["rollout.engine=sglang", f"rollout.url=http://127.0.0.1:{server.server_port}",
+                            f"output_dir={folder}", "rollout.dtype=fp32"])
+takes = weight_format(config, None)
+publisher = WeightPublisher(SimpleNamespace(), takes, None, bucket_bytes=1, on_event=print)
+publisher._gathered = lambda: iter([[("a", torch.ones(3))], [("b", torch.ones(2))]])
+engine = build_engine(config, folder, 64, folder / "log")
+assert isinstance(engine, RolloutEngine)
+client = RolloutClient({0: engine}, 1, publisher.stream, None, max_restarts=0, on_event=print)
+client.start(4)
+assert asked == [("/update_weights_from_disk", {"model_path": str(takes.folder), "flush_cache": True})]
+requests = [SampleRequest(Prompt("p", (1, 2), ""), seed=seed, group=seed) for seed in (7, 8)]
+rollouts = client.sample(requests, Sampling(max_new_tokens=5))
+assert [(r.response_ids.tolist(), r.policy_version, r.finish_reason) for r in rollouts] == [
+    ([7, 3], 4, "stop"), ([8, 3], 4, "stop")]
 """,
     )
 
