@@ -18,13 +18,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import RunConfig, decided
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
+from opd_megatron.models.sizes import BYTES_PER_ELEMENT, parameters
 from opd_megatron.run.agreement import check_agreement
 from opd_megatron.run.ahead import StepRollouts
 from opd_megatron.run.build import RunParts, build_run
@@ -53,6 +54,9 @@ class OPDTrainer(RunParts):
             self.rollout_client, self.prompts, self._requests_of, self._sampling(), rollout.steps_ahead,
             self.config.steps,
         )  # fmt: skip
+        taken = BYTES_PER_ELEMENT[decided(rollout.dtype)]
+        self._weights_bytes = parameters(self.models.student_config) * taken
+        """What a sync brings to an engine."""
         self._cursor = self.prompts.state_dict()
         """Where the prompts of the next step begin; the stream itself is further on while a step is under way."""
         self._saved_step = 0
@@ -145,6 +149,8 @@ class OPDTrainer(RunParts):
                 "rollout/finished": finished / len(rollouts),
                 "rollout/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
                 **seconds,
+                "sync/bytes": self._weights_bytes,
+                "sync/gb_per_second": _rate(self._weights_bytes / 1e9, seconds["time/sync"]),
                 **_rates(output.tokens, seconds["time/step"], dist.get_world_size() + (self.config.rollout.hosts or 0)),
                 "memory/peak": peak_memory_bytes(),
             },
@@ -295,5 +301,9 @@ class OPDTrainer(RunParts):
 
 def _rates(tokens: int, seconds: float, ranks: int) -> dict[str, float]:
     """Response tokens a second of a whole step, of all ranks and of each of the devices that they share."""
-    rate = tokens / seconds if seconds else 0.0
+    rate = _rate(tokens, seconds)
     return {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / ranks}
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds else 0.0

@@ -58,9 +58,12 @@ def test_metrics_hold_every_documented_key(finished: Path) -> None:
         "step", "loss", "reverse_kl", "forward_kl", "tokens", "policy_version", "grad_norm", "lr", "time/rollout",
         "time/teacher", "time/train", "time/sync", "time/step", "memory/peak", "student_entropy", "teacher_entropy",
         "top1_agreement", "nll", "teacher_nll", "k1", "k2", "k3", "k1_gap",
+        "tokens_per_second", "rollout/truncated", "policy_lag", "sync/bytes", "sync/gb_per_second",
     }  # fmt: skip
     for row in rows[1:]:
         assert keys <= set(row)
+        assert row["policy_lag"] == 0
+        assert row["sync/bytes"] == sum(4 * tensor.numel() for tensor in _weights(finished).values())
         assert row["policy_version"] == row["step"] - 1, "samples come from the weights before the update"
     assert {"eval/forward_kl", "eval/nll"} <= set(rows[0])
     assert ["eval/nll" in row for row in rows[1:]] == [step % 2 == 0 for step in range(1, 13)]
