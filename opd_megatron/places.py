@@ -30,9 +30,6 @@ class Place:
     def ranks(self) -> range:
         return range(self.first, self.first + self.size)
 
-    def __contains__(self, rank: int) -> bool:
-        return rank in self.ranks
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSeat:
@@ -67,10 +64,6 @@ class Places:
     def hosts_engines_apart(self) -> bool:
         """Whether the engines have ranks of their own."""
         return self.rollout != self.student
-
-    def of(self, rank: int) -> Place:
-        """Where a rank is."""
-        return self.student if rank in self.student else self.rollout
 
     @property
     def leaders(self) -> list[int]:

@@ -79,14 +79,14 @@ def _data_parallel(config: RunConfig) -> int:
     world = config.world_size if ranks is None else ranks.world_size
     data, rest = divmod(world - hosts, parallel.model)
     if data < 1 or rest or (parallel.data is not None and parallel.data != data):
-        wanted = (
-            f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}"
-            + (f" * parallel.data {parallel.data}" if parallel.data is not None else "")
-            + (f" + rollout.hosts {hosts}" if hosts else "")
-        )
-        relation = "equal" if parallel.data is not None or hosts else "be a multiple of"
-        if parallel.data is None and hosts:
-            wanted = wanted.replace(" + rollout", " * a data-parallel size + rollout")
+        wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}"
+        if parallel.data is not None or hosts:
+            wanted += f" * parallel.data {parallel.data or 'of any size'}" + (
+                f" + rollout.hosts {hosts}" if hosts else ""
+            )
+            relation = "equal"
+        else:
+            relation = "be a multiple of"
         raise ConfigError(f"world size {world} must {relation} {wanted}: start another number of ranks or change them")
     return data
 

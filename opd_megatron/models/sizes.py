@@ -92,6 +92,11 @@ class RunSizes:
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
+    def job_ranks(self) -> int:
+        """The student's ranks and those that hold engines alone."""
+        return self.ranks + (self.config.rollout.hosts or 0)
+
+    @property
     def sequence_shards(self) -> int:
         """Ranks among which activations between tensor-parallel regions are split (sequence parallelism)."""
         return self.tp_size if self.config.parallel.sequence_parallel else 1

@@ -90,8 +90,7 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
     sizes = RunSizes(config, models)
     gpu = has_gpu()
     lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)])]
-    world = sizes.ranks + (config.rollout.hosts or 0)
-    places = cut_places(config, world, ranks_per_node(world), on_gpu=gpu)
+    places = cut_places(config, sizes.job_ranks, ranks_per_node(sizes.job_ranks), on_gpu=gpu)
     lines += [f"places           {line}" for line in places.lines()]
     return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)} each, in a process of its own"])
 
@@ -99,7 +98,7 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
 def format_plan(plan: RunPlan) -> str:
     """The plan as the command prints it."""
     lines = _layout_lines(plan.sizes)
-    lines += [f"places           {line}" for line in plan_places(plan.sizes.config, plan.sizes.ranks).lines()]
+    lines += [f"places           {line}" for line in plan_places(plan.sizes).lines()]
     lines += [f"{'weights':<16} {path}: {_coverage(found)}" for path, found in plan.coverage.items()]
     lines += _memory_lines(plan.stages)
     lines += _recompute_lines(plan.sizes)
@@ -126,7 +125,7 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
             "data": sizes.dp_size,
             "expert": sizes.ep_size,
         },
-        "engines": len(plan_places(sizes.config, sizes.ranks).engines),
+        "engines": len(plan_places(sizes).engines),
         "models": {path: asdict(found) for path, found in plan.coverage.items()},
         "stages": [
             {

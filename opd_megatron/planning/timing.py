@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_megatron.config import RunConfig, decided
+from opd_megatron.config import decided
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
 from opd_megatron.places import Places, cut_places
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
@@ -29,10 +29,9 @@ ASSUMPTIONS = (
 )
 
 
-def plan_places(config: RunConfig, student_ranks: int) -> Places:
+def plan_places(sizes: RunSizes) -> Places:
     """Where a run's engines are on machines of `GPUS_PER_NODE` GPUs."""
-    world = student_ranks + (config.rollout.hosts or 0)
-    return cut_places(config, world, min(world, GPUS_PER_NODE), on_gpu=True)
+    return cut_places(sizes.config, sizes.job_ranks, min(sizes.job_ranks, GPUS_PER_NODE), on_gpu=True)
 
 
 def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
@@ -62,7 +61,7 @@ def _rollout(sizes: RunSizes, gpu: Gpu) -> float:
     """Estimates prefill, then one pass over weights, keys and values for each new token of all sequences."""
     hf_config, rollout = sizes.models.student_config, sizes.config.rollout
     bytes_per_element = BYTES_PER_ELEMENT[decided(rollout.dtype)]
-    engines = len(plan_places(sizes.config, sizes.ranks).engines)
+    engines = len(plan_places(sizes).engines)
     share = -(-sizes.config.sequences_per_step // engines)
     waves = -(-share // _SEQUENCES_AT_ONCE)
     batch = share / waves
@@ -79,7 +78,7 @@ def _weight_sync(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> float:
     rollout = sizes.config.rollout
     by_shard = rollout.shard_to_shard and rollout.tensor == sizes.tp_size and sizes.ep_size == 1
     writers = sizes.tp_size if by_shard else 1
-    nodes = {seat.node for seat in plan_places(sizes.config, sizes.ranks).engines}
+    nodes = {seat.node for seat in plan_places(sizes).engines}
     return moved.weight_sync / (_FILE_RATE * writers) + (moved.weight_sync / gpu.network if len(nodes) > 1 else 0.0)
 
 

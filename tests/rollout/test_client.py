@@ -112,14 +112,7 @@ def _run_two_versions(rank: int, world_size: int, faults: dict[str, int]) -> Any
 
 
 def _fail(rank: int, world_size: int, faults: dict[str, int]) -> tuple[str, str]:
-    client, _, _ = make(dist.group.WORLD, rank, max_restarts=2, **faults)
-    try:
-        client.start(0)
-        client.sample(REQUESTS, SAMPLING)
-    except Exception as error:
-        dist.barrier()  # the group must still be in step
-        return type(error).__name__, str(error)
-    return "no error", ""
+    return _fail_fleet(rank, world_size, {0: [0]}, {0: faults})
 
 
 def test_every_rank_gets_the_same_rollouts_of_the_version_last_synced():
