@@ -84,6 +84,8 @@ class OPDTrainer(RunParts):
     def step(self) -> StepMetrics:
         """Makes one optimizer step on fresh samples of the student."""
         timers = self.timers
+        with timers.phase("sync"):
+            self.rollout_client.wake()
         with timers.phase("rollout"):
             rollouts = self.rollouts.take(self.step_count)
         micro_batches = self.batches.build(apply_stages(rollouts, self.stages))
@@ -172,6 +174,8 @@ class OPDTrainer(RunParts):
                 self._log_step_zero(log)
             try:
                 if self.step_count < self.config.steps and not self._between_steps():
+                    if self.step_count == 0:
+                        self.student.make_optimizer_state()  # before the engine takes its share
                     self.rollout_client.start(self.step_count)
                     while self.step_count < self.config.steps:
                         self._train_step(log)

@@ -67,6 +67,13 @@ class RunConfig(Section):
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
         return self.parallel.model * (self.parallel.data or self.parallel.expert) + (self.rollout.hosts or 0)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines on GPUs give their memory back while the student trains: where they share it, unless they
+        sample then too."""
+        rollout = self.rollout
+        return rollout.sleep and rollout.placement == "student" and rollout.steps_ahead == 0
+
     def without_engine_hosts(self) -> RunConfig:
         """The same run for a command that samples nothing: it needs the student's ranks alone."""
         if self.rollout.hosts is None:
@@ -118,6 +125,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.steps_ahead={self.rollout.steps_ahead} needs objective.temperature={objective.temperature} "
                 f"to equal rollout.temperature={self.rollout.temperature}: set one to the other, or steps_ahead to 0"
+            )
+        offloads = [f"student.offload={self.student.offload}"] if self.student.offload else []
+        offloads += [f"teachers.{i}.offload=true" for i, t in enumerate(self.teachers) if getattr(t, "offload", False)]
+        if offloads and not self.takes_turns:
+            raise ValueError(
+                f"{offloads[0]} needs engines that take turns with the student: rollout.sleep=true, "
+                "rollout.placement=student and rollout.steps_ahead=0, got "
+                f"{str(self.rollout.sleep).lower()}, {self.rollout.placement} and {self.rollout.steps_ahead}"
             )
         if (self.rollout.placement == "own") != (self.rollout.hosts is not None):
             raise ValueError(

@@ -44,6 +44,10 @@ class StudentConfig(Section):
     on a CPU with AMX-BF16 or AVX512-BF16, fp32 elsewhere; a run keeps what it began with."""
     recompute: bool = False
     """Recompute activations layer by layer in the backward pass: less memory, about a third more time."""
+    offload: list[Literal["optimizer", "gradients"]] = Field(default_factory=list)
+    """What leaves the GPU while the rollout engine is awake, which takes turns with the student (`rollout.sleep`):
+    `optimizer` (main weights and moments) waits in pinned host memory, `gradients` are freed. Without effect on a
+    CPU."""
     transformer_engine: Literal["auto", "off"] = "auto"
     """`auto` uses Transformer Engine layers on a GPU where it is installed."""
 
@@ -138,6 +142,9 @@ class RolloutConfig(Section):
     """Where `tensor` equals `parallel.tensor` (and is more than 1), each rank hands its shards to the engine's worker
     of the same rank and no full tensor is built. False gathers them, as is done where the two differ, with expert
     parallelism, and where the ranks share no folder with the engine."""
+    transport: Literal["auto", "memory", "files"] = "auto"
+    """How weights reach the engines of a node: `memory` that they map (CUDA IPC on a GPU), or `files` in /dev/shm.
+    `auto` is memory on a GPU and files on a CPU. GPUs that do not reach each other's memory need files."""
     kv_cache_gib: PositiveFloat = 1.0
     """Key-value cache on CPU, in GiB."""
     gpu_memory_utilization: Fraction = 0.4

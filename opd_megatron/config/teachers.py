@@ -25,6 +25,8 @@ class StudentRanksTeacherConfig(TeacherConfig):
     """Where the teacher runs: `student` is on the student's own ranks, in its layout."""
     dtype: Precision = "auto"
     """Arithmetic of the teacher's forward pass; `auto` as for the student."""
+    offload: bool = False
+    """Let its weights wait in pinned host memory while the rollout engine is awake; as `student.offload`."""
 
 
 def by_placement(*classes: type[TeacherConfig]) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -13,6 +16,8 @@ from opd_megatron.config import OptimizerConfig
 from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataParallel:
@@ -99,6 +104,46 @@ def clip_and_step(optimizer: ChainedOptimizer, grad_norm: float) -> None:
         if part.config.clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+
+
+def make_optimizer_state(optimizer: ChainedOptimizer) -> None:
+    """Creates every parameter's moments, which are 0, and counts of updates: one update at learning rate 0."""
+    for part in optimizer.chained_optimizers:
+        groups = part.optimizer.param_groups
+        kept = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
+            group["lr"], group["weight_decay"] = 0.0, 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        part.optimizer.step()
+        part.optimizer.zero_grad(set_to_none=True)
+        for group, (lr, weight_decay) in zip(groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+        for state in part.optimizer.state.values():
+            for name in MOMENTS:
+                state[name].zero_()
+    set_update_count(optimizer, 0)
+
+
+def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
+    """Sets Adam's count of updates, which torch keeps for each parameter and Transformer Engine for each group."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = torch.full_like(state["step"], updates)
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = updates
+
+
+def optimizer_tensors(optimizer: ChainedOptimizer, model: HiddenStatesModel) -> Iterator[torch.Tensor]:
+    """The main weights and moments of this rank, without what the model's own weights lie in."""
+    of_model = {parameter.untyped_storage() for parameter in model.parameters()}
+    for part in optimizer.chained_optimizers:
+        mains = (main for group in part.optimizer.param_groups for main in group["params"])
+        yield from (main for main in mains if main.untyped_storage() not in of_model)
+        for state in part.optimizer.state.values():
+            yield from (state[name] for name in MOMENTS if name in state)
 
 
 def _use_fused_kernel(optimizer: ChainedOptimizer) -> None:

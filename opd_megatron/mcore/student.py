@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -18,8 +19,16 @@ from opd_megatron.losses.reduction import MISMATCH, TokenSums, global_means, tok
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
-from opd_megatron.mcore.optimizer import build_optimizer, build_scheduler, clip_and_step, wrap_ddp
+from opd_megatron.mcore.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clip_and_step,
+    make_optimizer_state,
+    optimizer_tensors,
+    wrap_ddp,
+)
 from opd_megatron.mcore.spec import use_transformer_engine
+from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.types import Batch, StepOutput, TeacherInputs
 from opd_megatron.weights.layout import ShardLayout
 from opd_megatron.weights.load import load_weights
@@ -51,6 +60,8 @@ class Student:
         schedule_hooks = get_model_config(self.model)
         schedule_hooks.finalize_model_grads_func = finalize_model_grads
         schedule_hooks.no_sync_func = self.ddp.no_sync
+        self._offloads = config.student.offload
+        self._host = HostMemory()
 
     def update(
         self, micro_batches: list[Batch], teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int
@@ -88,6 +99,29 @@ class Student:
         loss = self._loss(teachers, objective, vocab_size)
         sums = run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True)
         return self._global_means(sums, objective)[0]
+
+    def make_optimizer_state(self) -> None:
+        """Takes the memory of the moments now, so that what else wants memory finds how much there is."""
+        make_optimizer_state(self.optimizer)
+
+    def move_out(self) -> None:
+        """Frees the memory of what `student.offload` names, until `move_back`: the optimizer state goes to the host,
+        gradients are those of a step that is done. Weights stay."""
+        if "optimizer" in self._offloads:
+            self._host.move_out(optimizer_tensors(self.optimizer, self.model))
+        if "gradients" in self._offloads:
+            for buffer in self._gradient_buffers():
+                buffer.offload_to_cpu(move_params=False, move_grads=True)
+
+    def move_back(self) -> None:
+        """Makes the student trainable again; gradients are 0."""
+        self._host.move_back()
+        if "gradients" in self._offloads:
+            for buffer in self._gradient_buffers():
+                buffer.reload_from_cpu(move_params=False, move_grads=True)
+
+    def _gradient_buffers(self) -> list[Any]:
+        return [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
 
     @property
     def dp_rank(self) -> int:

@@ -67,6 +67,7 @@ class RolloutClient:
         commands: Commands | None = None,
         sleeps: bool = False,
         make_room: Callable[[], None] = lambda: None,
+        take_back: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -79,10 +80,12 @@ class RolloutClient:
             max_restarts: how often in a row each engine is replaced when it has died.
             on_event: gets one line about each restart, on rank 0.
             commands: tells ranks that `serve` of each call; None where all ranks of the group make the same calls.
-            sleeps: engines give their memory back when they have sampled, and take it again for the next sync.
-            make_room: frees what this rank holds without need, before its engines take memory.
+            sleeps: engines give their memory back when they have sampled, and take it again before they sample next.
+            make_room: frees what this rank holds without need while engines are awake, before they take memory.
+            take_back: undoes that when the engines have fallen asleep.
         """
         assert count > 0
+        assert not (sleeps and commands), "engines on ranks of their own have nobody to take turns with"
         self._engines = dict(engines)
         self._count = count
         self._weights = weights
@@ -90,7 +93,7 @@ class RolloutClient:
         self._max_restarts = max_restarts
         self._on_event = on_event
         self._commands = commands
-        self._sleeps, self._make_room = sleeps, make_room
+        self._sleeps, self._make_room, self._take_back = sleeps, make_room, take_back
         self._asleep = False
         self._is_first = group is None or dist.get_rank(group) == 0
         self._sampling: _Sampling | None = None
@@ -105,7 +108,8 @@ class RolloutClient:
         self._bring_up(range(self._count))
 
     def sync_weights(self, version: int) -> None:
-        """Gives the engines the current weights as `version`.
+        """Gives the engines the current weights as `version`. Engines that sleep get them when they wake: until then
+        their memory is the trainer's, to evaluate or save in.
 
         Raises, on all ranks (as `start` and `sample` do):
             EngineDiedError: an engine died more than `max_restarts` times in a row.
@@ -113,16 +117,23 @@ class RolloutClient:
         """
         self._tell("sync_weights", version)
         self._version = version
-        dead: list[int] = []
-        if self._asleep:
-            dead += self._note_deaths(self._wake("weights", range(self._count)))
+        if not self._asleep:
+            fed = self._feed(range(self._count))
+            self._note_lives(fed)
+            self._bring_up(self._note_deaths(fed))
+
+    def wake(self) -> None:
+        """Has engines that sleep take memory and the current weights, as the version last synced; `begin` does it
+        too. Raises what `sync_weights` raises."""
+        if not self._asleep:
+            return
+        self._asleep = False
+        dead = self._note_deaths(self._wake("weights", range(self._count)))
         fed = self._feed([index for index in range(self._count) if index not in dead])
         dead += self._note_deaths(fed)
-        if self._asleep:
-            fed = self._wake("cache", [index for index in fed if index not in dead])
-            dead += self._note_deaths(fed)
-        self._asleep = False
-        self._note_lives(fed)
+        woken = self._wake("cache", [index for index in fed if index not in dead])
+        dead += self._note_deaths(woken)
+        self._note_lives(woken)
         self._bring_up(dead)
 
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Rollout]:
@@ -140,6 +151,7 @@ class RolloutClient:
         """Starts to sample, from the weights last synced; `collect` must come before the next sync. Other work of this
         rank runs beside it."""
         assert self._sampling is None, "what was begun before has not been collected"
+        self.wake()
         self._tell("begin", requests, sampling)
         shares = enumerate(share_out(requests, self._count))
         self._sampling = _Sampling(requests, sampling, {index: share for index, share in shares if share})
@@ -171,9 +183,12 @@ class RolloutClient:
         if self._sleeps:
             self._on_engines(lambda _, engine: engine.sleep(), range(self._count))
             self._asleep = True
+            self._together()
+            self._take_back()
 
     def _wake(self, what: Sleeper, which: Collection[int]) -> dict[int, Outcome]:
         self._make_room()
+        self._together()
         return self._on_engines(lambda _, engine: engine.wake(what), which)
 
     def _ask(self, step: _Sampling) -> None:
@@ -216,10 +231,16 @@ class RolloutClient:
         """Starts engines and gives them the weights, again while one dies on the way and restarts are left."""
         while which:
             self._make_room()
+            self._together()
             started = self._on_engines(lambda _, engine: self._start(engine), which)
             dead = self._note_deaths(started)
             fed = self._feed([index for index in which if index not in dead])
             which = sorted({*dead, *self._note_deaths(fed)})
+
+    def _together(self) -> None:
+        """Waits for all ranks: an engine may have the GPUs of several."""
+        if self._sleeps:
+            gathered({}, self._group)
 
     def _start(self, engine: RolloutEngine) -> None:
         try:

@@ -22,7 +22,7 @@ from opd_megatron.rollout.base import WHOLE_MACHINE, MachineShare, Sleeper
 from opd_megatron.rollout.child import ChildProcess
 from opd_megatron.rollout.turns import sleeps
 from opd_megatron.types import DTYPES, Rollout, SampleRequest, Sampling
-from opd_megatron.weight_sync.bucket_files import BucketFiles
+from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.format import ShardFiles, SharedFiles, WeightFormat, WeightPayload, tensors_of
 
 _TORCHRUN_VARIABLES = {
@@ -52,6 +52,8 @@ class VLLMOptions:
     seed: int = 0
     request_timeout: float = 600.0
     """Seconds the start, or any other call, may take."""
+    maps_memory: bool = False
+    """Whether weights come in memory that its workers map, rather than in files."""
     banned_ids: tuple[int, ...] = ()
     """Ids that are never sampled."""
     sleeps: bool = False
@@ -135,7 +137,12 @@ def weight_format(config: RunConfig, hf_config: PretrainedConfig) -> WeightForma
     """Takes full tensors or, unless `rollout.shard_to_shard` is off, the files of its workers' shards."""
     rollout = config.rollout
     rows = vocab_rows(hf_config.vocab_size, rollout.tensor) if rollout.shard_to_shard else None
-    return WeightFormat(DTYPES[decided(rollout.dtype)], rollout.tensor, rows)
+    return WeightFormat(DTYPES[decided(rollout.dtype)], rollout.tensor, _maps_memory(config), rows)
+
+
+def _maps_memory(config: RunConfig) -> bool:
+    transport = config.rollout.transport
+    return transport == "memory" or (transport == "auto" and torch.cuda.is_available())
 
 
 def build_engine(
@@ -153,6 +160,7 @@ def build_engine(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         seed=config.seed,
         request_timeout=rollout.request_timeout,
+        maps_memory=_maps_memory(config),
         banned_ids=tuple(banned_ids),
         overrides=overrides or {},
         sleeps=sleeps(config, on_gpu=torch.cuda.is_available()),
@@ -165,6 +173,10 @@ def build_engine(
 def vocab_rows(vocab_size: int, tensor: int) -> int:
     """Computes the rows of embedding and head in each vLLM worker: vLLM pads to 64, then divides."""
     return -(-vocab_size // 64) * 64 // tensor
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class VLLMEngine:
@@ -261,10 +273,10 @@ class VLLMEngine:
         return self._running().call("token_logprobs", {"sequences": [list(ids) for ids in sequences]})
 
     def update_weights(self, payloads: Iterable[WeightPayload], version: int) -> None:
-        """Streams weights through files, two buckets at a time, and drops cached prefixes.
+        """Streams weights through files or mapped memory, two buckets at a time, and drops cached prefixes.
 
-        Full HF tensors go through files of this process, which every worker reads and takes its part of. ShardFiles
-        are there already: worker i loads file i as it is. Of SharedFiles it makes names of its own first.
+        Full HF tensors are put down by this process; every worker reads them and takes its part. ShardFiles are there
+        already: worker i loads what is at i as it is. Of SharedFiles it makes names of its own first.
 
         Raises RolloutError when the stream does not fit the model. After a missing tensor the engine has no
         version until the next full update; after an unknown or misshapen one its layers are in no known state and
@@ -307,12 +319,13 @@ class VLLMEngine:
                 if problem:
                     raise _BadTensorError(problem)
 
-        with BucketFiles(DTYPES[self.options.dtype]) as files:
+        takes = WeightFormat(DTYPES[self.options.dtype], maps_memory=self.options.maps_memory)
+        with bucket_store(takes, _device()) as store:
             try:
                 for payload in payloads:
                     if isinstance(payload, SharedFiles):
                         payload = payload.own()
-                    paths = payload.paths if isinstance(payload, ShardFiles) else (files.write(tensors_of(payload)),)
+                    paths = payload.paths if isinstance(payload, ShardFiles) else (store.write(tensors_of(payload)),)
                     loaded()
                     child.send("load", {"paths": [str(path) for path in paths]})
                     loading = True

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -26,6 +26,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from opd_megatron.weight_sync.bucket_buffers import Mappings
+
 # It warns at every update about rotary tables and tied heads; `opd_end_update` tells what is really missing.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
@@ -35,8 +37,10 @@ class WeightReceiver:
 
     opd_update_open: bool = False
     opd_shards: _PreShardedLoading | None = None
+    opd_mappings: Mappings | None = None
     model_config: Any
     model_runner: Any
+    device: torch.device
     vllm_config: Any
 
     def opd_begin_update(self) -> None:
@@ -50,9 +54,10 @@ class WeightReceiver:
             # loads, packs again and keeps the storage that CUDA graphs point to.
             initialize_layerwise_reload(model)
         self.opd_update_open = True
+        self.opd_mappings = Mappings()
 
     def opd_load(self, paths: list[str]) -> str | None:
-        """Loads a safetensors file: the only one, of full HF tensors, or its own of several, of just its shards.
+        """Loads a bucket: the only one, of full HF tensors, or its own of several, of just its shards.
 
         Returns what is wrong with it, if anything is. All files of an update are of one kind.
         """
@@ -63,7 +68,9 @@ class WeightReceiver:
             self.opd_shards = self.opd_shards or _PreShardedLoading(model)
         try:
             with set_current_vllm_config(self.vllm_config):
-                model.load_weights(list(load_file(path).items()))
+                assert self.opd_mappings is not None
+                tensors = self.opd_mappings.load(Path(path), self.device)
+                model.load_weights(list(tensors.items()))
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         return None
@@ -82,6 +89,7 @@ class WeightReceiver:
                 # The reload does not see that a tied head shares the embedding; on CPU it keeps its own packed copy.
                 head.quant_method.process_weights_after_loading(head)
         self.opd_update_open = False
+        self.opd_mappings = None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return f"no or not enough values for {', '.join(missing[:5])} ({len(missing)} modules)" if missing else None

@@ -15,13 +15,14 @@ from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.stages import RolloutStage
 from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
-from opd_megatron.mcore.cpu.platform import device, init_distributed
+from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, init_distributed
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
 from opd_megatron.rollout import weight_format
 from opd_megatron.rollout.client import RolloutClient
+from opd_megatron.rollout.turns import sleeps
 from opd_megatron.run.checks import check_run
 from opd_megatron.run.engines import Fleet
 from opd_megatron.run.evaluation import Evaluator
@@ -124,7 +125,7 @@ def build_run(
             run_dir=run_dir,
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
-            rollout_client=_rollout_client(config, fleet, student, display),
+            rollout_client=_rollout_client(config, fleet, student, teachers, display),
             batches=batches,
             student=student,
             teachers=teachers,
@@ -254,7 +255,9 @@ def _display(config: RunConfig, resume_from: FoundCheckpoint | None) -> NullDisp
     return TrainingDisplay(config.steps, resume_from.step if resume_from else 0, config.logging.progress)
 
 
-def _rollout_client(config: RunConfig, fleet: Fleet, student: Student, display: NullDisplay) -> RolloutClient:
+def _rollout_client(
+    config: RunConfig, fleet: Fleet, student: Student, teachers: list[Teacher], display: NullDisplay
+) -> RolloutClient:
     publisher = WeightPublisher(
         student,
         weight_format(config, student.hf_config),
@@ -262,8 +265,21 @@ def _rollout_client(config: RunConfig, fleet: Fleet, student: Student, display: 
         bucket_bytes=config.rollout.bucket_mib * 2**20,
         on_event=display.note,
         fan_out=fleet.fan_out,
+        device=device(),
     )
-    return fleet.client(config, publisher.stream, display.note)
+    in_turns: list[Student | Teacher] = [student, *teachers] if sleeps(config, on_gpu=has_gpu()) else []
+
+    def make_room() -> None:
+        for model in in_turns:
+            model.move_out()
+        publisher.close()
+        free_caches()
+
+    def take_back() -> None:
+        for model in in_turns:
+            model.move_back()
+
+    return fleet.client(config, publisher.stream, display.note, make_room=make_room, take_back=take_back)
 
 
 def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:

@@ -18,6 +18,7 @@ from opd_megatron.rollout.commands import Commands
 from opd_megatron.rollout.turns import sleeps
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
+from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.fan_out import FanOut
 from opd_megatron.weight_sync.format import WeightPayload
 from opd_megatron.weights.hf_reader import config_overrides
@@ -46,7 +47,9 @@ class Fleet:
         world = dist.get_world_size()
         places = cut_places(config, world, ranks_per_node(world), on_gpu=has_gpu())
         takes = weight_format(config, models.student_config)
-        fan_out = None if places.leaders == [0] else FanOut(places.leaders, places.nodes, takes.dtype, device())
+        fan_out = None
+        if places.leaders != [0]:
+            fan_out = FanOut(places.leaders, places.nodes, bucket_store(takes, device()), device())
         group = dist.new_group(backend="gloo") if world > 1 else None
         commands = None
         if places.hosts_engines_apart:
@@ -70,9 +73,15 @@ class Fleet:
                     engine.spawn()
 
     def client(
-        self, config: RunConfig, weights: Callable[[], Iterator[WeightPayload]], on_event: Callable[[str], None]
+        self,
+        config: RunConfig,
+        weights: Callable[[], Iterator[WeightPayload]],
+        on_event: Callable[[str], None],
+        *,
+        make_room: Callable[[], None] = free_caches,
+        take_back: Callable[[], None] = lambda: None,
     ) -> RolloutClient:
-        """Makes the fleet look like one engine. `weights`: see `RolloutClient`."""
+        """Makes the fleet look like one engine. Arguments: see `RolloutClient`."""
         return RolloutClient(
             self.engines,
             len(self.places.engines),
@@ -82,7 +91,8 @@ class Fleet:
             on_event=on_event,
             commands=self.commands,
             sleeps=sleeps(config, on_gpu=has_gpu()),
-            make_room=free_caches,
+            make_room=make_room,
+            take_back=take_back,
         )
 
     def serve(self, config: RunConfig) -> None:

@@ -28,6 +28,30 @@ class HeldFolder:
         self.remove = weakref.finalize(self, _remove, self.path, _hold(self.path))
 
 
+class RoomyFolders:
+    """Held folders for files that are best in memory: in /dev/shm while that has room, else on disk."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._folders: dict[str, HeldFolder] = {}
+
+    def with_room(self, size: int) -> Path:
+        """One with `size` bytes free, where there is any."""
+        root = tempfile.gettempdir()
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage("/dev/shm").free > size:
+                root = "/dev/shm"
+        if root not in self._folders:
+            self._folders[root] = HeldFolder(self._prefix, root)
+        return self._folders[root].path
+
+    def remove(self) -> None:
+        """Removes all of them. Safe to call twice; `with_room` starts afresh."""
+        for folder in self._folders.values():
+            folder.remove()
+        self._folders.clear()
+
+
 def remove_those_left(prefix: str, root: str) -> None:
     """Removes the folders whose process is gone."""
     for folder in Path(root).glob(f"{prefix}*"):

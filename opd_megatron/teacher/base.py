@@ -31,6 +31,12 @@ class Teacher(Protocol):
     def collect(self) -> TeacherInputs:
         """Waits for what was submitted last and returns it, one output a micro batch. Collective like `submit`."""
 
+    def move_out(self) -> None:
+        """Frees what GPU memory its entry says, until `move_back`: the engines sample. Every rank calls it."""
+
+    def move_back(self) -> None:
+        """Makes it ready to score again."""
+
     def close(self) -> None:
         """Frees what the teacher holds besides this process's memory. Safe to call twice."""
 

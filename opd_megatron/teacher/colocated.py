@@ -14,6 +14,7 @@ from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
 from opd_megatron.mcore.spec import use_transformer_engine
 from opd_megatron.models import ResolvedModels, check_divisible
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
+from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.teacher.base import TeacherCost
 from opd_megatron.types import Batch, TeacherInputs
 from opd_megatron.weights.load import load_weights
@@ -23,8 +24,9 @@ class ColocatedTeacher:
     """Frozen Megatron model. Its vocabulary is padded like the student's, so its head already lies where the
     student's does and needs no copy."""
 
-    def __init__(self, model: HiddenStatesModel, grid: ParallelGrid, weight: float) -> None:
+    def __init__(self, model: HiddenStatesModel, grid: ParallelGrid, weight: float, *, offload: bool = False) -> None:
         self._model, self._grid, self._weight = model, grid, weight
+        self._offload, self._host = offload, HostMemory()
         self._hidden: list[torch.Tensor] = []
 
     def submit(self, micro_batches: list[Batch]) -> None:
@@ -38,6 +40,15 @@ class ColocatedTeacher:
             return TeacherInputs((), self._weight)
         head = self._model.head_weight.detach()
         return TeacherInputs([(states, head) for states in hidden], self._weight)
+
+    def move_out(self) -> None:
+        """Moves its weights to the host's memory if `offload` says so."""
+        if self._offload:
+            self._host.move_out(self._model.parameters())
+
+    def move_back(self) -> None:
+        """Takes its weights back."""
+        self._host.move_back()
 
     def close(self) -> None:
         """Does nothing: memory is all that it holds."""
@@ -67,7 +78,7 @@ class StudentRanks:
         load_weights(model, folder, hf_config, grid.layout(hf_config.num_hidden_layers, padded_vocab))
         model.requires_grad_(False)
         model.eval()
-        return ColocatedTeacher(model, grid, weight)
+        return ColocatedTeacher(model, grid, weight, offload=teacher.offload)
 
     def cost(
         self, teacher: StudentRanksTeacherConfig, hf_config: PretrainedConfig, sizes: RunSizes, stage: int

@@ -1,8 +1,8 @@
-"""From the rank where the weights come out to every engine of a fleet: each node once, then by file to its engines.
+"""From the rank where the weights come out to every engine of a fleet: each node once, there shared by its engines.
 
-    rank 0            bucket -> file in the memory of its node
-    other nodes       the file's bytes, broadcast to the first rank there that needs them, which writes them down again
-    every engine      the file of its node, under a name of its own
+    rank 0            bucket -> memory of its node: a file, or a buffer that others map (`bucket_store`)
+    other nodes       its bytes, broadcast to the first rank there that needs them, which puts them down again
+    every engine      what lies on its node, under a name of its own
 
 The ranks with engines learn of each bucket from rank 0. Meanwhile they are in the collectives that gather it, which is
 why those run in a thread there.
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import OPDError, RolloutError, one_line
-from opd_megatron.weight_sync.bucket_files import BucketFiles
+from opd_megatron.weight_sync.bucket_store import BucketStore
 from opd_megatron.weight_sync.format import ShardFiles, SharedFiles, WeightPayload, tensors_of
 
 _SOURCE = 0
@@ -41,18 +41,18 @@ class FanOut:
     """One rank's end of it. Every method is a collective."""
 
     def __init__(
-        self, leaders: Sequence[int], nodes: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+        self, leaders: Sequence[int], nodes: Sequence[int], store: BucketStore, device: torch.device | None = None
     ) -> None:
         """
         Args:
             leaders: the rank of each engine.
             nodes: the node of each rank.
-            dtype: the engines'.
+            store: where buckets lie on this rank's node.
             device: where bytes for other nodes travel from and to: this rank's GPU where the backend wants that.
         """
         self._members = sorted({_SOURCE, *leaders})
         self._nodes, self._rank = nodes, dist.get_rank() if dist.is_initialized() else _SOURCE
-        self._files = BucketFiles(dtype)
+        self._store = store
         self._device = device or torch.device("cpu")
         heads = {nodes[rank]: rank for rank in reversed(self._members)}
         self._is_head = self._rank in heads.values()
@@ -64,19 +64,23 @@ class FanOut:
 
     def stream(self, payloads: Iterator[WeightPayload]) -> Iterator[WeightPayload]:
         """Yields every payload on the ranks that have engines; exhaust it on all of them."""
-        self._files.close()  # what engines that died did not read
+        self.close()  # what engines that died did not read
         if self._rank == _SOURCE:
             return self._send(payloads)
         if self._rank in self._members:
             return self._receive(payloads)
         return payloads
 
+    def close(self) -> None:
+        """Frees what lies on this rank's node, which all engines must have read. Not a collective."""
+        self._store.close()
+
     def _send(self, payloads: Iterator[WeightPayload]) -> Iterator[SharedFiles]:
         shared: tuple[Path, ...] = ()
         try:
             for payload in payloads:
                 paths = self._written(payload)
-                sizes = tuple(path.stat().st_size for path in paths)
+                sizes = tuple(self._store.size(path) for path in paths)
                 self._announce(_Announcement(tuple(map(str, paths)), sizes))
                 _remove(shared)  # all engines have asked for this one, so they have what was before
                 shared = paths
@@ -94,14 +98,14 @@ class FanOut:
     def _written(self, payload: WeightPayload) -> tuple[Path, ...]:
         if isinstance(payload, ShardFiles | SharedFiles):
             return payload.paths
-        return (self._files.write(tensors_of(payload)),)
+        return (self._store.write(tensors_of(payload)),)
 
     def _announce(self, announcement: _Announcement) -> None:
         """Tells the other ranks with engines, once they have handed on the bucket before; sends other nodes theirs."""
         self._exchanged(announcement)
         if self._many_nodes and announcement.paths:
-            for path, size in zip(announcement.paths, announcement.sizes, strict=True):
-                self._broadcast(torch.from_file(str(path), size=size, dtype=torch.uint8))
+            for path in announcement.paths:
+                self._broadcast(self._store.read(Path(path)))
             self._exchanged(announcement)
 
     def _receive(self, payloads: Iterator[WeightPayload]) -> Iterator[SharedFiles]:
@@ -129,8 +133,8 @@ class FanOut:
         """The files of this node, and those of them that are this rank's to remove."""
         written: tuple[Path, ...] = ()
         if self._is_head:
-            written = tuple(self._write(self._broadcast(torch.empty(size, dtype=torch.uint8)))
-                            for size in announced.sizes)  # fmt: skip
+            arrived = (self._broadcast(torch.empty(size, dtype=torch.uint8)) for size in announced.sizes)
+            written = tuple(self._store.store(values) for values in arrived)
         mine = _Announcement(tuple(map(str, written)))
         told = self._exchanged(mine)
         node = self._nodes[self._rank]
@@ -141,16 +145,11 @@ class FanOut:
         assert announced_here is not None
         return tuple(map(Path, announced_here.paths)), written
 
-    def _write(self, values: torch.Tensor) -> Path:
-        path = self._files.new_path(values.nbytes)
-        values.numpy().tofile(path)
-        return path
-
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """From rank 0 to the first rank of every node."""
         there = values.to(self._device)
         dist.broadcast(there, src=_SOURCE, group=self._heads)
-        return there.cpu()
+        return there
 
     def _exchanged(self, mine: _Announcement | None) -> dict[int, _Announcement | None]:
         """What every member says, by rank; all of them are there when it returns."""

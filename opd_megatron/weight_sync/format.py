@@ -19,7 +19,7 @@ class ShardFiles:
     """One bucket, sharded as a tensor-parallel engine shards it."""
 
     paths: tuple[Path, ...]
-    """safetensors files the engine's process can read; file i holds what worker i needs, and is removed when read."""
+    """Of a `bucket_store.BucketStore` on the engine's node; what is at i is for worker i, and is removed when read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class SharedFiles:
     """One bucket for all engines of a node, in memory once."""
 
     paths: tuple[Path, ...]
-    """One safetensors file of full Hugging Face tensors, or one for each worker as in `ShardFiles`. They are there
-    until the next payload is asked for."""
+    """One for full Hugging Face tensors, or one for each worker as in `ShardFiles`. They are there until the next
+    payload is asked for."""
 
     def own(self) -> ShardFiles:
         """The same bytes under names of one engine's own, which go when they are read."""
-        names = [path.with_name(f"{path.stem}.{uuid4().hex}.safetensors") for path in self.paths]
+        names = [path.with_name(f"{path.stem}.{uuid4().hex}{path.suffix}") for path in self.paths]
         for path, name in zip(self.paths, names, strict=True):
             os.link(path, name)
         return ShardFiles(tuple(names))
@@ -58,6 +58,8 @@ class WeightFormat:
     dtype: torch.dtype
     tp_size: int = 1
     """Workers that each hold a tensor-parallel shard."""
+    maps_memory: bool = False
+    """Whether its processes map the memory that a bucket is in, rather than read a file of it."""
     vocab_rows: int | None = None
     """Rows of embedding and head on each worker but the last, for an engine that takes `ShardFiles`; None for one that
     takes full tensors only."""

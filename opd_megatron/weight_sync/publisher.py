@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.types import Bucket
+from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.fan_out import FanOut
 from opd_megatron.weight_sync.format import WeightFormat, WeightPayload
 from opd_megatron.weight_sync.gathered import gather_student
@@ -30,6 +31,7 @@ class WeightPublisher:
         bucket_bytes: int,
         on_event: Callable[[str], None],
         fan_out: FanOut | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -38,9 +40,11 @@ class WeightPublisher:
             bucket_bytes: what a rank may hold beyond its own shards.
             on_event: gets a line when the ranks share no files with the engine, so that tensors must be gathered.
             fan_out: brings the payloads to the engines of all ranks; None where the only engine is on rank 0.
+            device: of the student.
         """
         self._student, self._format, self._world = student, weight_format, world
         self._bucket_bytes = bucket_bytes
+        self._device = device or torch.device("cpu")
         self._transport: ShardFileTransport | None = None
         self._payloads = self._choose_transport(on_event)
         self._fan_out = fan_out
@@ -49,6 +53,12 @@ class WeightPublisher:
         """Yields the current weights on the ranks that have engines (what others get is ignored); every rank must
         exhaust it."""
         return self._fan_out.stream(self._payloads()) if self._fan_out else self._payloads()
+
+    def close(self) -> None:
+        """Frees what was put down for the engines, which all of them must have read. Not a collective."""
+        for part in (self._transport, self._fan_out):
+            if part is not None:
+                part.close()
 
     def _choose_transport(self, on_event: Callable[[str], None]) -> Callable[[], Iterator[WeightPayload]]:
         takes_shards = self._format.vocab_rows is not None
@@ -66,7 +76,7 @@ class WeightPublisher:
         senders = dist.new_group(list(range(tp_size)), backend="gloo")
         reached = [True]
         if dist.get_rank() < tp_size:
-            self._transport = ShardFileTransport(senders, self._format.dtype)
+            self._transport = ShardFileTransport(senders, bucket_store(self._format, self._device, writers=tp_size))
             reached = [self._transport.reaches_all()]
         dist.broadcast_object_list(reached, group_src=0, group=self._world, device=torch.device("cpu"))
         return reached[0]

@@ -1,7 +1,5 @@
-"""Shard to shard on one host: each tensor-parallel rank of the trainer writes the file that one engine worker reads.
-
-The transport is the only part that knows of files. Another one (across hosts, over NCCL) yields another kind of
-`WeightPayload` to the engine and takes the same buckets (`sharded`).
+"""Shard to shard on one host: each tensor-parallel rank of the trainer puts down what one engine worker takes up, in
+a file or in memory that the worker maps (`bucket_store`).
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import RolloutError
 from opd_megatron.types import Bucket
-from opd_megatron.weight_sync.bucket_files import BucketFiles
+from opd_megatron.weight_sync.bucket_store import BucketStore
 from opd_megatron.weight_sync.format import ShardFiles
 
 Value = TypeVar("Value")
@@ -26,23 +24,27 @@ Value = TypeVar("Value")
 class ShardFileTransport:
     """One rank's end of it. Every method is a collective over `group`."""
 
-    def __init__(self, group: ProcessGroup, dtype: torch.dtype) -> None:
+    def __init__(self, group: ProcessGroup, store: BucketStore) -> None:
         """
         Args:
             group: gloo group of one stage's tensor-parallel ranks, in the order of the engine's workers; its rank 0
                 talks to the engine.
-            dtype: the engine's.
+            store: this rank's.
         """
         self._group = group
-        self._files = BucketFiles(dtype, writers=group.size())
+        self._store = store
 
     def reaches_all(self) -> bool:
         """Whether every rank's files can be read where the engine runs (the host of rank 0); the same on all ranks."""
-        path = self._files.write([("probe", torch.zeros(1))])
+        path = self._store.write([("probe", torch.zeros(1))])
         paths = _gathered(str(path), self._group)
         seen = _gathered([Path(p).is_file() for p in paths], self._group)[0]
-        self._files.close()
+        self.close()
         return all(seen)
+
+    def close(self) -> None:
+        """Frees what this rank has put down, which the engines must have read. Not a collective."""
+        self._store.close()
 
     def stream(self, buckets: Iterator[Bucket]) -> Iterator[ShardFiles]:
         """Writes every bucket; only rank 0 yields file paths. Iterate to the end on every rank.
@@ -51,7 +53,7 @@ class ShardFileTransport:
         when the engine has loaded all but the last. Raises RolloutError on rank 0, after the last bucket, when a rank
         could not write.
         """
-        self._files.close()  # what an engine that died did not read
+        self.close()  # what an engine that died did not read
         failure: str | None = None
         written: deque[str] = deque()
         for bucket in buckets:
@@ -71,7 +73,7 @@ class ShardFileTransport:
     def _write(self, bucket: Bucket) -> tuple[str, str]:
         """(path, error), one of them empty."""
         try:
-            return str(self._files.write(bucket)), ""
+            return str(self._store.write(bucket)), ""
         except Exception as error:
             return "", f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -122,20 +122,30 @@ class SafetensorsWriter:
             os.close(descriptor)
 
     def _lay_out(self, filename: str, members: Sequence[str]) -> tuple[bytes, int]:
-        """(header, size of the file): 8 bytes of length, the header as JSON padded to 8 bytes, the tensors."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets, end = {}, 0
-        for name in members:
-            offsets[name], end = end, end + math.prod(self._shapes[name]) * self._dtype.itemsize
-            header[name] = {
-                "dtype": _DTYPE_NAMES[self._dtype], "shape": list(self._shapes[name]),
-                "data_offsets": [offsets[name], end],
-            }  # fmt: skip
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        self._places |= {name: (filename, start + offset) for name, offset in offsets.items()}
-        return len(text).to_bytes(8, "little") + text, start + end
+        """(header, size of the file)."""
+        header, starts, size = safetensors_layout({name: self._shapes[name] for name in members}, self._dtype)
+        self._places |= {name: (filename, start) for name, start in starts.items()}
+        return header, size
+
+
+def safetensors_layout(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> tuple[bytes, dict[str, int], int]:  # fmt: skip
+    """Lays out a safetensors file: its first bytes (8 of length, the header as JSON padded to 8), the byte at which
+    each tensor begins, and its size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name, shape in shapes.items():
+        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return (
+        len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}, start + end,
+    )  # fmt: skip
 
 
 def _write_at(descriptor: int, values: torch.Tensor, position: int) -> None:

@@ -86,6 +86,24 @@ def test_the_weights_learnt_do_not_depend_on_the_number_of_engines(
         assert _same(found, weights)
 
 
+def _train_in_turns(rank: int, world_size: int, config: RunConfig) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("build", "engines"):  # as on a GPU
+            patch.setattr(f"opd_megatron.run.{module}.sleeps", lambda config, on_gpu: config.takes_turns)
+        run_training(config, check(config))
+
+
+def test_a_run_in_turns_with_its_engines_learns_the_same(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = {"evaluation.every": 2, "checkpoint.every": 2, "rollout.engines": 2}
+    weights, losses, _ = _run(inputs, tmp_path / "beside", 2, **settings)
+    turns = {"student.offload": ["optimizer", "gradients"], "teachers.0.offload": True}
+    config = small_config(inputs, tmp_path / "turns", **(SETTINGS | settings | turns))
+    run_ranks(2, _train_in_turns, config)
+    rows = [json.loads(line) for line in (tmp_path / "turns" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows if row["step"]] == losses
+    assert _same(load_file(tmp_path / "turns" / "hf" / "model.safetensors"), weights)
+
+
 def test_engines_on_another_node_are_sent_the_same_weights(inputs: dict[str, str], tmp_path: Path) -> None:
     weights, losses, _ = _run(inputs, tmp_path / "one", 2)
     found, others, _ = _run(inputs, tmp_path / "two", 2, nodes=(0, 1), **{"rollout.engines": 2})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opd_megatron.config import load_config
-from opd_megatron.errors import EngineDiedError, EngineMemoryError, RolloutError
+from opd_megatron.errors import ConfigError, EngineDiedError, EngineMemoryError, RolloutError
 from opd_megatron.rollout import client as client_module
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.rollout.turns import sleeps
@@ -83,7 +83,7 @@ def _fleet(count: int, **settings: Any) -> tuple[RolloutClient, list[RecordingEn
     engines = [RecordingEngine(index, calls) for index in range(count)]
     fleet = RolloutClient(
         dict(enumerate(engines)), count, _weights, None, max_restarts=1, on_event=calls.append,
-        make_room=lambda: calls.append("room"), **({"sleeps": True} | settings),
+        make_room=lambda: calls.append("room"), take_back=lambda: calls.append("back"), **({"sleeps": True} | settings),
     )  # fmt: skip
     return fleet, engines, calls
 
@@ -94,8 +94,24 @@ def test_memory_is_taken_in_the_order_in_which_it_is_needed() -> None:
     fleet.sample(REQUESTS, SAMPLING)
     fleet.sync_weights(1)
     fleet.sample(REQUESTS, SAMPLING)
-    begin = ["room", "start 0", "push 0", "sample 0", "sleep 0"]
-    assert calls == [*begin, "room", "wake weights 0", "push 0", "room", "wake cache 0", "sample 0", "sleep 0"]
+    first = ["room", "start 0", "push 0", "sample 0", "sleep 0", "back"]
+    assert calls == [
+        *first, "room", "wake weights 0", "push 0", "room", "wake cache 0", "sample 0", "sleep 0", "back",
+    ]  # fmt: skip
+
+
+def test_between_a_sync_and_the_next_samples_memory_is_the_trainers() -> None:
+    fleet, engines, calls = _fleet(2)
+    fleet.start(0)
+    fleet.sample(REQUESTS, SAMPLING)
+    fleet.sync_weights(1)
+    assert calls[-1] == "back"
+    assert not any(engine.memory for engine in engines), "an evaluation or a checkpoint has the GPU to itself"
+    fleet.wake()
+    assert all(engine.policy_version == 1 for engine in engines)
+    awake = list(calls)
+    fleet.wake()
+    assert calls == awake, "once is enough"
 
 
 def test_engines_that_do_not_share_a_gpu_with_the_student_stay_awake() -> None:
@@ -122,7 +138,8 @@ def test_an_engine_that_dies_asleep_or_on_the_way_is_started_awake(moment: str, 
         fleet.sync_weights(version + 1)
     assert calls.count(f"start {count - 1}") == 2
     assert calls.count("start 0") == (2 if count == 1 else 1)
-    assert all(engine.memory == {"weights", "cache"} for engine in engines), "awake after the sync"
+    fleet.wake()
+    assert all(engine.memory == {"weights", "cache"} for engine in engines)
 
 
 def test_a_start_that_finds_too_little_memory_is_tried_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +169,17 @@ def test_engines_sleep_where_they_share_gpus_with_a_student_that_waits_for_them(
 ) -> None:
     config = load_config(None, [f"rollout.{key}={value}" for key, value in overrides.items()])
     assert sleeps(config, on_gpu=on_gpu) is expected
+
+
+@pytest.mark.parametrize("offload", [["student.offload=[optimizer]"], ["teachers.0.path=t", "teachers.0.offload=true"]])
+@pytest.mark.parametrize(
+    "forbids", [["rollout.sleep=false"], ["rollout.steps_ahead=1"], ["rollout.placement=own", "rollout.hosts=1"]],
+    ids=lambda values: values[0],
+)  # fmt: skip
+def test_what_leaves_for_an_engine_needs_one_that_takes_turns(offload: list[str], forbids: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"offload=.* needs engines that take turns"):
+        load_config(None, [*offload, *forbids])
+    load_config(None, offload)
 
 
 def test_vllm_is_made_for_sleep_where_it_will_be_asked_to(tmp_path: Any) -> None:

@@ -6,6 +6,7 @@ update would show in them, and only in them.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -67,8 +68,9 @@ def test_there_is_nothing_to_sample_from_before_the_first_sync(engine):
         engine.generate(REQUESTS, SAMPLING)
 
 
-def test_after_each_sync_long_prompts_are_continued_by_the_new_weights(engine):
-    for version in (0, 1):
+def test_after_each_sync_long_prompts_are_continued_by_the_new_weights(engine, monkeypatch):
+    for version, maps_memory in ((0, False), (1, True)):
+        monkeypatch.setattr(engine, "options", dataclasses.replace(engine.options, maps_memory=maps_memory))
         model = tiny_model(seed=version)
         engine.update_weights(buckets_of(model), version)
         rollouts = engine.generate(REQUESTS, SAMPLING)

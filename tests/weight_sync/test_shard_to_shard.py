@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions, vocab_rows
 from opd_megatron.types import Rollout, Sampling
+from opd_megatron.weight_sync.bucket_store import bucket_store
+from opd_megatron.weight_sync.format import WeightFormat
 from opd_megatron.weight_sync.gathered import export_weights
 from opd_megatron.weight_sync.shard_files import ShardFileTransport
 from opd_megatron.weight_sync.sharded import export_shards
@@ -55,7 +57,8 @@ def _engine(folder: Path) -> VLLMEngine:
 def _sample_both_ways(
     rank: int, world_size: int, folders: list[Path], padded_vocab: int, kill: bool
 ) -> tuple[list[list[Rollout]], list[str]]:
-    """Samples from folders[0] gathered and sharded, then from folders[1] sharded and gathered, in this order."""
+    """Samples from folders[0] gathered and sharded through files, then from folders[1] sharded through memory and
+    gathered, in this order."""
     from opd_megatron.mcore.cpu.platform import init_platform
     from opd_megatron.mcore.grid import ParallelGrid
     from opd_megatron.mcore.model import build_gpt_model
@@ -66,12 +69,17 @@ def _sample_both_ways(
     layout = grid.layout(config.num_hidden_layers, padded_vocab)
     model = build_gpt_model(config, grid, padded_vocab=padded_vocab, dtype="fp32")
     load_weights(model, folders[0], config, layout)
-    transport = ShardFileTransport(dist.group.WORLD, torch.float32)
-    assert transport.reaches_all()
 
-    def shards() -> Any:
-        rows = vocab_rows(VOCAB, 2)
-        return transport.stream(export_shards(model, config, layout, vocab_rows=rows, bucket_bytes=BUCKET_BYTES))
+    def through(maps_memory: bool) -> Any:
+        store = bucket_store(WeightFormat(torch.float32, maps_memory=maps_memory), torch.device("cpu"))
+        transport = ShardFileTransport(dist.group.WORLD, store)
+        assert transport.reaches_all()
+
+        def shards() -> Any:
+            rows = vocab_rows(VOCAB, 2)
+            return transport.stream(export_shards(model, config, layout, vocab_rows=rows, bucket_bytes=BUCKET_BYTES))
+
+        return shards
 
     engine = _engine(folders[0]) if rank == 0 else None
     events: list[str] = []
@@ -80,17 +88,18 @@ def _sample_both_ways(
         engines = {} if engine is None else {0: engine}
         return RolloutClient(engines, 1, export, dist.group.WORLD, max_restarts=1, on_event=events.append)
 
-    gathering, sharding = client(lambda: export_weights(model, config, layout)), client(shards)
+    gathering = client(lambda: export_weights(model, config, layout))
+    by_files, by_memory = client(through(maps_memory=False)), client(through(maps_memory=True))
     try:
         gathering.start(0)
         rollouts = [gathering.sample(REQUESTS, SAMPLING)]
-        sharding.sync_weights(1)
-        rollouts.append(sharding.sample(REQUESTS, SAMPLING))
+        by_files.sync_weights(1)
+        rollouts.append(by_files.sample(REQUESTS, SAMPLING))
         load_weights(model, folders[1], config, layout)
         if kill and engine is not None:
             os.kill(engine.pid, signal.SIGKILL)
-        sharding.sync_weights(2)
-        rollouts.append(sharding.sample(REQUESTS, SAMPLING))
+        by_memory.sync_weights(2)
+        rollouts.append(by_memory.sample(REQUESTS, SAMPLING))
         gathering.sync_weights(3)  # nothing of the other way is left in the workers
         rollouts.append(gathering.sample(REQUESTS, SAMPLING))
     finally:

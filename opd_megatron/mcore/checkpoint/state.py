@@ -22,10 +22,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from opd_megatron.mcore.checkpoint.rng import rng_state, set_rng_state
+from opd_megatron.mcore.optimizer import MOMENTS, make_optimizer_state, set_update_count
 from opd_megatron.mcore.student import Student
 
 _CheckpointTensor: TypeAlias = ShardedTensor | ShardedTensorFactory
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,12 @@ def load_state(path: Path, student: Student) -> bool:
     loaded = _load({"model": model}, path)["model"]
     student.model.load_state_dict(loaded, strict=False)  # strictness is the loader's: it names the tensor
     del loaded
-    for part in student.optimizer.chained_optimizers:
-        _make_optimizer_state(part)
-    for name in ("param", *_MOMENTS):
+    make_optimizer_state(student.optimizer)
+    for name in ("param", *MOMENTS):
         if name in _state_names(next(iter(entries))):
             _load_optimizer_state(path, student, entries, name)
     updates = int(common["updates"])
-    for part in student.optimizer.chained_optimizers:
-        _set_step_counts(part, updates)
+    set_update_count(student.optimizer, updates)
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=updates)
     return set_rng_state(common["rng"], student.grid)
@@ -150,7 +148,7 @@ def _state_key(name: str, entry: _CheckpointTensor) -> str:
 
 def _state_names(parameter: torch.Tensor) -> tuple[str, ...]:
     """Names the optimizer states to save. fp32 models have no separate master weights to save."""
-    return _MOMENTS if parameter.dtype == torch.float32 else ("param", *_MOMENTS)
+    return MOMENTS if parameter.dtype == torch.float32 else ("param", *MOMENTS)
 
 
 def _shared_parameters(part: DistributedOptimizer) -> Iterator[_OptimizerShard]:
@@ -196,30 +194,3 @@ def _gather(mine: torch.Tensor | None, shared: _OptimizerShard, group: dist.Proc
             dist.recv(piece, group_src=rank, group=group)
             whole[other.start : other.stop] = piece
     return whole
-
-
-def _make_optimizer_state(part: DistributedOptimizer) -> None:
-    """Creates every parameter's moments and step count, which loading fills: one update at learning rate 0."""
-    groups = part.optimizer.param_groups
-    kept = [(group["lr"], group["weight_decay"]) for group in groups]
-    for group in groups:
-        group["lr"], group["weight_decay"] = 0.0, 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    part.optimizer.step()
-    part.optimizer.zero_grad(set_to_none=True)
-    for group, (lr, weight_decay) in zip(groups, kept, strict=True):
-        group["lr"], group["weight_decay"] = lr, weight_decay
-    for state in part.optimizer.state.values():
-        for name in _MOMENTS:
-            state[name].zero_()
-
-
-def _set_step_counts(part: DistributedOptimizer, updates: int) -> None:
-    """Sets Adam's count of updates, which torch keeps for each parameter and Transformer Engine for each group."""
-    for state in part.optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = torch.full_like(state["step"], updates)
-    for group in part.optimizer.param_groups:
-        if "step" in group:
-            group["step"] = updates
