@@ -26,7 +26,9 @@ from harness import REPOSITORY, Check, Report, Row, main
 from opd_megatron.rollout import MachineShare, RolloutClient
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 from opd_megatron.types import Bucket, Prompt, Rollout, SampleRequest, Sampling
+from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.fan_out import FanOut
+from opd_megatron.weight_sync.format import WeightFormat
 
 ENGINES_LIMIT = AHEAD_LIMIT = 1.1
 PUSH_LIMIT = 1.3
@@ -139,7 +141,7 @@ def measure_push(student: Path, repeats: int) -> tuple[list[Row], list[Check]]:
             )
             for i in range(2)
         ]  # fmt: skip
-        shared = FanOut([0, 0], [0], torch.float32)
+        shared = FanOut([0, 0], [0], bucket_store(WeightFormat(torch.float32), torch.device("cpu")))
         one = client(engines[:1], buckets)
         two = client(engines, lambda: shared.stream(buckets()))
         try:

@@ -51,6 +51,6 @@ def test_a_config_for_gpus_of_80_gb_passes_the_plan(name: str, monkeypatch: pyte
     # Memory and divisibility do not depend on the objective, so a config of a later release is checked as well.
     config = load_config(FOLDER / f"{name}.yaml", ["objective.lambda_rl=0"])
     plan = make_plan(config, gpu_named("H100"))
-    assert plan.sizes.ranks == RANKS.get(name, 8)
+    assert plan.sizes.job_ranks == RANKS.get(name, 8)
     assert plan.fits, f"{plan.peak.peak / 2**30:.1f} GiB on stage {plan.peak.stage}"
     assert all(found.elements > 7e9 for found in plan.coverage.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PretrainedConfig
 
 from opd_megatron.config import RunConfig, decided
+from opd_megatron.models.lengths import AnswerLengths
 from opd_megatron.models.rules import ResolvedModels
 from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, family_of
@@ -62,7 +64,7 @@ class LayerSizes:
         return LayerSizes(dims.hidden, dims.q, dims.kv, dims.q // dims.head_dim, dims.head_dim, ffn, experts_per_token)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunSizes:
     """One run in one layout."""
 
@@ -70,6 +72,10 @@ class RunSizes:
     models: ResolvedModels
     shards: dict[tuple[int, ShardLayout], list[StageShard]] = field(default_factory=dict, compare=False)
     """What `stage` has worked out, by model and first rank: other layouts of the same models may share it."""
+    mean_answer: float | None = None
+    """Tokens of a mean answer; by default half of the longest."""
+    packed: bool = False
+    """Whether no sequence is padded to the longest of its micro batch."""
 
     @property
     def tp_size(self) -> int:
@@ -127,6 +133,20 @@ class RunSizes:
         """Tokens of a micro batch that the objective is about."""
         return self.micro_size * self.config.rollout.max_new_tokens
 
+    @cached_property
+    def answers(self) -> AnswerLengths:
+        """How long answers are expected to be. Memory is for the longest that may be, time for these."""
+        longest = self.config.rollout.max_new_tokens
+        return AnswerLengths(min(self.mean_answer or longest / 2, longest), longest)
+
+    @cached_property
+    def expected_length(self) -> float:
+        """Tokens that a sequence is expected to take: a longest prompt, and its answer padded to the longest of its
+        micro batch, under pipeline parallelism to the longest of the step."""
+        beside = self.config.sequences_per_step if self.pp_size > 1 else self.micro_size
+        answer = self.answers.mean if self.packed else self.answers.longest_of(beside)
+        return self.config.data.max_prompt_tokens + answer
+
     @property
     def vocab_per_rank(self) -> int:
         """Vocabulary columns on each tensor-parallel rank."""
@@ -139,12 +159,13 @@ class RunSizes:
 
     def body_flops(self, hf_config: PretrainedConfig) -> float:
         """Counts the operations of one forward pass of a step's tokens through all layers of a model."""
-        layer, tokens = LayerSizes.of(hf_config), self.config.sequences_per_step * self.length
-        return hf_config.num_hidden_layers * tokens * (2 * layer.matmul_params + 2 * self.length * layer.query)
+        layer, length = LayerSizes.of(hf_config), self.expected_length
+        tokens = self.config.sequences_per_step * length
+        return hf_config.num_hidden_layers * tokens * (2 * layer.matmul_params + 2 * length * layer.query)
 
     def head_flops(self, hf_config: PretrainedConfig) -> float:
         """Counts the operations of the LM head on a step's response tokens."""
-        response_tokens = self.config.sequences_per_step * self.config.rollout.max_new_tokens
+        response_tokens = self.config.sequences_per_step * self.answers.mean
         return 2.0 * response_tokens * hf_config.vocab_size * hf_config.hidden_size
 
     def stage(self, hf_config: PretrainedConfig, stage: int) -> StageShard:

@@ -1,9 +1,10 @@
-"""Layouts of the same ranks that fit a GPU, best first."""
+"""Layouts of the same ranks that fit a GPU, fastest first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from opd_megatron.config import RunConfig, build_config
 from opd_megatron.errors import ConfigError
@@ -11,26 +12,37 @@ from opd_megatron.models import check_divisible
 from opd_megatron.models.sizes import RunSizes
 from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import RankMemory, rank_memory
-from opd_megatron.planning.timing import step_seconds
+from opd_megatron.planning.timing import cache_bytes_a_token, engine_room, plan_places, step_seconds, total_seconds
 from opd_megatron.planning.traffic import traffic
 from opd_megatron.weights.families import family_of
 
 _MICRO_SIZES = (8, 4, 2, 1)
 # Kept free: blocks that do not fit together, and what is not counted.
 _MARGIN = 0.05
+_ALWAYS_SHOWN = ("parallel.tensor", "parallel.pipeline", "parallel.data")
+_SHOWN_IF_CHANGED = (
+    "parallel.expert", "parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute",
+    "student.offload", "rollout.tensor", "rollout.hosts",
+)  # fmt: skip
+_SMALLEST_CACHE = 2.0
+"""Longest sequences whose keys and values an engine must have room for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """Overrides that make the run fit, with the largest rank's bytes and the estimated seconds of a step."""
+    """Overrides of a layout that fits, with the largest rank's bytes and the estimated seconds of a step."""
 
     overrides: dict[str, object]
     peak: float
     seconds: float
 
     def __str__(self) -> str:
-        words = " ".join(f"{key}={str(value).lower()}" for key, value in self.overrides.items())
+        words = " ".join(f"{key}={_spelled(value)}" for key, value in self.overrides.items())
         return f"{words}  ({self.peak / 2**30:.1f} GiB, {self.seconds:.1f} s a step)"
+
+
+def _spelled(value: object) -> str:
+    return "[" + ",".join(value) + "]" if isinstance(value, list) else str(value).lower()
 
 
 def stage_memories(sizes: RunSizes, gpu: Gpu | None) -> list[RankMemory]:
@@ -44,66 +56,108 @@ def usable(gpu: Gpu) -> float:
     return gpu.memory_bytes * (1 - _MARGIN)
 
 
+def engine_fits(sizes: RunSizes, gpu: Gpu) -> bool:
+    """Whether an engine's share of its GPUs holds its weights, and keys and values of a few sequences."""
+    return engine_room(sizes, gpu) >= _SMALLEST_CACHE * sizes.length * cache_bytes_a_token(sizes)
+
+
 def suggestions(sizes: RunSizes, gpu: Gpu, limit: int = 3) -> list[Suggestion]:
-    """Finds layouts of as many ranks that fit, fastest first; with recomputation only where needed."""
-    found = []
-    for recompute in dict.fromkeys([sizes.config.student.recompute, True]):
-        for ways in _layouts(sizes, recompute):
+    """Finds layouts of as many ranks that fit, fastest first; what costs time for memory is used only where nothing
+    fits without."""
+    found: list[Suggestion] = []
+    for memory in _ways_to_save(sizes.config):
+        for ways in _layouts(sizes, memory):
             for other in ways:
                 peak = max(memory.peak for memory in stage_memories(other, gpu))
-                if peak <= usable(gpu):
-                    seconds = sum(step_seconds(other, traffic(other), gpu).values())
+                if peak <= usable(gpu) and engine_fits(other, gpu):
+                    seconds = total_seconds(other, step_seconds(other, traffic(other), gpu))
                     found.append(Suggestion(_differences(sizes.config, other.config), peak, seconds))
-                    break
         if found:
             break
-    return sorted(found, key=lambda suggestion: suggestion.seconds)[:limit]
+    found.sort(key=lambda suggestion: suggestion.seconds)
+    return _unlike(found)[:limit]
 
 
-def _layouts(sizes: RunSizes, recompute: bool) -> Iterator[list[RunSizes]]:
-    """Lists every way to divide the ranks, each with several micro batch sizes, largest first.
+def _unlike(found: Iterable[Suggestion]) -> list[Suggestion]:
+    """The first of those that differ in no more than the micro batch."""
+    kept: dict[str, Suggestion] = {}
+    for suggestion in found:
+        layout = {k: v for k, v in suggestion.overrides.items() if k != "parallel.micro_batch_size"}
+        kept.setdefault(str(layout), suggestion)
+    return list(kept.values())
+
+
+def _ways_to_save(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """As it is, then with the optimizer in the host's memory, then with recomputation too."""
+    mine = {"student.recompute": config.student.recompute, "student.offload": config.student.offload}
+    everything = mine | {"student.offload": ["optimizer", "gradients"]} if config.takes_turns else mine
+    ways = [mine, everything, mine | {"student.recompute": True}, everything | {"student.recompute": True}]
+    return (way for i, way in enumerate(ways) if way not in ways[:i])
+
+
+def _layouts(sizes: RunSizes, memory: dict[str, Any]) -> Iterator[list[RunSizes]]:
+    """Lists every way to divide the job's ranks, each with several micro batch sizes.
 
     Tensor parallelism stays inside a machine.
     """
     has_experts = any(family_of(hf_config).experts for hf_config in sizes.models.configs)
-    for tp_size in _divisors(min(sizes.ranks, GPUS_PER_NODE)):
-        for pp_size in _divisors(sizes.ranks // tp_size) if sizes.ranks % tp_size == 0 else ():
-            dp_size = sizes.ranks // tp_size // pp_size
-            for ep_size in _divisors(dp_size) if has_experts else (1,):
-                layout = {
-                    "tensor": tp_size, "pipeline": pp_size, "data": dp_size, "expert": ep_size,
-                    "sequence_parallel": tp_size > 1,
-                }  # fmt: skip
-                ways = [_with(sizes, layout | {"micro_batch_size": micro}, recompute) for micro in _MICRO_SIZES]
-                yield [way for way in ways if way is not None]
+    engines = _divisors(min(sizes.job_ranks, GPUS_PER_NODE)) if sizes.config.rollout.engines is None else ()
+    for engine_tensor in engines or (sizes.config.rollout.tensor,):
+        for hosts in _host_counts(sizes, engine_tensor):
+            ranks = sizes.job_ranks - (hosts or 0)
+            for tp_size, pp_size, dp_size in _grids(ranks):
+                for ep_size in _divisors(dp_size) if has_experts else (1,):
+                    layout = memory | {
+                        "parallel.tensor": tp_size, "parallel.pipeline": pp_size, "parallel.data": dp_size,
+                        "parallel.expert": ep_size, "parallel.sequence_parallel": tp_size > 1,
+                        "rollout.tensor": engine_tensor, "rollout.hosts": hosts,
+                    }  # fmt: skip
+                    ways = [_with(sizes, layout | {"parallel.micro_batch_size": micro}) for micro in _MICRO_SIZES]
+                    yield [way for way in ways if way is not None]
 
 
-def _with(sizes: RunSizes, layout: dict[str, int | bool], recompute: bool) -> RunSizes | None:
+def _grids(ranks: int) -> Iterator[tuple[int, int, int]]:
+    for tp_size in _divisors(min(ranks, GPUS_PER_NODE)):
+        for pp_size in _divisors(ranks // tp_size) if ranks % tp_size == 0 else ():
+            yield tp_size, pp_size, ranks // tp_size // pp_size
+
+
+def _host_counts(sizes: RunSizes, engine_tensor: int) -> Iterable[int | None]:
+    """Of engines on ranks of their own: whole machines, or whole engines of the only one."""
+    if sizes.config.rollout.placement != "own":
+        return (None,)
+    step = GPUS_PER_NODE if sizes.job_ranks > GPUS_PER_NODE else engine_tensor
+    return range(step, sizes.job_ranks, step)
+
+
+def _with(sizes: RunSizes, layout: dict[str, Any]) -> RunSizes | None:
     """Puts the run in another layout; None where a rule forbids it."""
     tree = sizes.config.model_dump()
-    tree["parallel"] |= layout
-    tree["student"]["recompute"] = recompute
+    for key, value in layout.items():
+        section, name = key.split(".")
+        tree[section][name] = value
     try:
         config = build_config(tree)
         for hf_config in sizes.models.configs:
             check_divisible("model", hf_config, config)
+        other = replace(sizes, config=config, models=replace(sizes.models, data_parallel=int(layout["parallel.data"])))
+        plan_places(other)
     except ConfigError:
         return None
-    return RunSizes(config, replace(sizes.models, data_parallel=int(layout["data"])), sizes.shards)
+    heads = sizes.models.student_config.num_attention_heads
+    return None if heads % config.rollout.tensor else other
 
 
 def _differences(before: RunConfig, after: RunConfig) -> dict[str, object]:
     """Lists the overrides: the layout, and what else has changed."""
-    always = ("parallel.tensor", "parallel.pipeline", "parallel.data")
-    others = ("parallel.expert", "parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute")
     old, new = before.model_dump(), after.model_dump()
 
     def value(tree: dict, key: str) -> object:
         section, name = key.split(".")
         return tree[section][name]
 
-    changed = [key for key in others if value(old, key) != value(new, key)]
-    return {key: value(new, key) for key in (*always, *changed)}
+    changed = [key for key in _SHOWN_IF_CHANGED if value(old, key) != value(new, key)]
+    return {key: value(new, key) for key in (*_ALWAYS_SHOWN, *changed)}
 
 
 def _divisors(number: int) -> list[int]:

@@ -26,7 +26,7 @@ _GPU_RUNTIME = 2 * GIB
 _GLIBC_HOLES = 0.8
 
 
-_OF_A_STEP = {"teacher states", "activations", "loss chunks", "workspace"}
+_OF_A_STEP = {"teacher states", "activations", "loss chunks", "head gradient", "workspace", "weight sync"}
 """Parts that are free while the engines sample."""
 
 
@@ -40,6 +40,10 @@ class RankMemory:
     """What a rollout engine takes of the device that it shares with this rank; 0 where it shares none."""
     takes_turns: bool = False
     """Whether the engine sleeps while this rank trains."""
+    away: float = 0.0
+    """What leaves the device while the engine is awake (`student.offload`, `teachers.N.offload`)."""
+    checkpoint: float = 0.0
+    """Bytes of host memory that a checkpoint takes while it is written."""
 
     @property
     def total(self) -> float:
@@ -48,8 +52,8 @@ class RankMemory:
 
     @property
     def resident(self) -> float:
-        """Bytes of the training process that stay between two steps."""
-        return sum(size for name, size in self.parts.items() if name not in _OF_A_STEP)
+        """Bytes of the training process that stay while the engine is awake."""
+        return sum(size for name, size in self.parts.items() if name not in _OF_A_STEP) - self.away
 
     @property
     def peak(self) -> float:
@@ -71,19 +75,50 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
     parts = {
         "weights": student.parameters * sizes.bytes_per_element,
         "gradients": student.parameters * 4,  # fp32 buffer of the distributed optimizer's DDP
-        # fp32 main weights (where the weights are not), both moments.
-        "optimizer": (12 if sizes.bytes_per_element == 2 else 8) * optimizer_share(sizes, student),
+        "optimizer": _optimizer_bytes(sizes, student),
         **_teachers(sizes, stage),
         "activations": kept,
         "loss chunks": chunk,
         "head gradient": head_gradient,
         "workspace": _workspace(sizes, student, gpu),
+        # Two buckets' worth of thirds beside the three that engines map, where they do.
+        "weight sync": 2.0 * sizes.config.rollout.bucket_mib * 2**20 if gpu else 0.0,
         "allocator": 0.0 if gpu else _GLIBC_HOLES * kept,
         "runtime": _GPU_RUNTIME if gpu else 0.0,
     }
     rollout = sizes.config.rollout
     share = rollout.gpu_memory_utilization if gpu and rollout.placement == "student" else 0.0
-    return RankMemory(stage, parts, share * device_bytes, sleeps(sizes.config, on_gpu=gpu))
+    turns = sleeps(sizes.config, on_gpu=gpu)
+    away = offloaded_bytes(sizes, stage, gradients=True) if turns else 0.0
+    return RankMemory(stage, parts, share * device_bytes, turns, away, _checkpoint(sizes, student))
+
+
+def offloaded_bytes(sizes: RunSizes, stage: int, *, gradients: bool = False) -> float:
+    """Bytes of a rank that go to the host while engines are awake. `gradients` are freed rather than copied."""
+    student, offload = sizes.stage(sizes.models.student_config, stage), sizes.config.student.offload
+    costs = zip(sizes.config.teachers, teacher_costs(sizes, stage), strict=True)
+    of_teachers = sum(
+        cost.memory["teachers"] + cost.memory["teacher heads"]
+        for teacher, cost in costs
+        if getattr(teacher, "offload", False)
+    )
+    of_student = _optimizer_bytes(sizes, student) if "optimizer" in offload else 0.0
+    freed = student.parameters * 4 if gradients and "gradients" in offload else 0
+    return of_teachers + of_student + freed
+
+
+def _optimizer_bytes(sizes: RunSizes, student: StageShard) -> float:
+    """fp32 main weights (where the weights are not fp32 themselves), both moments."""
+    return (12 if sizes.bytes_per_element == 2 else 8) * optimizer_share(sizes, student)
+
+
+def _checkpoint(sizes: RunSizes, student: StageShard) -> float:
+    """Bytes of host memory: a copy of this rank's share of the weights and of its optimizer state, or of the largest
+    parameter's where it is written while training waits."""
+    a_parameter = sizes.bytes_per_element + (12 if sizes.bytes_per_element == 2 else 8)
+    if not sizes.config.checkpoint.async_save:
+        return student.largest * 4.0
+    return a_parameter * optimizer_share(sizes, student)
 
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:

@@ -1,4 +1,4 @@
-"""`opd-megatron plan CONFIG [key.path=value ...] [--gpu NAME] [--json PATH] [--model-configs DIR]`."""
+"""`opd-megatron plan CONFIG [key.path=value ...] [--gpu NAME [--suggest]] [--mean-answer N] [--json PATH]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd_megatron.command.cli_args import parse_run, run_parser
+from opd_megatron.errors import ConfigError
 from opd_megatron.planning.gpus import GPUS, gpu_named
 from opd_megatron.planning.run_plan import format_plan, make_plan, to_dict
 
@@ -19,6 +20,13 @@ def plan(argv: Sequence[str]) -> int:
     """Runs the command. Raises OPDError for what a user can correct, and when the run does not fit the named GPU."""
     parser = run_parser("opd-megatron plan", _DESCRIPTION)
     parser.add_argument("--gpu", metavar="NAME", help=f"judge and time it on this GPU: {', '.join(GPUS)}")
+    parser.add_argument(
+        "--suggest", action="store_true", help="look for the fastest layouts of as many ranks that fit; needs --gpu"
+    )
+    parser.add_argument(
+        "--mean-answer", metavar="N", type=float,
+        help="tokens of a mean answer; half of rollout.max_new_tokens by default",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="PATH", help="write the plan as JSON too")
     parser.add_argument(
         "--model-configs", metavar="DIR", action="append", default=[],
@@ -26,7 +34,12 @@ def plan(argv: Sequence[str]) -> int:
     )  # fmt: skip
     arguments, _ = parser.parse_known_intermixed_args(list(argv))  # a wrong word is `parse_run`'s to refuse
     gpu = gpu_named(arguments.gpu) if arguments.gpu else None
-    found = make_plan(parse_run(parser, argv).config, gpu, [Path(folder) for folder in arguments.model_configs])
+    if arguments.suggest and gpu is None:
+        raise ConfigError(f"--suggest needs --gpu NAME to judge layouts by: one of {', '.join(GPUS)}")
+    found = make_plan(
+        parse_run(parser, argv).config, gpu, [Path(folder) for folder in arguments.model_configs],
+        mean_answer=arguments.mean_answer, suggest=arguments.suggest,
+    )  # fmt: skip
     print(format_plan(found))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(to_dict(found), indent=2) + "\n")

@@ -15,10 +15,17 @@ from opd_megatron.models.sizes import BYTES_PER_ELEMENT, RunSizes
 from opd_megatron.places import cut_places, ranks_per_node
 from opd_megatron.planning.coverage import Coverage, build_and_check
 from opd_megatron.planning.gpus import Gpu
-from opd_megatron.planning.layouts import Suggestion, stage_memories, suggestions, usable
+from opd_megatron.planning.layouts import Suggestion, engine_fits, stage_memories, suggestions, usable
 from opd_megatron.planning.memory import GIB, RankMemory, activation_bytes, rank_memory, weights_bytes
 from opd_megatron.planning.published import find_model, known_tensors
-from opd_megatron.planning.timing import ASSUMPTIONS, plan_places, step_seconds
+from opd_megatron.planning.timing import (
+    ASSUMPTIONS,
+    engine_room,
+    plan_places,
+    samples_beside,
+    step_seconds,
+    total_seconds,
+)
 from opd_megatron.planning.traffic import Traffic, traffic
 from opd_megatron.run.checks import check_run
 from opd_megatron.system.processor import BF16_GPU
@@ -43,34 +50,64 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank stays within the named GPU; True where none is named."""
-        return self.gpu is None or self.peak.peak <= usable(self.gpu)
+        """Whether every rank stays within the named GPU, and each engine within its share; True where none is
+        named."""
+        return self.gpu is None or (self.peak.peak <= usable(self.gpu) and engine_fits(self.sizes, self.gpu))
+
+    @property
+    def total_seconds(self) -> float:
+        """Of a step, of which parts may run side by side."""
+        return total_seconds(self.sizes, self.seconds)
 
     def require_fit(self) -> None:
         """Raises ConfigError when a rank does not fit, naming a layout that does."""
         if self.gpu is None or self.fits:
             return
         remedy = f"try {self.suggestions[0]}" if self.suggestions else "no layout of as many ranks does: use more ranks"
+        if self.peak.peak <= usable(self.gpu):
+            rollout = self.sizes.config.rollout
+            raise ConfigError(
+                f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization} of {self.gpu.name}'s memory with "
+                f"rollout.tensor={rollout.tensor} leaves an engine {engine_room(self.sizes, self.gpu) / GIB:.1f} GiB "
+                f"beside its weights, too little for a few sequences: raise either, or {remedy}"
+            )
         raise ConfigError(
             f"a rank of stage {self.peak.stage} needs {self.peak.peak / GIB:.1f} GiB, more than the "
             f"{usable(self.gpu) / GIB:.1f} GiB that can be used of {self.gpu.name}'s memory: {remedy}"
         )
 
 
-def make_plan(config: RunConfig, gpu: Gpu | None = None, folders: Sequence[Path] = ()) -> RunPlan:
+def make_plan(
+    config: RunConfig,
+    gpu: Gpu | None = None,
+    folders: Sequence[Path] = (),
+    *,
+    mean_answer: float | None = None,
+    suggest: bool = False,
+) -> RunPlan:
     """Builds every distinct shard, checks its coverage and estimates the run. Needs no weights, GPU or other process.
+
+    Args:
+        folders: hold config.json of models that are not here.
+        mean_answer: tokens of a mean answer; by default half of the longest.
+        suggest: look for faster layouts also where this one fits.
 
     Raises:
         OPDError: what `check_run` finds, or a model whose tensors are not covered (`coverage.check_coverage`).
     """
     config, _ = decide_precision(config, machine=BF16_GPU)
     models = check_run(config, lambda path: find_model(path, folders))
-    sizes = RunSizes(config, models)
+    if mean_answer is not None and not 0 < mean_answer <= config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"--mean-answer {mean_answer:g} must be above 0 and at most rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens}, the longest: change one of them"
+        )
+    sizes = RunSizes(config, models, mean_answer=mean_answer)
     moved = traffic(sizes)
     plan = RunPlan(sizes, _check_models(config, models), stage_memories(sizes, gpu), moved, gpu)
     if gpu is not None:
         plan.seconds = step_seconds(sizes, moved, gpu)
-        if not plan.fits:
+        if suggest or not plan.fits:
             plan.suggestions = suggestions(sizes, gpu)
     return plan
 
@@ -106,12 +143,26 @@ def format_plan(plan: RunPlan) -> str:
     if plan.gpu is None:
         lines.append(f"rollout engine   {_engine(plan.sizes, False)} each, in a process of its own")
         return "\n".join(lines)
-    lines.append(f"seconds a step   {sum(plan.seconds.values()):.1f} on {plan.gpu.name}: " + _listed(plan.seconds, 1))
+    beside = ", sampled beside the rest" if samples_beside(plan.sizes) else ""
+    seconds = _listed(plan.seconds, 1)
+    lines.append(f"seconds a step   {plan.total_seconds:.1f} on {plan.gpu.name}{beside}: {seconds}")
+    lines.append(f"  assumed        {_answers(plan.sizes)}")
     lines += [f"  assumed        {assumption}" for assumption in ASSUMPTIONS]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     room = f"{plan.peak.peak / GIB:.1f} of {usable(plan.gpu) / GIB:.1f} GiB ({plan.gpu.name}'s memory less 5%)"
     lines.append(f"{verdict:<16} {room}, on stage {plan.peak.stage}")
-    return "\n".join([*lines, *(f"  fits instead   {suggestion}" for suggestion in plan.suggestions)])
+    label = "faster layouts" if plan.fits else "  fits instead"
+    return "\n".join([*lines, *(f"{label}   {suggestion}" for suggestion in plan.suggestions)])
+
+
+def _answers(sizes: RunSizes) -> str:
+    answers = sizes.answers
+    where = "half of the longest" if sizes.mean_answer is None else "as given"
+    longest = answers.longest_of(sizes.config.sequences_per_step)
+    return (
+        f"answers of {answers.mean:.0f} tokens on average ({where}; --mean-answer N), the longest of a step "
+        f"{longest:.0f}; sequences padded to {sizes.expected_length:.0f}"
+    )
 
 
 def to_dict(plan: RunPlan) -> dict[str, Any]:
@@ -131,6 +182,7 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
             {
                 "stage": memory.stage, "bytes": memory.parts, "resident_bytes": memory.resident,
                 "engine_bytes": memory.engine, "peak_bytes": memory.peak,
+                "checkpoint_host_bytes": memory.checkpoint,
                 "activation_bytes": dict(
                     zip(("kept", "recomputed"), activation_bytes(sizes, memory.stage), strict=True)
                 ),
@@ -140,6 +192,8 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
         "sent_bytes": asdict(plan.moved),
         "gpu": asdict(plan.gpu) if plan.gpu else None,
         "seconds": plan.seconds,
+        "total_seconds": plan.total_seconds,
+        "mean_answer": sizes.answers.mean,
         "fits": plan.fits,
         "suggestions": [asdict(suggestion) for suggestion in plan.suggestions],
     }  # fmt: skip
@@ -172,8 +226,11 @@ def _memory_lines(stages: Sequence[RankMemory]) -> list[str]:
         if memory.engine:
             turns = f"beside {memory.resident / GIB:.2f} of it, in turns" if memory.takes_turns else "beside it"
             line += f"; rollout engine {memory.engine / GIB:.2f} {turns}"
+        if memory.away:
+            line += f", of which {memory.away / GIB:.2f} away"
         lines.append(line)
-    return lines
+    host = max(memory.checkpoint for memory in stages)
+    return [*lines, f"checkpoint       {host / GIB:.2f} GiB of host memory a rank while it is written"]
 
 
 def _recompute_lines(sizes: RunSizes) -> list[str]:

@@ -29,7 +29,7 @@ class Traffic:
 
 
 def traffic(sizes: RunSizes) -> Traffic:
-    """Estimates the bytes of a step whose sequences have the greatest length."""
+    """Estimates the bytes of a step of answers as long as they are expected to be."""
     student = sizes.models.student_config
     recompute = sizes.config.student.recompute
     # Two all-reduces a layer in each direction; under sequence parallelism the backward pass gathers inputs again.
@@ -40,7 +40,7 @@ def traffic(sizes: RunSizes) -> Traffic:
     costs = teacher_costs(sizes, stage=0)
     inside += sum(cost.tensor_bytes for cost in costs)
     between += sum(cost.pipeline_bytes for cost in costs)
-    tokens = sizes.tokens * sizes.micro_batches
+    tokens = sizes.micro_size * sizes.micro_batches * sizes.expected_length
     rollout = BYTES_PER_ELEMENT[decided(sizes.config.rollout.dtype)]
     shards = [sizes.stage(student, stage) for stage in range(sizes.pp_size)]
     copies = sizes.dp_size // sizes.ep_size  # of an expert

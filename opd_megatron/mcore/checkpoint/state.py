@@ -186,7 +186,8 @@ def _gather(mine: torch.Tensor | None, shared: _OptimizerShard, group: dist.Proc
     assert len(span) == mine.numel()
     if len(span) == shared.parameter.numel():
         return mine
-    whole = mine.new_empty(shared.parameter.numel())
+    # In the host's memory, where it goes anyway: such a parameter is wholly on none of the devices.
+    whole = torch.empty(shared.parameter.numel(), dtype=mine.dtype, device="cpu")
     whole[span.start : span.stop] = mine
     for rank, other in enumerate(shared.spans):
         if rank != group.rank() and other:
