@@ -180,7 +180,13 @@ def test_experts_may_be_shared_out_where_they_do_not_fit() -> None:
 
 
 def test_where_nothing_fits_more_ranks_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["parallel.data=1", "parallel.tensor=1", "parallel.sequence_parallel=false", "rollout.hosts=1"]
+    overrides = [
+        "parallel.data=1",
+        "parallel.tensor=1",
+        "parallel.sequence_parallel=false",
+        "rollout.hosts=1",
+        "rollout.tensor=1",
+    ]
     assert "use more ranks" in refused(capsys, str(CONFIG), "--gpu", "A100-80G", *overrides)
 
 
