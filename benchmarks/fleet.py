@@ -12,6 +12,7 @@ what is measured is the dealing, the collectives and the overlap, not this machi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -141,29 +142,49 @@ def measure_push(student: Path, repeats: int) -> tuple[list[Row], list[Check]]:
             )
             for i in range(2)
         ]  # fmt: skip
-        shared = FanOut([0, 0], [0], bucket_store(WeightFormat(torch.float32), torch.device("cpu")))
+        through = {"files": shared_by(False), "memory": shared_by(True)}
         one = client(engines[:1], buckets)
-        two = client(engines, lambda: shared.stream(buckets()))
+        two = client(engines, lambda: through["files"].stream(buckets()))
+        mapping = client(engines, lambda: through["memory"].stream(buckets()))
+        ways = [("one engine through files", one, False), ("two engines through files", two, False),
+                ("one engine through memory", one, True), ("two engines through memory", mapping, True)]  # fmt: skip
+        seconds: dict[str, list[float]] = {name: [] for name, *_ in ways}
         try:
             for engine in engines:
                 engine.spawn()
             two.start(0)
             one.sync_weights(0)
-            seconds: dict[int, list[float]] = {1: [], 2: []}
             for version in range(1, repeats + 1):
-                for count, fleet in ((1, one), (2, two)):
+                for name, fleet, maps_memory in ways:
+                    for engine in engines:
+                        engine.options = dataclasses.replace(engine.options, maps_memory=maps_memory)
                     begin = time.perf_counter()
                     fleet.sync_weights(version)
-                    seconds[count].append(time.perf_counter() - begin)
+                    seconds[name].append(time.perf_counter() - begin)
         finally:
             two.close()
-    alone, both = (statistics.median(seconds[count]) for count in (1, 2))
+    took = {name: statistics.median(each) for name, each in seconds.items()}
+    alone = took["one engine through files"]
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     rows = [
-        row(f"push of {size:.0f} MB (as stored) to one engine", alone, 1.0, "seconds / one engine's"),
-        row(f"push of {size:.0f} MB (as stored) to two engines", both, both / alone, "seconds / one engine's"),
+        row(f"push of {size:.0f} MB (as stored) to {name}", each, each / alone, "seconds / one engine's through files")
+        for name, each in took.items()
     ]
-    return rows, [Check.at_most("push to two engines / to one", both / alone, PUSH_LIMIT)]
+    checks = [
+        Check.at_most(
+            f"push to two engines / to one, through {how}",
+            took[f"two engines through {how}"] / took[f"one engine through {how}"],
+            PUSH_LIMIT,
+        )
+        for how in through
+    ]
+    return rows, checks
+
+
+def shared_by(maps_memory: bool) -> FanOut:
+    """One node's way to its two engines."""
+    store = bucket_store(WeightFormat(torch.float32, maps_memory=maps_memory), torch.device("cpu"))
+    return FanOut([0, 0], [0], store)
 
 
 def measure_real(arguments: argparse.Namespace, teacher: Path, student: Path) -> list[Row]:
