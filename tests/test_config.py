@@ -272,10 +272,14 @@ def test_a_placement_selects_the_keys_of_a_teacher() -> None:
     run = Run.model_validate({"teachers": [{"path": "a"}, {"path": "b", "placement": "elsewhere", "url": "x"}]})
     assert [type(teacher) for teacher in run.teachers] == [StudentRanksTeacherConfig, Elsewhere]
     assert {name for name, *_ in config_keys(Run)} == {
-        "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.url",
+        "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.offload",
+        "teachers.0.url",
     }  # fmt: skip
     for entry, message in (
-        ({"path": "a", "url": "x"}, "unknown config key 'teachers.0.url': known keys: path, weight, placement, dtype"),
+        (
+            {"path": "a", "url": "x"},
+            "unknown config key 'teachers.0.url': known keys: path, weight, placement, dtype, offload",
+        ),
         ({"path": "a", "placement": "elsewhere", "ur": "x"}, "unknown config key 'teachers.0.ur': did you mean 'url'?"),
         ({"path": "a", "placement": "nowhere"}, "teachers.0.placement='nowhere' is not one: use student or elsewhere"),
     ):

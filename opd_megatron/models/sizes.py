@@ -200,6 +200,13 @@ def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[Stage
 def parameters(hf_config: PretrainedConfig) -> int:
     """Counts the parameters of a whole model."""
     dims = Dims.of(hf_config)
-    table: ShardingTable = sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
-    params: list[StageParameter] = table.exported()
-    return sum(param.numel for param in params)
+    key = (family_of(hf_config).name, dims, bool(hf_config.tie_word_embeddings))
+    if key not in _counted:
+        table: ShardingTable = sharding_table(hf_config, ShardLayout(dims.vocab, first_layer=0, num_layers=dims.layers))
+        params: list[StageParameter] = table.exported()
+        _counted[key] = sum(param.numel for param in params)
+    return _counted[key]
+
+
+_counted: dict[tuple[str, Dims, bool], int] = {}
+"""A table of thousands of experts takes a tenth of a second, and a search of layouts asks a thousand times."""

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from opd_megatron import cli
-from opd_megatron.config import load_config
+from opd_megatron.config import decide_precision, load_config
 from opd_megatron.models.lengths import AnswerLengths
 from opd_megatron.models.sizes import RunSizes
 from opd_megatron.planning.gpus import GPUS, gpu_named
-from opd_megatron.planning.layouts import suggestions, usable
+from opd_megatron.planning.layouts import stage_memories, suggestions, usable
 from opd_megatron.planning.published import find_model, published_models
 from opd_megatron.planning.run_plan import make_plan
+from opd_megatron.planning.timing import rollout_seconds, step_seconds
+from opd_megatron.planning.traffic import traffic
 from opd_megatron.run.checks import check_run
+from opd_megatron.system.processor import BF16_GPU
 from opd_megatron.weights.hf_reader import load_hf_config
 from tests.tiny_models import save_tiny
 
@@ -91,18 +94,23 @@ def test_engines_and_student_take_turns_with_memory(tmp_path: Path) -> None:
 
 def test_answers_that_are_shorter_on_average_cost_less_time_and_no_less_memory() -> None:
     gpu = gpu_named("H100")
-    long, short = (make_plan(load_config(CONFIG), gpu, mean_answer=mean) for mean in (1024, 200))
-    assert short.peak.peak == long.peak.peak
+    long, short = (_sizes([], mean) for mean in (1024, 200))
+    assert stage_memories(short, gpu) == stage_memories(long, gpu)
+    slow, fast = (step_seconds(sizes, traffic(sizes), gpu) for sizes in (long, short))
     for phase in ("rollout", "teacher", "student", "tensor collectives"):
-        assert short.seconds[phase] < long.seconds[phase]
-    assert short.seconds["weight sync"] == long.seconds["weight sync"]
+        assert fast[phase] < slow[phase]
+    assert fast["weight sync"] == slow["weight sync"]
+
+
+def _sizes(overrides: list[str], mean: float | None = None) -> RunSizes:
+    config, _ = decide_precision(load_config(CONFIG, overrides), machine=BF16_GPU)
+    return RunSizes(config, check_run(config, find_model), mean_answer=mean)
 
 
 def test_more_engines_sample_faster_until_each_step_costs_what_it_must() -> None:
     gpu = gpu_named("H100")
     settings = ["rollout.prompts_per_step=4096", "rollout.tensor=1"]
-    times = [make_plan(load_config(CONFIG, [*settings, f"rollout.engines={n}"]), gpu).seconds["rollout"]
-             for n in (1, 2, 4, 8, 16, 32)]  # fmt: skip
+    times = [rollout_seconds(_sizes([*settings, f"rollout.engines={n}"]), gpu) for n in (1, 2, 4, 8, 16, 32)]
     assert times == sorted(times, reverse=True)
     assert times[0] / times[1] > 1.5, "one engine is full"
     assert times[-1] > 1024 * 0.003, "the longest answer takes its steps"

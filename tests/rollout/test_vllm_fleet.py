@@ -15,6 +15,7 @@ import torch
 from opd_megatron.rollout import MachineShare, RolloutClient
 from opd_megatron.rollout.vllm_engine import VLLMEngine, VLLMOptions
 from opd_megatron.types import Rollout, Sampling
+from opd_megatron.weight_sync.bucket_files import BucketFiles
 from opd_megatron.weight_sync.fan_out import FanOut
 from tests.rollout.tiny import buckets_of, ids_of, prompts_of, requests_of, save_config, tiny_model
 
@@ -42,7 +43,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMEngin
 
 def _client(engines: list[VLLMEngine], events: list[str]) -> RolloutClient:
     model = tiny_model(seed=4)
-    fan_out = FanOut([0] * len(engines), [0], torch.float32)
+    fan_out = FanOut([0] * len(engines), [0], BucketFiles(torch.float32))
     return RolloutClient(
         dict(enumerate(engines)), len(engines), lambda: fan_out.stream(buckets_of(model)), None, max_restarts=1,
         on_event=events.append,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from opd_megatron.errors import RolloutError
 from opd_megatron.types import Bucket
+from opd_megatron.weight_sync.bucket_files import BucketFiles
 from opd_megatron.weight_sync.shard_files import ShardFileTransport
 from tests.ranks import run_ranks
 
@@ -26,7 +27,7 @@ def _buckets(rank: int) -> Iterator[Bucket]:
 
 
 def _transport(rank: int) -> ShardFileTransport:
-    transport = ShardFileTransport(dist.group.WORLD, torch.float32)
+    transport = ShardFileTransport(dist.group.WORLD, BucketFiles(torch.float32, writers=2))
     assert transport.reaches_all()
     return transport
 
