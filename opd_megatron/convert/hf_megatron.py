@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -201,10 +202,19 @@ def _on_ranks(sizes: ParallelSizes) -> Iterator[ParallelGrid]:
                 f"world size {world} must equal --tensor {sizes.tensor} * --pipeline {sizes.pipeline} * --expert "
                 f"{sizes.expert}: start another number of ranks or change them"
             )
-        yield ParallelGrid.build(sizes.tensor, sizes.pipeline, dp_size=sizes.expert, ep_size=sizes.expert)
+        everyone = dist.group.WORLD
+        grids = _grids.setdefault(everyone, {})
+        if sizes not in grids:
+            grids[sizes] = ParallelGrid.build(sizes.tensor, sizes.pipeline, dp_size=sizes.expert, ep_size=sizes.expert)
+        yield grids[sizes]
     finally:
         if started:
             dist.destroy_process_group()
+
+
+_grids: WeakKeyDictionary[Any, dict[ParallelSizes, ParallelGrid]] = WeakKeyDictionary()
+"""Of each default process group that lives: a caller that converts many models in one makes thirty groups, of three
+threads each, once and not for each model."""
 
 
 @contextmanager
