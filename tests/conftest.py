@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ MINUTES_FIRST = (
     "rollout/test_vllm_families.py", "test_cli.py",
 )  # fmt: skip
 """Files that take longest, handed out first, so that the workers end together."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Shares the cores out among the workers: with more threads than cores they mostly wait for each other."""
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers is not None:
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
