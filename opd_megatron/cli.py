@@ -73,7 +73,8 @@ def _on_newest_weights(
             f"output_dir={arguments.config.output_dir!r} is another run than {arguments.run!r}, which is named: leave "
             "output_dir out"
         )
-    config, lines = settle_precision(arguments.config.without_engine_hosts())
+    asked = arguments.config.without_engine_hosts()
+    config, lines = settle_precision(asked if scoring else asked.without_teacher_ranks())
     models = check(config)
     if arguments.dry_run:
         print(describe(config, models), *lines, sep="\n")
@@ -81,9 +82,13 @@ def _on_newest_weights(
     if launcher.needs_launch(config):
         return launcher.launch("opd_megatron.cli", [command, *argv], config.world_size)
     launcher.tell(lines)
+    from opd_megatron.run.build import serve, serves_others
     from opd_megatron.trainer import OPDTrainer
 
     launcher.leave_cleanly_on_sigterm()
+    if serves_others(config, sampling=False, scoring=scoring):
+        serve(config, models, sampling=False, scoring=scoring)
+        return 0
     with OPDTrainer.from_config(config, models, sampling=False, scoring=scoring) as trainer:
         trainer.restore(arguments.checkpoint)
         lines = action(trainer)

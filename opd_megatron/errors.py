@@ -45,6 +45,10 @@ class RolloutError(OPDError, RuntimeError):
     """The rollout engine could not do what was asked."""
 
 
+class TeacherError(OPDError, RuntimeError):
+    """A teacher could not be asked, or is gone."""
+
+
 class StopRequestedError(OPDError):
     """A signal asked the run to stop; what was waited for was given up."""
 

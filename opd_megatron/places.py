@@ -1,6 +1,7 @@
 """Places: which ranks do what, and which of them start the rollout engines.
 
-The world of one job is cut into contiguous ranges of ranks: the student's first, then the hosts of engines. A `Places`
+The world of one job is cut into contiguous ranges of ranks: the student's first, then one for each teacher with ranks
+of its own, then the hosts of engines. A `Places`
 is made from the configuration before any process group exists, printed by `--dry-run` and `plan`, and passed on; nobody
 else computes with ranks.
 
@@ -11,10 +12,10 @@ else computes with ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import OwnRanksTeacherConfig, RunConfig
 from opd_megatron.errors import ConfigError
 
 
@@ -55,6 +56,8 @@ class Places:
     nodes: tuple[int, ...]
     """The node of each rank."""
     engines: tuple[EngineSeat, ...]
+    teachers: dict[int, Place] = field(default_factory=dict)
+    """Of the teachers with ranks of their own, by their number."""
 
     @property
     def world_size(self) -> int:
@@ -64,6 +67,15 @@ class Places:
     def hosts_engines_apart(self) -> bool:
         """Whether the engines have ranks of their own."""
         return self.rollout != self.student
+
+    @property
+    def sampling(self) -> list[int]:
+        """The ranks that sample together: the student's and those of engines alone."""
+        return sorted({*self.student.ranks, *self.rollout.ranks})
+
+    def teacher_of(self, rank: int) -> int | None:
+        """The number of the teacher whose own rank it is."""
+        return next((number for number, place in self.teachers.items() if rank in place.ranks), None)
 
     @property
     def leaders(self) -> list[int]:
@@ -76,10 +88,12 @@ class Places:
 
     def lines(self) -> list[str]:
         """What a user reads of it."""
-        return [self._line(place) for place in dict.fromkeys((self.student, self.rollout))]
+        places = list(dict.fromkeys((self.student, *self.teachers.values(), self.rollout)))
+        width = max(8, *(len(place.name) for place in places))
+        return [self._line(place, width) for place in places]
 
-    def _line(self, place: Place) -> str:
-        text = f"{place.name:8} {_span(place.ranks)}"
+    def _line(self, place: Place, width: int) -> str:
+        text = f"{place.name:{width}} {_span(place.ranks)}"
         if self.nodes[-1]:
             text += f" on {_counted(len({self.nodes[rank] for rank in place.ranks}), 'node')}"
         if place == self.rollout:
@@ -103,10 +117,15 @@ def cut_places(config: RunConfig, world_size: int, per_node: int, *, on_gpu: boo
     """
     nodes = tuple(rank // per_node for rank in range(world_size))
     hosts = config.rollout.hosts or 0
-    student = Place("student", 0, world_size - hosts)
-    rollout = Place("rollout", student.size, hosts) if hosts else student
+    student = Place("student", 0, world_size - config.teacher_ranks - hosts)
+    teachers, first = {}, student.size
+    for number, teacher in enumerate(config.teachers):
+        if isinstance(teacher, OwnRanksTeacherConfig):
+            teachers[number] = Place(f"teacher {number}", first, teacher.ranks)
+            first += teacher.ranks
+    rollout = Place("rollout", first, hosts) if hosts else student
     seats = _gpu_seats(config, rollout, nodes) if on_gpu else _cpu_seats(config, rollout, nodes)
-    return Places(student, rollout, nodes, seats)
+    return Places(student, rollout, nodes, seats, teachers)
 
 
 def _gpu_seats(config: RunConfig, place: Place, nodes: Sequence[int]) -> tuple[EngineSeat, ...]:
@@ -146,12 +165,12 @@ def _numbered(seats: Sequence[tuple[int, tuple[int, ...]]], nodes: Sequence[int]
     )
 
 
-def visible_devices(seat: EngineSeat, tensor: int, owned: Sequence[str]) -> str | None:
+def visible_devices(seat: EngineSeat, tensor: int, owned: Mapping[int, str]) -> str | None:
     """CUDA_VISIBLE_DEVICES of an engine; None where it has GPUs that no rank owns and takes the first it sees.
 
     Args:
         tensor: GPUs of the engine.
-        owned: the name of each rank's GPU (`owned_device`), in the order of the ranks.
+        owned: the name of each rank's GPU (`owned_device`).
 
     Raises:
         ConfigError: ranks of one engine name the same GPU, so that its others cannot be named.

@@ -17,20 +17,19 @@ from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import parse_run, run_parser
 from opd_megatron.config import RunConfig, decide_precision, dump_config
 from opd_megatron.system import signals
-from opd_megatron.system.ranks import launched
 
 if TYPE_CHECKING:
     from opd_megatron.models import ResolvedModels
 
 
 def run_training(config: RunConfig, models: ResolvedModels) -> None:
-    """Trains on the ranks that exist. Every rank of the run calls it; those of `rollout.hosts` hold its engines."""
-    from opd_megatron.run.build import serve_engines
+    """Trains on the ranks that exist. Every rank of the run calls it, also those that hold engines or a teacher
+    alone."""
+    from opd_megatron.run.build import serve, serves_others
     from opd_megatron.trainer import OPDTrainer
 
-    ranks = launched()
-    if ranks is not None and ranks.rank >= ranks.world_size - (config.rollout.hosts or 0):
-        serve_engines(config, models)
+    if serves_others(config):
+        serve(config, models)
         return
     with OPDTrainer.from_config(config, models) as trainer:
         trainer.train()

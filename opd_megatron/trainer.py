@@ -57,6 +57,8 @@ class OPDTrainer(RunParts):
         taken = BYTES_PER_ELEMENT[decided(rollout.dtype)]
         self._weights_bytes = parameters(self.models.student_config) * taken
         """What a sync brings to an engine."""
+        self._ranks = dist.get_world_size() + self.config.teacher_ranks + (self.config.rollout.hosts or 0)
+        """Of the whole job."""
         self._cursor = self.prompts.state_dict()
         """Where the prompts of the next step begin; the stream itself is further on while a step is under way."""
         self._saved_step = 0
@@ -153,7 +155,7 @@ class OPDTrainer(RunParts):
                 **seconds,
                 "sync/bytes": self._weights_bytes,
                 "sync/gb_per_second": _rate(self._weights_bytes / 1e9, seconds["time/sync"]),
-                **_rates(output.tokens, seconds["time/step"], dist.get_world_size() + (self.config.rollout.hosts or 0)),
+                **_rates(output.tokens, seconds["time/step"], self._ranks),
                 "memory/peak": peak_memory_bytes(),
             },
         )

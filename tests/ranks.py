@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 _MANY_THREADS = 300
 """Every group has three, which wake up now and then: with a thousand of them the kernel takes half of the time."""
-MAX_RANKS = 4
+MAX_RANKS = 6
 _ATTEMPTS = 3
 _JOIN_SECONDS = 150.0
 """For the ranks to make their process group; the imports of new workers take most of it."""

@@ -193,7 +193,6 @@ def test_the_default_micro_batch_is_the_largest_divisor_up_to_8(sequences: int, 
         (["objective.lambda_rl=0.1"], "no rewards"),
         (["objective.lambda_rl=0.1", "objective.lambda_distill=0"], "no rewards"),
         (["objective.type=jsd", "objective.lambda_rl=0.1"], "no rewards"),
-        (["teachers.0.path=a", "teachers.1.path=b"], "one teacher"),
     ],
 )
 def test_what_this_release_cannot_do_is_refused_and_never_replaced(overrides: list[str], reason: str) -> None:
@@ -273,12 +272,13 @@ def test_a_placement_selects_the_keys_of_a_teacher() -> None:
     assert [type(teacher) for teacher in run.teachers] == [StudentRanksTeacherConfig, Elsewhere]
     assert {name for name, *_ in config_keys(Run)} == {
         "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.offload",
-        "teachers.0.url",
+        "teachers.0.tensor", "teachers.0.pipeline", "teachers.0.url",
     }  # fmt: skip
     for entry, message in (
         (
             {"path": "a", "url": "x"},
-            "unknown config key 'teachers.0.url': known keys: path, weight, placement, dtype, offload",
+            "unknown config key 'teachers.0.url': known keys: path, weight, dtype, placement, tensor, "
+            "pipeline, offload",
         ),
         ({"path": "a", "placement": "elsewhere", "ur": "x"}, "unknown config key 'teachers.0.ur': did you mean 'url'?"),
         ({"path": "a", "placement": "nowhere"}, "teachers.0.placement='nowhere' is not one: use student or elsewhere"),
@@ -304,5 +304,11 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
         for key, _, default, _ in listed
         if default != "required" and key not in of_some_types and not key.startswith("data.sources.")
     }
-    config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in defaults.items())])
+    of_own_ranks = {f"teachers.0.{name}" for name in ("data", "expert", "in_flight")}
+    assert of_own_ranks <= defaults.keys()
+    anywhere = {key: value for key, value in defaults.items() if key not in of_own_ranks}
+    config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in anywhere.items())])
     assert config == load_config(None, ["teachers.0.path=t"])
+    own = ["teachers.0.path=t", "teachers.0.placement=own"]
+    set_too = [f"{key}={yaml.safe_dump(defaults[key])}" for key in sorted(of_own_ranks)]
+    assert load_config(None, [*own, *set_too]) == load_config(None, own)

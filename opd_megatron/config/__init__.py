@@ -23,7 +23,12 @@ from opd_megatron.config.sections import (
     Section,
     StudentConfig,
 )
-from opd_megatron.config.teachers import StudentRanksTeacherConfig, TeacherConfig
+from opd_megatron.config.teachers import (
+    MegatronTeacherConfig,
+    OwnRanksTeacherConfig,
+    StudentRanksTeacherConfig,
+    TeacherConfig,
+)
 
 __all__ = [
     "CheckpointConfig",
@@ -32,8 +37,10 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "LoggingConfig",
+    "MegatronTeacherConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OwnRanksTeacherConfig",
     "ParallelConfig",
     "Precision",
     "RolloutConfig",

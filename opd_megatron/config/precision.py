@@ -7,7 +7,7 @@ from typing import Any
 
 from opd_megatron.config.run import RunConfig
 from opd_megatron.config.sections import Dtype, Precision
-from opd_megatron.config.teachers import StudentRanksTeacherConfig
+from opd_megatron.config.teachers import MegatronTeacherConfig
 from opd_megatron.system.processor import FP32_IS_FASTER, Processor, processor
 
 
@@ -37,7 +37,7 @@ def decide_precision(
         why = "as when the run began" if before else machine.reason
         lines.append(f"precision {config.student.dtype}: {why}")
     for index, teacher in enumerate(config.teachers):
-        if isinstance(teacher, StudentRanksTeacherConfig) and teacher.dtype == "auto":
+        if isinstance(teacher, MegatronTeacherConfig) and teacher.dtype == "auto":
             teacher.dtype = _kept(kept, "teachers", index) or best
     if config.rollout.dtype == "auto":
         config.rollout.dtype = config.student.dtype
@@ -50,7 +50,7 @@ def take_precision(config: RunConfig, others: RunConfig) -> RunConfig:
     config = config.model_copy(deep=True)
     config.student.dtype, config.rollout.dtype = others.student.dtype, others.rollout.dtype
     for mine, other in zip(config.teachers, others.teachers, strict=True):
-        if isinstance(mine, StudentRanksTeacherConfig) and isinstance(other, StudentRanksTeacherConfig):
+        if isinstance(mine, MegatronTeacherConfig) and isinstance(other, MegatronTeacherConfig):
             mine.dtype = other.dtype
     return config
 

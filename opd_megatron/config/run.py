@@ -18,7 +18,12 @@ from opd_megatron.config.sections import (
     StudentConfig,
     UserPath,
 )
-from opd_megatron.config.teachers import AnyTeacherConfig, StudentRanksTeacherConfig, TeacherConfig
+from opd_megatron.config.teachers import (
+    AnyTeacherConfig,
+    OwnRanksTeacherConfig,
+    StudentRanksTeacherConfig,
+    TeacherConfig,
+)
 from opd_megatron.errors import ConfigError, NotAvailableError
 
 
@@ -65,7 +70,22 @@ class RunConfig(Section):
     @property
     def world_size(self) -> int:
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
-        return self.parallel.model * (self.parallel.data or self.parallel.expert) + (self.rollout.hosts or 0)
+        student = self.parallel.model * (self.parallel.data or self.parallel.expert)
+        return student + self.teacher_ranks + (self.rollout.hosts or 0)
+
+    @property
+    def teacher_ranks(self) -> int:
+        """Ranks that hold teachers alone."""
+        return sum(teacher.ranks for teacher in self.teachers if isinstance(teacher, OwnRanksTeacherConfig))
+
+    def without_teacher_ranks(self) -> RunConfig:
+        """The same run for a command that asks no teacher: it needs the student's ranks alone."""
+        teachers = [
+            StudentRanksTeacherConfig(**teacher.model_dump(include={"path", "weight", "dtype"}), tensor=1, pipeline=1)
+            if isinstance(teacher, OwnRanksTeacherConfig) else teacher
+            for teacher in self.teachers
+        ]  # fmt: skip
+        return self.model_copy(update={"teachers": teachers})
 
     @property
     def takes_turns(self) -> bool:
@@ -159,8 +179,4 @@ class RunConfig(Section):
             raise NotAvailableError(
                 f"objective.lambda_rl={self.objective.lambda_rl} is not available yet: there are no rewards for its "
                 "policy gradient; set objective.lambda_rl=0 to distil alone"
-            )
-        if len(self.teachers) > 1:
-            raise NotAvailableError(
-                f"teachers (a list of {len(self.teachers)}) is not available yet: this release trains with one teacher"
             )

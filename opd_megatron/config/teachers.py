@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Discriminator, PositiveFloat, Tag
+from pydantic import Discriminator, PositiveFloat, PositiveInt, Tag
 
 from opd_megatron.config.sections import Precision, Section, UserPath
 
@@ -18,15 +18,45 @@ class TeacherConfig(Section):
     """Share in an ensemble; shares are normalised to sum to one."""
 
 
-class StudentRanksTeacherConfig(TeacherConfig):
-    """A teacher on the student's own ranks, in the same tensor- and pipeline-parallel layout."""
+class MegatronTeacherConfig(TeacherConfig):
+    """A teacher that this job runs itself."""
 
-    placement: Literal["student"] = "student"
-    """Where the teacher runs: `student` is on the student's own ranks, in its layout."""
     dtype: Precision = "auto"
     """Arithmetic of the teacher's forward pass; `auto` as for the student."""
+
+
+class StudentRanksTeacherConfig(MegatronTeacherConfig):
+    """A teacher on the student's own ranks, in the student's layout unless it has one of its own."""
+
+    placement: Literal["student"] = "student"
+    """Where the teacher runs: `student` is on the student's ranks, `own` on ranks of its own."""
+    tensor: PositiveInt | None = None
+    """Tensor-parallel size; the student's by default. `tensor * pipeline` divides the student's ranks."""
+    pipeline: PositiveInt | None = None
+    """Pipeline-parallel size; the student's by default."""
     offload: bool = False
     """Let its weights wait in pinned host memory while the rollout engine is awake; as `student.offload`."""
+
+
+class OwnRanksTeacherConfig(MegatronTeacherConfig):
+    """A teacher on ranks of its own, behind the student's, in the same job."""
+
+    placement: Literal["own"] = "own"
+    """As above."""
+    tensor: PositiveInt = 1
+    """Tensor-parallel size."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel size."""
+    data: PositiveInt = 1
+    """Copies of the teacher, which share the micro batches out."""
+    expert: PositiveInt = 1
+    """Expert-parallel size; must divide `data`."""
+    in_flight: PositiveInt = 2
+    """Micro batches whose states may be on their way to each of the student's ranks."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
 
 
 def by_placement(*classes: type[TeacherConfig]) -> Any:
@@ -46,4 +76,4 @@ def by_placement(*classes: type[TeacherConfig]) -> Any:
 if TYPE_CHECKING:
     AnyTeacherConfig = TeacherConfig
 else:
-    AnyTeacherConfig = by_placement(StudentRanksTeacherConfig)
+    AnyTeacherConfig = by_placement(StudentRanksTeacherConfig, OwnRanksTeacherConfig)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -25,13 +26,19 @@ class MicroBatchBuilder:
     """Lengths are rounded up to a multiple of this (sequence parallelism needs the tensor-parallel size)."""
     device: torch.device
 
-    def build(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+    def build(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """Builds micro batches of `size` from this rank's balanced share of a step (`shard_rollouts`)."""
-        return self._batches(shard_rollouts(rollouts, self.dp_rank, self.dp_size), self.size, rollouts)
+        return StepBatches(self, rollouts, any_number=False)
 
-    def build_any_number(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+    def build_any_number(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """Does the same for any number of rollouts, for evaluation: some are repeated until every rank has equally
         many, and a micro batch has the largest size up to `size` that divides them."""
+        return StepBatches(self, rollouts, any_number=True)
+
+    def made(self, rollouts: Sequence[Rollout], *, any_number: bool) -> list[Batch]:
+        """What `build` or `build_any_number` give."""
+        if not any_number:
+            return self._batches(shard_rollouts(rollouts, self.dp_rank, self.dp_size), self.size, rollouts)
         padded = [*rollouts, *rollouts[: -len(rollouts) % self.dp_size]]
         padded += padded[:1] * (-len(padded) % self.dp_size)  # fewer rollouts than ranks
         mine = sorted(padded[self.dp_rank :: self.dp_size], key=_length)
@@ -44,6 +51,20 @@ class MicroBatchBuilder:
             make_batch(mine[start : start + size], multiple_of=self.multiple_of, length=length).to(self.device)
             for start in range(0, len(mine), size)
         ]
+
+
+class StepBatches(list[Batch]):
+    """One rank's micro batches, from which those of any data-parallel rank can be made: a teacher in another layout
+    scores others than this rank's."""
+
+    def __init__(self, builder: MicroBatchBuilder, rollouts: Sequence[Rollout], *, any_number: bool) -> None:
+        super().__init__(builder.made(rollouts, any_number=any_number))
+        self.builder, self.rollouts, self.any_number = builder, rollouts, any_number
+
+    def of(self, dp_rank: int, **changes: Any) -> list[Batch]:
+        """The same for another data-parallel rank: same sequences in the same order, with fields of the builder
+        changed (how they are padded, or where they are)."""
+        return replace(self.builder, dp_rank=dp_rank, **changes).made(self.rollouts, any_number=self.any_number)
 
 
 def make_batch(

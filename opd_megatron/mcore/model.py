@@ -90,6 +90,18 @@ class HiddenStatesModel(GPTModel):
         return places.view(ranks, batch, length // ranks).transpose(0, 1).reshape(batch, length)[mask]
 
 
+def sequence_shards(rows: torch.Tensor, mask: torch.Tensor, ranks: int) -> list[torch.Tensor]:
+    """Splits rows [T, h] in the order of `mask.nonzero()` into what `response_rows` gives each of the sequence-parallel
+    ranks: [R, h], padded with zeros."""
+    places = torch.full(mask.shape, -1, dtype=torch.int64, device=rows.device)
+    places[mask] = torch.arange(len(rows), device=rows.device)
+    batch, length = mask.shape
+    shards = places.view(batch, ranks, length // ranks).transpose(0, 1).reshape(ranks, -1)
+    parts = [rows[shard[shard >= 0]] for shard in shards]
+    most = max(len(part) for part in parts)
+    return [F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
+
+
 def _by_sequence_shard(mask: torch.Tensor, ranks: int) -> torch.Tensor:
     """Splits the mask [B, S] into the sequence-parallel ranks' parts, [ranks, B * S / ranks]."""
     batch, length = mask.shape

@@ -64,7 +64,10 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
     )
     for hf_config in models.configs:
         family_of(hf_config)
-    check_divisible(f"student {config.student.path!r}", models.student_config, config)
+    parallel = config.parallel
+    check_divisible(
+        f"student {config.student.path!r}", models.student_config, parallel.tensor, parallel.pipeline, parallel.expert
+    )
     _check_experts(models, config)
     _check_context("the student", models.student_config, config)
     for teacher, (_, hf_config) in zip(config.teachers, models.teachers, strict=True):
@@ -74,16 +77,16 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
 
 def _data_parallel(config: RunConfig) -> int:
     """Computes the data-parallel size that the world size (torchrun's, or the config's) leaves the student."""
-    parallel, hosts = config.parallel, config.rollout.hosts or 0
+    parallel, hosts, taught_from = config.parallel, config.rollout.hosts or 0, config.teacher_ranks
     ranks = launched()
     world = config.world_size if ranks is None else ranks.world_size
-    data, rest = divmod(world - hosts, parallel.model)
+    data, rest = divmod(world - hosts - taught_from, parallel.model)
     if data < 1 or rest or (parallel.data is not None and parallel.data != data):
         wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}"
-        if parallel.data is not None or hosts:
-            wanted += f" * parallel.data {parallel.data or 'of any size'}" + (
-                f" + rollout.hosts {hosts}" if hosts else ""
-            )
+        if parallel.data is not None or hosts or taught_from:
+            wanted += f" * parallel.data {parallel.data or 'of any size'}"
+            wanted += f" + {taught_from} ranks of teachers' own" if taught_from else ""
+            wanted += f" + rollout.hosts {hosts}" if hosts else ""
             relation = "equal"
         else:
             relation = "be a multiple of"
@@ -91,25 +94,26 @@ def _data_parallel(config: RunConfig) -> int:
     return data
 
 
-def check_divisible(name: str, hf_config: PretrainedConfig, config: RunConfig) -> None:
-    """Raises ConfigError unless the parallel sizes divide the model's heads, columns and layers."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+def check_divisible(
+    name: str, hf_config: PretrainedConfig, tensor: int, pipeline: int, expert: int, keys: str = "parallel"
+) -> None:
+    """Raises ConfigError unless the parallel sizes divide the model's heads, columns, layers and experts. `keys`: the
+    section that they are keys of."""
     dims, family, sizes = Dims.of(hf_config), family_of(hf_config), sizes_split_by_tensor(hf_config)
     for what, size in sizes.items():
         if size % tensor:
             choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
-            raise ConfigError(f"parallel.tensor={tensor} must divide the {size} {what} of {name}: use one of {choices}")
+            raise ConfigError(f"{keys}.tensor={tensor} must divide the {size} {what} of {name}: use one of {choices}")
     if hf_config.num_hidden_layers % pipeline:
         choices = [n for n in range(1, hf_config.num_hidden_layers + 1) if hf_config.num_hidden_layers % n == 0]
         raise ConfigError(
-            f"parallel.pipeline={pipeline} must divide the {hf_config.num_hidden_layers} layers of {name}: "
+            f"{keys}.pipeline={pipeline} must divide the {hf_config.num_hidden_layers} layers of {name}: "
             f"use one of {choices}"
         )
-    expert = config.parallel.expert
     if family.experts and dims.experts % expert:
         choices = [n for n in range(1, dims.experts + 1) if dims.experts % n == 0]
         raise ConfigError(
-            f"parallel.expert={expert} must divide the {dims.experts} experts of {name}: use one of {choices}"
+            f"{keys}.expert={expert} must divide the {dims.experts} experts of {name}: use one of {choices}"
         )
 
 

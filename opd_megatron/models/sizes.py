@@ -99,8 +99,8 @@ class RunSizes:
 
     @property
     def job_ranks(self) -> int:
-        """The student's ranks and those that hold engines alone."""
-        return self.ranks + (self.config.rollout.hosts or 0)
+        """The student's ranks, those of teachers' own and those that hold engines alone."""
+        return self.ranks + self.config.teacher_ranks + (self.config.rollout.hosts or 0)
 
     @property
     def sequence_shards(self) -> int:
@@ -170,14 +170,20 @@ class RunSizes:
 
     def stage(self, hf_config: PretrainedConfig, stage: int) -> StageShard:
         """Counts a stage's parameters by the sharding table, which `planning.coverage` compares with real modules."""
-        layers = hf_config.num_hidden_layers // self.pp_size
+        return self._stages(hf_config, self.tp_size, self.pp_size)[stage]
+
+    def largest_stage(self, hf_config: PretrainedConfig, tensor: int, pipeline: int) -> StageShard:
+        """The stage with most parameters of a model in another layout."""
+        return max(self._stages(hf_config, tensor, pipeline), key=lambda shard: shard.parameters)
+
+    def _stages(self, hf_config: PretrainedConfig, tensor: int, pipeline: int) -> list[StageShard]:
         first = ShardLayout(
-            self.models.padded_vocab(self.tp_size), 0, layers,
-            tp_size=self.tp_size, pp_size=self.pp_size, ep_size=self.ep_size,
+            self.models.padded_vocab(tensor), 0, hf_config.num_hidden_layers // pipeline,
+            tp_size=tensor, pp_size=pipeline, ep_size=self.ep_size,
         )  # fmt: skip
         if (id(hf_config), first) not in self.shards:
             self.shards[id(hf_config), first] = _stage_shards(hf_config, first)
-        return self.shards[id(hf_config), first][stage]
+        return self.shards[id(hf_config), first]
 
 
 def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[StageShard]:

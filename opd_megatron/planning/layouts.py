@@ -139,7 +139,8 @@ def _with(sizes: RunSizes, layout: dict[str, Any]) -> RunSizes | None:
     try:
         config = build_config(tree)
         for hf_config in sizes.models.configs:
-            check_divisible("model", hf_config, config)
+            parallel = config.parallel
+            check_divisible("model", hf_config, parallel.tensor, parallel.pipeline, parallel.expert)
         other = replace(sizes, config=config, models=replace(sizes.models, data_parallel=int(layout["parallel.data"])))
         plan_places(other)
     except ConfigError:

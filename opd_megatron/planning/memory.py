@@ -96,12 +96,7 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
 def offloaded_bytes(sizes: RunSizes, stage: int, *, gradients: bool = False) -> float:
     """Bytes of a rank that go to the host while engines are awake. `gradients` are freed rather than copied."""
     student, offload = sizes.stage(sizes.models.student_config, stage), sizes.config.student.offload
-    costs = zip(sizes.config.teachers, teacher_costs(sizes, stage), strict=True)
-    of_teachers = sum(
-        cost.memory["teachers"] + cost.memory["teacher heads"]
-        for teacher, cost in costs
-        if getattr(teacher, "offload", False)
-    )
+    of_teachers = sum(cost.away for cost in teacher_costs(sizes, stage))
     of_student = _optimizer_bytes(sizes, student) if "optimizer" in offload else 0.0
     freed = student.parameters * 4 if gradients and "gradients" in offload else 0
     return of_teachers + of_student + freed
@@ -119,6 +114,13 @@ def _checkpoint(sizes: RunSizes, student: StageShard) -> float:
     if not sizes.config.checkpoint.async_save:
         return student.largest * 4.0
     return a_parameter * optimizer_share(sizes, student)
+
+
+def teacher_memory(sizes: RunSizes, *, gpu: bool) -> dict[int, dict[str, float]]:
+    """Bytes on each rank of the teachers that have ranks of their own, by the teacher's number."""
+    runtime = {"runtime": float(_GPU_RUNTIME)} if gpu else {}
+    costs = enumerate(teacher_costs(sizes, stage=0))
+    return {number: cost.own_memory | runtime for number, cost in costs if cost.own_ranks}
 
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:

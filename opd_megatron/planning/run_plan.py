@@ -16,7 +16,14 @@ from opd_megatron.places import cut_places, ranks_per_node
 from opd_megatron.planning.coverage import Coverage, build_and_check
 from opd_megatron.planning.gpus import Gpu
 from opd_megatron.planning.layouts import Suggestion, engine_fits, stage_memories, suggestions, usable
-from opd_megatron.planning.memory import GIB, RankMemory, activation_bytes, rank_memory, weights_bytes
+from opd_megatron.planning.memory import (
+    GIB,
+    RankMemory,
+    activation_bytes,
+    rank_memory,
+    teacher_memory,
+    weights_bytes,
+)
 from opd_megatron.planning.published import find_model, known_tensors
 from opd_megatron.planning.timing import (
     ASSUMPTIONS,
@@ -29,6 +36,7 @@ from opd_megatron.planning.timing import (
 from opd_megatron.planning.traffic import Traffic, traffic
 from opd_megatron.run.checks import check_run
 from opd_megatron.system.processor import BF16_GPU
+from opd_megatron.teacher import teacher_costs
 
 
 @dataclass(slots=True)
@@ -52,7 +60,17 @@ class RunPlan:
     def fits(self) -> bool:
         """Whether every rank stays within the named GPU, and each engine within its share; True where none is
         named."""
-        return self.gpu is None or (self.peak.peak <= usable(self.gpu) and engine_fits(self.sizes, self.gpu))
+        if self.gpu is None:
+            return True
+        return self.peak.peak <= usable(self.gpu) and engine_fits(self.sizes, self.gpu) and not self.too_large_teachers
+
+    @property
+    def too_large_teachers(self) -> dict[int, float]:
+        """Bytes of the teachers whose own ranks do not hold them, by their number."""
+        if self.gpu is None:
+            return {}
+        held = {number: sum(parts.values()) for number, parts in teacher_memory(self.sizes, gpu=True).items()}
+        return {number: size for number, size in held.items() if size > usable(self.gpu)}
 
     @property
     def total_seconds(self) -> float:
@@ -64,6 +82,12 @@ class RunPlan:
         if self.gpu is None or self.fits:
             return
         remedy = f"try {self.suggestions[0]}" if self.suggestions else "no layout of as many ranks does: use more ranks"
+        if self.too_large_teachers:
+            number, size = next(iter(self.too_large_teachers.items()))
+            raise ConfigError(
+                f"a rank of teacher {number} needs {size / GIB:.1f} GiB, more than the {usable(self.gpu) / GIB:.1f} "
+                f"GiB that can be used of {self.gpu.name}'s memory: raise teachers.{number}.tensor or .pipeline"
+            )
         if self.peak.peak <= usable(self.gpu):
             rollout = self.sizes.config.rollout
             raise ConfigError(
@@ -116,10 +140,16 @@ def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Covera
     padded = models.padded_vocab(config.parallel.tensor)
     named = [(config.student.path, models.student, models.student_config)]
     named += [(teacher.path, *found) for teacher, found in zip(config.teachers, models.teachers, strict=True)]
-    return {
-        path: build_and_check(hf_config, config.parallel, models.data_parallel, padded, known_tensors(path, folder))
-        for path, folder, hf_config in named
-    }
+    costs = teacher_costs(RunSizes(config, models), stage=0)
+    layouts = [config.parallel, *(cost.layout or config.parallel for cost in costs)]
+    found = {}
+    for (path, folder, hf_config), layout in zip(named, layouts, strict=True):
+        same = layout is config.parallel
+        data, columns = (
+            (models.data_parallel, padded) if same else (layout.data or 1, models.padded_vocab(layout.tensor))
+        )
+        found[path] = build_and_check(hf_config, layout, data, columns, known_tensors(path, folder))
+    return found
 
 
 def describe(config: RunConfig, models: ResolvedModels) -> str:
@@ -138,6 +168,8 @@ def format_plan(plan: RunPlan) -> str:
     lines += [f"places           {line}" for line in plan_places(plan.sizes).lines()]
     lines += [f"{'weights':<16} {path}: {_coverage(found)}" for path, found in plan.coverage.items()]
     lines += _memory_lines(plan.stages)
+    for number, parts in teacher_memory(plan.sizes, gpu=plan.gpu is not None).items():
+        lines.append(f"  teacher {number:<6} {sum(parts.values()) / GIB:.2f} = {_listed(parts, GIB)}")
     lines += _recompute_lines(plan.sizes)
     lines.append("sent a step      GiB of the busiest rank: " + _listed(asdict(plan.moved), GIB))
     if plan.gpu is None:
@@ -189,6 +221,7 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
             }
             for memory in plan.stages
         ],
+        "teacher_bytes": teacher_memory(sizes, gpu=plan.gpu is not None),
         "sent_bytes": asdict(plan.moved),
         "gpu": asdict(plan.gpu) if plan.gpu else None,
         "seconds": plan.seconds,

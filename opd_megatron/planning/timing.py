@@ -55,13 +55,19 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     bubble = 1 + (sizes.pp_size - 1) / sizes.micro_batches
     passes = 4 if sizes.config.student.recompute else 3
     of_student = passes * sizes.body_flops(student) + 3 * sizes.head_flops(student)
-    costs = zip(teacher_costs(sizes, stage=0), sizes.models.teachers, strict=True)
+    costs = list(zip(teacher_costs(sizes, stage=0), sizes.models.teachers, strict=True))
     of_teachers = sum(cost.flops / _flops(hf_config, gpu) for cost, (_, hf_config) in costs)
+    elsewhere = [
+        cost.own_flops / cost.own_ranks / _flops(hf_config, gpu) for cost, (_, hf_config) in costs if cost.own_ranks
+    ]
+    training = of_student / sizes.ranks / _flops(student, gpu) * bubble
     updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pp_size))
     return {
         "rollout": rollout_seconds(sizes, gpu),
         "teacher": of_teachers / sizes.ranks * bubble,
-        "student": of_student / sizes.ranks / _flops(student, gpu) * bubble,
+        "student": training,
+        # Teachers on ranks of their own score beside the student's work; what is left of it is waited for.
+        "waiting for teachers": max(0.0, max(elsewhere, default=0.0) - training),
         "tensor collectives": moved.tensor / _link(sizes.tp_size, gpu),
         "pipeline transfers": moved.pipeline / _link(sizes.ranks, gpu),
         "expert transfers": moved.expert / _link(sizes.tp_size * sizes.ep_size, gpu),

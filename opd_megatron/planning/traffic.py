@@ -23,7 +23,7 @@ class Traffic:
     data: float
     """Gradients reduce-scattered in fp32, updated weights gathered."""
     teacher_states: float
-    """Between ranks: 0, because a colocated teacher's last stage is the student's."""
+    """From ranks of a teacher's own, or between the student's where a teacher has another layout there."""
     weight_sync: float
     """The student's full tensors into the rollout engine, through the first rank."""
 

@@ -2,7 +2,6 @@
 
 base.py           RolloutEngine, the seam
 client.py         RolloutClient: a fleet of engines, on any ranks, looks like one on all
-commands.py       its calls, told to ranks that hold engines alone
 shares.py         which engine samples which requests
 side_by_side.py   engines of one rank at the same time
 vllm_engine.py    vLLM in a process of its own (vllm_server.py), with our hands in its workers (vllm_worker.py)

@@ -28,9 +28,9 @@ from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import EngineDiedError, EngineMemoryError, OPDError, StalePolicyError
 from opd_megatron.rollout.base import RolloutEngine, Sleeper
-from opd_megatron.rollout.commands import Commands
 from opd_megatron.rollout.shares import share_out
 from opd_megatron.rollout.side_by_side import InThreads, Outcome, fed_from, gathered, in_threads
+from opd_megatron.system.commands import Commands
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
 

@@ -15,11 +15,12 @@ from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.stages import RolloutStage
 from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
-from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, init_distributed
+from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, init_distributed, narrow_world
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
+from opd_megatron.places import cut_places, ranks_per_node
 from opd_megatron.rollout import weight_format
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.rollout.turns import sleeps
@@ -31,7 +32,8 @@ from opd_megatron.run.inputs import RunInputs, read_inputs
 from opd_megatron.run.lock import RunLock
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
-from opd_megatron.teacher import Teacher, build_teachers
+from opd_megatron.system.ranks import launched
+from opd_megatron.teacher import Teacher, TeacherLink, build_host, build_teachers, join_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
 
@@ -104,16 +106,17 @@ def build_run(
         sampling: launch the rollout engine; commands that do not sample leave it out.
         scoring: load the teachers.
     """
-    config = config if sampling else config.without_engine_hosts()
+    config = _for_command(config, sampling=sampling, scoring=scoring)
     run_dir, config, models, inputs, identity = _checked(config, models, sampling=sampling, scoring=scoring)
     torch.manual_seed(config.seed)
     lock = _own(run_dir, config, identity) if sampling else None
     fleet: Fleet | None = None
     try:
         resume_from = choose_checkpoint(run_dir.checkpoints)
-        fleet = _fleet(config, models, run_dir, inputs, resume_from, launch=sampling)
+        fleet, links = _places(config, models)
+        _launch(fleet, config, models, run_dir, inputs, resume_from if sampling else None, launch=sampling)
         grid = _grid(config, models)
-        student, teachers = _models(config, models, grid, scoring)
+        student, teachers = _models(config, models, grid, links, scoring)
         batches = _batches(config, grid)
         scored = inputs.held_out or _some(inputs.prompts)
         display = _display(config, resume_from)
@@ -146,32 +149,70 @@ def build_run(
         raise
 
 
-def serve_engines(config: RunConfig, models: ResolvedModels | None = None) -> None:
-    """What a rank of `rollout.hosts` does of a run: its engines, until the trainer's ranks close them. It is in the
+def serves_others(config: RunConfig, *, sampling: bool = True, scoring: bool = True) -> bool:
+    """Whether this rank holds engines or a teacher alone, and no part of the student."""
+    config, ranks = _for_command(config, sampling=sampling, scoring=scoring), launched()
+    others = config.teacher_ranks + (config.rollout.hosts or 0)
+    return ranks is not None and ranks.rank >= ranks.world_size - others
+
+
+def serve(
+    config: RunConfig, models: ResolvedModels | None = None, *, sampling: bool = True, scoring: bool = True
+) -> None:
+    """What a rank of engines' or of a teacher's own does of a run, until the student's ranks let it go. It is in the
     collectives of `build_run` that are of all ranks."""
-    run_dir, config, models, inputs, identity = _checked(config, models, sampling=True, scoring=True)
-    _own(run_dir, config, identity)
-    fleet = _fleet(config, models, run_dir, inputs, choose_checkpoint(run_dir.checkpoints), launch=True)
+    config = _for_command(config, sampling=sampling, scoring=scoring)
+    run_dir, config, models, inputs, identity = _checked(config, models, sampling=sampling, scoring=scoring)
+    if sampling:
+        _own(run_dir, config, identity)
+    resume_from = choose_checkpoint(run_dir.checkpoints)
+    fleet, links = _places(config, models)
     try:
-        fleet.serve(config)
+        number = fleet.places.teacher_of(dist.get_rank())
+        if number is not None:
+            link = links[number]
+            assert link is not None
+            build_host(number, config, models, link).serve()
+        else:
+            _launch(fleet, config, models, run_dir, inputs, resume_from, launch=True)
+            fleet.serve(config)
     finally:
         fleet.close()
         dist.destroy_process_group()
 
 
-def _fleet(
-    config: RunConfig, models: ResolvedModels, run_dir: RunDir, inputs: RunInputs, resume_from: FoundCheckpoint | None,
-    *, launch: bool,
-) -> Fleet:  # fmt: skip
-    """Joins the fleet and launches this rank's engines, unless the run is finished. Collective over all ranks."""
-    fleet = Fleet.join(config, models)
+def _for_command(config: RunConfig, *, sampling: bool, scoring: bool) -> RunConfig:
+    """Without the ranks that a command has no use for."""
+    config = config if sampling else config.without_engine_hosts()
+    return config if scoring else config.without_teacher_ranks()
+
+
+def _places(config: RunConfig, models: ResolvedModels) -> tuple[Fleet, list[TeacherLink | None]]:
+    """Makes every group that crosses places, then makes the student's place the world of its ranks. Collective over all
+    ranks.
+
+    Raises ConfigError on every rank when the engines do not fit their place.
+    """
+    world = dist.get_world_size()
+    places = cut_places(config, world, ranks_per_node(world), on_gpu=has_gpu())
+    fleet = Fleet.join(config, models, places)
+    links = join_teachers(config, models, places)
+    if places.student.size < world:
+        narrow_world(places.student.size)
+    return fleet, links
+
+
+def _launch(
+    fleet: Fleet, config: RunConfig, models: ResolvedModels, run_dir: RunDir, inputs: RunInputs,
+    resume_from: FoundCheckpoint | None, *, launch: bool,
+) -> None:  # fmt: skip
+    """Launches this rank's engines, unless the run is finished. Collective over the ranks that sample."""
     unfinished = resume_from is None or resume_from.step < config.steps
     try:
         fleet.build(config, models, run_dir, inputs.banned_ids, launch=launch and unfinished)
     except BaseException:
         fleet.close()
         raise
-    return fleet
 
 
 def _checked(
@@ -227,11 +268,11 @@ def _grid(config: RunConfig, models: ResolvedModels) -> ParallelGrid:
 
 
 def _models(
-    config: RunConfig, models: ResolvedModels, grid: ParallelGrid, scoring: bool
+    config: RunConfig, models: ResolvedModels, grid: ParallelGrid, links: list[TeacherLink | None], scoring: bool
 ) -> tuple[Student, list[Teacher]]:
     padded_vocab = models.padded_vocab(grid.tp_size)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
-    return student, build_teachers(config, models, grid) if scoring else []
+    return student, build_teachers(config, models, grid, links) if scoring else []
 
 
 def _batches(config: RunConfig, grid: ParallelGrid) -> MicroBatchBuilder:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, narrow_world, start_store
+from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, start_store
 from opd_megatron.models import ResolvedModels
-from opd_megatron.places import EngineSeat, Places, cut_places, owned_device, ranks_per_node, visible_devices
+from opd_megatron.places import EngineSeat, Places, owned_device, visible_devices
 from opd_megatron.rollout import MachineShare, RolloutClient, RolloutEngine, build_engine, weight_format
-from opd_megatron.rollout.commands import Commands
 from opd_megatron.rollout.turns import sleeps
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
+from opd_megatron.system.commands import Commands
 from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.fan_out import FanOut
 from opd_megatron.weight_sync.format import WeightPayload
@@ -30,7 +30,7 @@ class Fleet:
 
     places: Places
     group: dist.ProcessGroup | None
-    """All ranks of the job; None for one."""
+    """The student's ranks and those of engines alone; None for one."""
     fan_out: FanOut | None
     """None where the only engine is on rank 0, where weights come out."""
     commands: Commands | None
@@ -38,23 +38,14 @@ class Fleet:
     """By their number in the fleet."""
 
     @classmethod
-    def join(cls, config: RunConfig, models: ResolvedModels) -> Fleet:
-        """Makes the groups that cross places, then makes the student's place the world of its ranks. Collective over
-        all ranks.
-
-        Raises ConfigError on every rank when the engines do not fit their place.
-        """
-        world = dist.get_world_size()
-        places = cut_places(config, world, ranks_per_node(world), on_gpu=has_gpu())
+    def join(cls, config: RunConfig, models: ResolvedModels, places: Places) -> Fleet:
+        """Makes the groups of the fleet. Collective over all ranks of the job."""
         takes = weight_format(config, models.student_config)
         fan_out = None
         if places.leaders != [0]:
             fan_out = FanOut(places.leaders, places.nodes, bucket_store(takes, device()), device())
-        group = dist.new_group(backend="gloo") if world > 1 else None
-        commands = None
-        if places.hosts_engines_apart:
-            commands = Commands(start_store())
-            narrow_world(places.student.size)
+        group = dist.new_group(places.sampling, backend="gloo") if places.world_size > 1 else None
+        commands = Commands(start_store(), "rollout") if places.hosts_engines_apart else None
         return cls(places=places, group=group, fan_out=fan_out, commands=commands)
 
     def build(
@@ -63,7 +54,7 @@ class Fleet:
         """Makes the engines of this rank and launches them. Collective over all ranks."""
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
         overrides = config_overrides(models.student, models.student_config)
-        owned = _owned_devices(self.group)
+        owned = _owned_devices(self.group, self.places.sampling)
         with on_all_ranks("the rollout engines cannot be made", ConfigError, group=self.group):
             for seat in self.places.led_by(dist.get_rank()):
                 log, share = run_dir.rollout_log(seat.index), _share(seat, config.rollout.tensor, owned)
@@ -113,17 +104,17 @@ class Fleet:
             engine.close()
 
 
-def _share(seat: EngineSeat, tensor: int, owned: list[str] | None) -> MachineShare:
+def _share(seat: EngineSeat, tensor: int, owned: dict[int, str] | None) -> MachineShare:
     devices = None if owned is None else visible_devices(seat, tensor, owned)
     return MachineShare(devices, seat.neighbours)
 
 
-def _owned_devices(group: dist.ProcessGroup | None) -> list[str] | None:
-    """What each rank's GPU is called; None on machines without. Collective."""
+def _owned_devices(group: dist.ProcessGroup | None, ranks: Sequence[int]) -> dict[int, str] | None:
+    """What the GPU of each of the group's ranks is called; None on machines without. Collective."""
     if not has_gpu():
         return None
     mine = owned_device(int(os.environ.get("LOCAL_RANK", "0")))
-    found = [mine] * dist.get_world_size(group)
+    found = [mine] * len(ranks)
     if group is not None:
         dist.all_gather_object(found, mine, group=group)
-    return found
+    return dict(zip(ranks, found, strict=True))

@@ -50,7 +50,9 @@ class Evaluator:
         Collective over all ranks.
         """
         if not self._inputs:
-            self._inputs = ask_teachers(self._teachers, self._micro_batches)
+            asked = ask_teachers(self._teachers, self._micro_batches)
+            # Kept for the next evaluations: a teacher does not change.
+            self._inputs = [TeacherInputs(list(each.outputs), each.weight) for each in asked]
         means = student.evaluate(self._micro_batches, self._inputs, self._objective, self._vocab_size)
         for who, name in (("student", "nll"), ("teacher", "teacher_nll")):
             if not math.isfinite(means[name]):

@@ -1,7 +1,12 @@
 """Teachers: frozen models that score the student's tokens; one placement a file.
 
 base.py         the seam: Teacher, Placement, TeacherCost
-colocated.py    on the student's own ranks: final hidden states, and a head that lies where the student's does
+colocated.py    on the student's own ranks, in its layout: the head lies where the student's does
+relaid.py       on the student's own ranks, in a layout of its own
+own_ranks.py    on ranks of its own: states micro batch by micro batch, while the student trains
+source.py       a model in another layout than the student's; route.py says which rank sends what to which
+wire.py         bounded messages between ranks; links.py the groups that they go over
+heads.py        LM heads at the student's side, whatever layout their teacher has
 """
 
 from __future__ import annotations
@@ -9,24 +14,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opd_megatron.config import RunConfig, StudentRanksTeacherConfig, TeacherConfig
+from opd_megatron.config import OwnRanksTeacherConfig, RunConfig, StudentRanksTeacherConfig, TeacherConfig
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import RunSizes
-from opd_megatron.teacher.base import Placement, Teacher, TeacherCost
+from opd_megatron.teacher.base import Placement, Surroundings, Teacher, TeacherCost
 from opd_megatron.teacher.colocated import StudentRanks
+from opd_megatron.teacher.heads import Heads
+from opd_megatron.teacher.links import TeacherLink, join_teachers
+from opd_megatron.teacher.own_ranks import OwnRanks, build_host
 from opd_megatron.types import Batch, TeacherInputs
 
-__all__ = ["Teacher", "TeacherCost", "ask_teachers", "build_teachers", "check_teachers", "teacher_costs"]
+__all__ = [
+    "Teacher",
+    "TeacherCost",
+    "TeacherLink",
+    "ask_teachers",
+    "build_host",
+    "build_teachers",
+    "check_teachers",
+    "join_teachers",
+    "teacher_costs",
+]
 
-PLACEMENTS: dict[type[TeacherConfig], Placement[Any]] = {StudentRanksTeacherConfig: StudentRanks()}
+PLACEMENTS: dict[type[TeacherConfig], Placement[Any]] = {
+    StudentRanksTeacherConfig: StudentRanks(),
+    OwnRanksTeacherConfig: OwnRanks(),
+}
 """Config class of an entry of `teachers:` -> what runs it."""
 
 
 def check_teachers(config: RunConfig, models: ResolvedModels) -> None:
     """Raises ConfigError unless every teacher can have the layout that its entry asks for."""
-    for teacher, (_, hf_config) in zip(config.teachers, models.teachers, strict=True):
-        PLACEMENTS[type(teacher)].check(teacher, hf_config, config)
+    for number, (teacher, (_, hf_config)) in enumerate(zip(config.teachers, models.teachers, strict=True)):
+        PLACEMENTS[type(teacher)].check(number, teacher, hf_config, config, models.data_parallel)
 
 
 def teacher_costs(sizes: RunSizes, stage: int) -> list[TeacherCost]:
@@ -35,12 +56,22 @@ def teacher_costs(sizes: RunSizes, stage: int) -> list[TeacherCost]:
     return [PLACEMENTS[type(teacher)].cost(teacher, hf_config, sizes, stage) for teacher, (_, hf_config) in teachers]
 
 
-def build_teachers(config: RunConfig, models: ResolvedModels, grid: ParallelGrid) -> list[Teacher]:
-    """Loads one teacher for each entry of `teachers:`. Every rank of the run calls it."""
+def build_teachers(
+    config: RunConfig, models: ResolvedModels, grid: ParallelGrid, links: Sequence[TeacherLink | None] | None = None
+) -> list[Teacher]:
+    """Loads one teacher for each entry of `teachers:`. Every rank of the student's calls it.
+
+    `links`: what `join_teachers` made; none where every teacher has the student's own layout.
+    """
     total = sum(teacher.weight for teacher in config.teachers)
+    heads = Heads(grid, models.padded_vocab(grid.tp_size))
     return [
-        PLACEMENTS[type(teacher)].build(teacher, source, models, grid, config, teacher.weight / total)
-        for teacher, source in zip(config.teachers, models.teachers, strict=True)
+        PLACEMENTS[type(teacher)].build(
+            teacher, source, teacher.weight / total, Surroundings(config, models, grid, heads, link)
+        )
+        for teacher, source, link in zip(
+            config.teachers, models.teachers, links or [None] * len(config.teachers), strict=True
+        )
     ]
 
 

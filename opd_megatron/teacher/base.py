@@ -7,16 +7,18 @@ head) pair from top-k entries. To add a placement (own ranks, a cache on disk, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig, TeacherConfig
+from opd_megatron.config import ParallelConfig, RunConfig, TeacherConfig
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import RunSizes
+from opd_megatron.teacher.heads import Heads
+from opd_megatron.teacher.links import TeacherLink
 from opd_megatron.types import Batch, TeacherInputs
 
 Config = TypeVar("Config", bound=TeacherConfig, contravariant=True)
@@ -59,19 +61,44 @@ class TeacherCost:
     """Bytes a step that a rank receives from ranks of the teacher's own."""
     flops: float = 0.0
     """Of a step, on the student's ranks together."""
+    away: float = 0.0
+    """Bytes of `memory` that leave the GPU while the rollout engine is awake."""
+    layout: ParallelConfig | None = None
+    """Of its own; None where it is the student's, or the teacher is no model of this job's."""
+    own_ranks: int = 0
+    """Ranks of the teacher's own, which score beside the student's work."""
+    own_flops: float = 0.0
+    """Of a step, on those together."""
+    own_memory: dict[str, float] = field(default_factory=dict)
+    """Bytes on each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a teacher is built among."""
+
+    config: RunConfig
+    models: ResolvedModels
+    grid: ParallelGrid
+    """The student's."""
+    heads: Heads
+    """LM heads where the student's lies."""
+    link: TeacherLink | None
+    """To ranks or a layout of its own; None where it has neither."""
 
 
 class Placement(Protocol[Config]):
     """What `plan` and the checks ask of a placement before a process group exists, and how a teacher is built."""
 
-    def check(self, teacher: Config, hf_config: PretrainedConfig, config: RunConfig) -> None:
-        """Raises ConfigError unless the teacher can have the layout that its entry asks for."""
+    def check(
+        self, number: int, teacher: Config, hf_config: PretrainedConfig, config: RunConfig, data_parallel: int
+    ) -> None:
+        """Raises ConfigError unless the teacher, entry `number`, can have the layout that it asks for."""
 
     def cost(self, teacher: Config, hf_config: PretrainedConfig, sizes: RunSizes, stage: int) -> TeacherCost:
         """Estimates what the teacher costs a rank of the student's `stage`."""
 
     def build(
-        self, teacher: Config, source: tuple[Path, PretrainedConfig], models: ResolvedModels, grid: ParallelGrid,
-        config: RunConfig, weight: float,
-    ) -> Teacher:  # fmt: skip
-        """Loads the teacher. `weight`: its share, of shares that sum to one. Every rank of the run calls it."""
+        self, teacher: Config, source: tuple[Path, PretrainedConfig], weight: float, surroundings: Surroundings
+    ) -> Teacher:
+        """Loads the teacher. `weight`: its share, of shares that sum to one. Every rank of the student's calls it."""

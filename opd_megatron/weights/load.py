@@ -51,6 +51,26 @@ def load_weights(
             progress(tensor.nbytes)
 
 
+@torch.no_grad()
+def load_head(
+    source_dir: Path, hf_config: PretrainedConfig, tensor: torch.Tensor, *, tp_rank: int, tp_size: int
+) -> None:
+    """Fills `tensor` [v, h] with one tensor-parallel rank's rows of a model's LM head (its embedding where tied), cast
+    to its dtype; rows past the vocabulary become zero. No collective; reads nothing else.
+
+    Raises:
+        WeightsError: the head is absent, damaged or of the wrong shape.
+    """
+    layout = ShardLayout(len(tensor) * tp_size, 0, hf_config.num_hidden_layers, tp_rank=tp_rank, tp_size=tp_size)
+    table = sharding_table(hf_config, layout)
+    wanted = EMBEDDING if table.tied else HEAD
+    [param] = [param for param in table.params if wanted in param.hf_tensors]
+    with SafetensorsSource(source_dir) as source:
+        if table.tied and EMBEDDING not in source.names and HEAD in source.names:
+            source.rename(HEAD, EMBEDDING)
+        _fill(tensor, param, table, layout, source)
+
+
 def _fill(
     tensor: torch.Tensor, param: StageParameter, table: ShardingTable, layout: ShardLayout, source: SafetensorsSource
 ) -> None:

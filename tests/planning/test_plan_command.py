@@ -61,7 +61,7 @@ def test_7b_from_72b_on_64_gpus_of_80_gb(tmp_path: Path, capsys: pytest.CaptureF
     assert held == pytest.approx(2 * 72_706_203_648 / 4, rel=0.001)
     seconds = tree["seconds"]
     assert {name for name, value in seconds.items() if not value} == {
-        "expert transfers", "pipeline transfers", "offload",
+        "expert transfers", "pipeline transfers", "offload", "waiting for teachers",
     }  # fmt: skip
     assert tree["engines"] == 8
     assert tree["total_seconds"] < 8
@@ -69,6 +69,30 @@ def test_7b_from_72b_on_64_gpus_of_80_gb(tmp_path: Path, capsys: pytest.CaptureF
     assert tree["total_seconds"] == pytest.approx(max(seconds["rollout"], rest) + seconds["weight sync"])
     for word in ("weight sync", "assumed", "sampled beside the rest", "teacher states", "checkpoint"):
         assert word in printed
+
+
+def test_a_teacher_on_ranks_of_its_own_frees_the_students_and_is_planned_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = gpu_named("H100")
+    own = ["rollout.hosts=16", "teachers.0.placement=own", "teachers.0.tensor=8", "teachers.0.data=2"]
+    plan, before = make_plan(load_config(CONFIG, own), gpu), make_plan(load_config(CONFIG), gpu)
+    assert plan.sizes.job_ranks == 64
+    stage, there = plan.stages[0], before.stages[0]
+    assert stage.parts["teachers"] == 0
+    assert stage.parts["teacher heads"] == there.parts["teacher heads"]
+    assert stage.parts["teacher states"] < there.parts["teacher states"]
+    assert plan.seconds["teacher"] < 0.1 * before.seconds["teacher"], "the head alone"
+    assert plan.seconds["waiting for teachers"] > 0
+    path = tmp_path / "plan.json"
+    assert cli.main(["plan", str(CONFIG), *own, "--gpu", "H100", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "teacher 0 ranks 32-47 on 2 nodes" in printed
+    held = json.loads(path.read_text())["teacher_bytes"]["0"]
+    assert held["weights"] == pytest.approx(2 * 72_706_203_648 / 8, rel=0.01)
+    error = refused(capsys, str(CONFIG), *own[:2], "teachers.0.data=16", "--gpu", "H100")
+    assert "a rank of teacher 0 needs" in error
+    assert "teachers.0.tensor" in error
 
 
 def test_engines_and_student_take_turns_with_memory(tmp_path: Path) -> None:

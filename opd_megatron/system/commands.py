@@ -1,8 +1,8 @@
-"""What the trainer's ranks are about to do with the fleet, told to the ranks that hold engines alone.
+"""What the trainer's ranks are about to do with a part of the job, told to the ranks that hold it alone.
 
-Such a rank has no steps of its own: it waits for the name and the arguments of the next call of `RolloutClient`, makes
-the same call, and so is in the same collectives. Told through the store behind the process group, as a collective would
-have to be entered by everybody, also by a rank that has failed.
+Such a rank has no steps of its own: it waits for the name and the arguments of the next call (of `RolloutClient`, of a
+teacher), makes the same call, and so is in the same collectives. Told through the store behind the process group, as a
+collective would have to be entered by everybody, also by a rank that has failed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ _PATIENCE = (0.002, 0.05)
 class Commands:
     """A numbered list of calls in a store: one rank writes, others read."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, part: str) -> None:
+        """`part`: whose list it is."""
+        self._store, self._part = store, part
         self._count = 0
         self._closed = False
 
@@ -29,7 +30,7 @@ class Commands:
         """Writes the next call."""
         if self._count > 1:
             # Everybody has read the last but one: either it or the last one was a collective that is over.
-            self._store.delete_key(f"opd_command/{self._count - 2}")
+            self._store.delete_key(self._key(self._count - 2))
         self._write(name, arguments)
 
     def close(self) -> None:
@@ -39,13 +40,16 @@ class Commands:
         self._closed = True
 
     def _write(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self._store.set(f"opd_command/{self._count}", pickle.dumps((name, arguments)))  # type: ignore[arg-type]
+        self._store.set(self._key(self._count), pickle.dumps((name, arguments)))  # type: ignore[arg-type]
         self._count += 1
+
+    def _key(self, number: int) -> str:
+        return f"opd_command/{self._part}/{number}"
 
     def next(self) -> tuple[str, tuple[Any, ...]]:
         """Waits for the next call, for ever: a step between two of them takes as long as it takes, and the launcher
         ends this process when the trainer is gone."""
-        key, pause = f"opd_command/{self._count}", _PATIENCE[0]
+        key, pause = self._key(self._count), _PATIENCE[0]
         while not self._store.check([key]):
             time.sleep(pause)
             pause = min(2 * pause, _PATIENCE[1])
