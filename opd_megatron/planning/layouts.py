@@ -14,6 +14,7 @@ from opd_megatron.planning.gpus import GPUS_PER_NODE, Gpu
 from opd_megatron.planning.memory import RankMemory, rank_memory
 from opd_megatron.planning.timing import cache_bytes_a_token, engine_room, plan_places, step_seconds, total_seconds
 from opd_megatron.planning.traffic import traffic
+from opd_megatron.teacher import check_teachers
 from opd_megatron.weights.families import family_of
 
 _MICRO_SIZES = (8, 4, 2, 1)
@@ -104,7 +105,7 @@ def _layouts(sizes: RunSizes, memory: dict[str, Any]) -> Iterator[list[RunSizes]
     engines = _divisors(min(sizes.job_ranks, GPUS_PER_NODE)) if sizes.config.rollout.engines is None else ()
     for engine_tensor in engines or (sizes.config.rollout.tensor,):
         for hosts in _host_counts(sizes, engine_tensor):
-            ranks = sizes.job_ranks - (hosts or 0)
+            ranks = sizes.job_ranks - sizes.config.teacher_ranks - (hosts or 0)
             for tp_size, pp_size, dp_size in _grids(ranks):
                 for ep_size in _divisors(dp_size) if has_experts else (1,):
                     layout = memory | {
@@ -117,6 +118,7 @@ def _layouts(sizes: RunSizes, memory: dict[str, Any]) -> Iterator[list[RunSizes]
 
 
 def _grids(ranks: int) -> Iterator[tuple[int, int, int]]:
+    """(tensor, pipeline, data) sizes of so many ranks."""
     for tp_size in _divisors(min(ranks, GPUS_PER_NODE)):
         for pp_size in _divisors(ranks // tp_size) if ranks % tp_size == 0 else ():
             yield tp_size, pp_size, ranks // tp_size // pp_size
@@ -127,7 +129,7 @@ def _host_counts(sizes: RunSizes, engine_tensor: int) -> Iterable[int | None]:
     if sizes.config.rollout.placement != "own":
         return (None,)
     step = GPUS_PER_NODE if sizes.job_ranks > GPUS_PER_NODE else engine_tensor
-    return range(step, sizes.job_ranks, step)
+    return range(step, sizes.job_ranks - sizes.config.teacher_ranks, step)
 
 
 def _with(sizes: RunSizes, layout: dict[str, Any]) -> RunSizes | None:
@@ -138,10 +140,12 @@ def _with(sizes: RunSizes, layout: dict[str, Any]) -> RunSizes | None:
         tree[section][name] = value
     try:
         config = build_config(tree)
-        for hf_config in sizes.models.configs:
-            parallel = config.parallel
-            check_divisible("model", hf_config, parallel.tensor, parallel.pipeline, parallel.expert)
-        other = replace(sizes, config=config, models=replace(sizes.models, data_parallel=int(layout["parallel.data"])))
+        parallel, models = config.parallel, replace(sizes.models, data_parallel=int(layout["parallel.data"]))
+        check_divisible(
+            "the student", models.student_config, parallel.tensor, parallel.pipeline, parallel.expert
+        )  # fmt: skip
+        check_teachers(config, models)
+        other = replace(sizes, config=config, models=models)
         plan_places(other)
     except ConfigError:
         return None

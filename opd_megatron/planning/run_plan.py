@@ -156,7 +156,8 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
     """Describes process layout and memory of each rank for `--dry-run`: reads the configs, builds nothing."""
     sizes = RunSizes(config, models)
     gpu = has_gpu()
-    lines = [*_layout_lines(sizes), *_memory_lines([rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)])]
+    stages = [rank_memory(sizes, i, gpu=gpu) for i in range(sizes.pp_size)]
+    lines = [*_layout_lines(sizes), *_memory_lines(stages), *_teacher_lines(sizes, gpu=gpu)]
     places = cut_places(config, sizes.job_ranks, ranks_per_node(sizes.job_ranks), on_gpu=gpu)
     lines += [f"places           {line}" for line in places.lines()]
     return "\n".join([*lines, f"rollout engine   {_engine(sizes, gpu)} each, in a process of its own"])
@@ -168,8 +169,7 @@ def format_plan(plan: RunPlan) -> str:
     lines += [f"places           {line}" for line in plan_places(plan.sizes).lines()]
     lines += [f"{'weights':<16} {path}: {_coverage(found)}" for path, found in plan.coverage.items()]
     lines += _memory_lines(plan.stages)
-    for number, parts in teacher_memory(plan.sizes, gpu=plan.gpu is not None).items():
-        lines.append(f"  teacher {number:<6} {sum(parts.values()) / GIB:.2f} = {_listed(parts, GIB)}")
+    lines += _teacher_lines(plan.sizes, gpu=plan.gpu is not None)
     lines += _recompute_lines(plan.sizes)
     lines.append("sent a step      GiB of the busiest rank: " + _listed(asdict(plan.moved), GIB))
     if plan.gpu is None:
@@ -264,6 +264,14 @@ def _memory_lines(stages: Sequence[RankMemory]) -> list[str]:
         lines.append(line)
     host = max(memory.checkpoint for memory in stages)
     return [*lines, f"checkpoint       {host / GIB:.2f} GiB of host memory a rank while it is written"]
+
+
+def _teacher_lines(sizes: RunSizes, *, gpu: bool) -> list[str]:
+    """Memory of the ranks that hold a teacher alone."""
+    return [
+        f"  teacher {number:<6} {sum(parts.values()) / GIB:.2f} = {_listed(parts, GIB)}, on each of its own ranks"
+        for number, parts in teacher_memory(sizes, gpu=gpu).items()
+    ]
 
 
 def _recompute_lines(sizes: RunSizes) -> list[str]:

@@ -22,8 +22,11 @@ _ARCHITECTURE = (
 _IDENTITY = ("seed", "student", "teachers", "data", "objective")
 _PATH = re.compile(r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.(eval_)?source|data\.sources\.\d+\.source")
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
-_MEMORY = re.compile(r"student\.recompute|(student|teachers\.\d+)\.offload(\.\d+)?")
-"""What trades memory for time and changes no result."""
+_WHERE = re.compile(
+    r"student\.recompute|(student|teachers\.\d+)\.offload(\.\d+)?"
+    r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight)"
+)
+"""Where models run and what trades memory for time: no result depends on it."""
 _CONTENT = {
     "student.path": "student.weights", "student.tokenizer": "tokenizer", "data.source": "data.rows",
     "data.eval_source": "data.rows",
@@ -123,7 +126,7 @@ def _old_paths(identity: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     flat = _flatten({key: tree.get(key) for key in _IDENTITY})
-    return {key: value for key, value in flat if not _MEMORY.fullmatch(key)}
+    return {key: value for key, value in flat if not _WHERE.fullmatch(key)}
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -184,6 +184,21 @@ def test_evaluation_and_resume_ask_a_distant_teacher_too(inputs: dict[str, str],
         assert row["eval/teacher_nll"] == pytest.approx(other["eval/teacher_nll"], rel=1e-5)
 
 
+def test_a_teacher_moves_to_other_ranks_when_a_run_is_resumed(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = {"checkpoint.every": 1, "steps": 2, "optimizer.decay": "constant"}
+    expected = _run(inputs, tmp_path / "stayed", 1, **settings)
+    _run(inputs, tmp_path / "moved", 1, **settings | {"steps": 1})
+    found = _run(inputs, tmp_path / "moved", 2, **settings, **_own())
+    assert found[1][-1]["loss"] == pytest.approx(expected[1][-1]["loss"], rel=1e-3)
+
+
+def test_teacher_engines_and_student_each_on_ranks_of_their_own(
+    inputs: dict[str, str], alone: Any, tmp_path: Path
+) -> None:
+    engines = {"rollout.placement": "own", "rollout.hosts": 1, "rollout.engines": 2}
+    _agree(_run(inputs, tmp_path / "run", 4, **STUDENTS["DP2"], **_own(), **engines), alone)
+
+
 def _one_dies(rank: int, world_size: int, config: RunConfig, told: Path) -> None:
     from opd_megatron.errors import OPDError
     from opd_megatron.teacher.own_ranks import TeacherHost
