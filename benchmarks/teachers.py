@@ -118,8 +118,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         found, also = measure_real(arguments, *processes.assets(arguments.assets))
         rows, checks = rows + found, checks + also
     note = (
-        "Bytes by arithmetic, in bf16; the overlap over gloo between two processes that sleep; the demo's steps are real, "
-        "with student, teacher and engine on the same two cores."
+        "Bytes by arithmetic, in bf16; the overlap over gloo between two processes that sleep; the demo's steps are "
+        "real, with student, teacher and engine on the same two cores."
     )
     return Report(rows, checks, note)
 

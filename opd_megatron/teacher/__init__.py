@@ -77,6 +77,6 @@ def build_teachers(
 
 def ask_teachers(teachers: Sequence[Teacher], micro_batches: list[Batch]) -> list[TeacherInputs]:
     """Lets all teachers score the micro batches, side by side where they can. Collective over the student's ranks."""
-    for teacher in teachers:
+    for teacher in sorted(teachers, key=lambda teacher: not teacher.beside):  # those that nobody waits for first
         teacher.submit(micro_batches)
     return [teacher.collect() for teacher in teachers]

@@ -27,6 +27,9 @@ Config = TypeVar("Config", bound=TeacherConfig, contravariant=True)
 class Teacher(Protocol):
     """A frozen model that scores the student's tokens."""
 
+    beside: bool
+    """Whether `submit` returns at once and the scores are made beside other work."""
+
     def submit(self, micro_batches: list[Batch]) -> None:
         """Starts to score the response positions of a step. Collective over the student's ranks."""
 

@@ -26,6 +26,8 @@ class ColocatedTeacher:
     """Frozen Megatron model. Its vocabulary is padded like the student's, so its head already lies where the
     student's does and needs no copy."""
 
+    beside = False
+
     def __init__(self, model: HiddenStatesModel, grid: ParallelGrid, weight: float, *, offload: bool = False) -> None:
         self._model, self._grid, self._weight = model, grid, weight
         self._offload, self._host = offload, HostMemory()

@@ -37,6 +37,8 @@ _Packed = tuple[bool, list[int], list[int], torch.Tensor]
 class DistantTeacher:
     """The student's side."""
 
+    beside = True
+
     def __init__(
         self, link: TeacherLink, head: torch.Tensor | None, student: ParallelGrid, weight: float,
         *, width: int, dtype: torch.dtype, in_flight: int, name: str,

@@ -17,6 +17,8 @@ from opd_megatron.types import Batch, TeacherInputs
 class RelaidTeacher:
     """Runs the whole step, then takes what the student's rank of its place wants: the two do not run side by side."""
 
+    beside = False
+
     def __init__(
         self, source: StatesSource, link: TeacherLink, head: torch.Tensor | None, student: ParallelGrid, weight: float,
         *, width: int, dtype: torch.dtype, offload: bool, name: str,

@@ -90,6 +90,11 @@ def test_a_teacher_on_ranks_of_its_own_frees_the_students_and_is_planned_itself(
     assert "teacher 0 ranks 32-47 on 2 nodes" in printed
     held = json.loads(path.read_text())["teacher_bytes"]["0"]
     assert held["weights"] == pytest.approx(2 * 72_706_203_648 / 8, rel=0.01)
+    found = make_plan(load_config(CONFIG, own), gpu, suggest=True).suggestions
+    assert found
+    for suggestion in found:
+        words = [f"{key}={value}" for key, value in suggestion.overrides.items()]
+        assert make_plan(load_config(CONFIG, [*own, *words]), gpu).sizes.job_ranks == 64
     error = refused(capsys, str(CONFIG), *own[:2], "teachers.0.data=16", "--gpu", "H100")
     assert "a rank of teacher 0 needs" in error
     assert "teachers.0.tensor" in error
