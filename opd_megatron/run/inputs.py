@@ -41,12 +41,33 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     """
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
     notes: list[str] = []
+    theirs = []
     for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
         other = load_tokenizer(str(path), config.trust_remote_code)
+        theirs.append((teacher.path, other))
         notes += check_same_tokenizer(
             tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
         )
     prompts, held_out = build_train_and_eval(config, tokenizer, notes)
     stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
+    for name, other in theirs:
+        notes += _other_end(name, ChatTemplate.of(other, config.data), tokenizer, stops)
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
     return RunInputs(tokenizer, prompts, held_out, stops, banned, notes)
+
+
+def _other_end(
+    name: str, teachers: ChatTemplate, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]
+) -> list[str]:
+    """Warns where a teacher ends its answers with a token that ends none of the student's: a base student of an
+    instruction-tuned teacher."""
+    end = teachers.end_of_turn_id()
+    if end is None or end in stops:
+        return []
+    ours = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(list(stops)))
+    return [
+        f"warning: teacher {name!r} ends its answers with {teachers.tokenizer.convert_ids_to_tokens(end)!r}, the "
+        f"student's end with {ours}: it would learn to run on; give it the teacher's template and end with "
+        f"student.tokenizer={name}, or take a student that ends as its teacher does "
+        "(docs/troubleshooting.md: Answers grow without end)"
+    ]
