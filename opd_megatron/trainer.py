@@ -34,7 +34,7 @@ from opd_megatron.run.identity import check_identity, student_only
 from opd_megatron.run.report import write_report
 from opd_megatron.system.collectives import all_ranks_max
 from opd_megatron.system.signals import stop_requested
-from opd_megatron.teacher import ask_teachers
+from opd_megatron.teacher import ask_teachers, meters
 from opd_megatron.types import Rollout, SampleRequest, Sampling, StepMetrics, StepOutput
 
 
@@ -101,7 +101,7 @@ class OPDTrainer(RunParts):
         with timers.phase("sync"):
             self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
-        return self._metrics(rollouts, output)
+        return self._metrics(rollouts, output, meters(teachers))
 
     # Pieces of the line
 
@@ -133,7 +133,7 @@ class OPDTrainer(RunParts):
             except Exception as error:  # a tokenizer that cannot decode what it encoded ends no run
                 self.display.note(f"sample: cannot be shown ({one_line(error)})")
 
-    def _metrics(self, rollouts: list[Rollout], output: StepOutput) -> StepMetrics:
+    def _metrics(self, rollouts: list[Rollout], output: StepOutput, of_teachers: dict[str, float]) -> StepMetrics:
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         finished = sum(rollout.finish_reason == "stop" for rollout in rollouts)
         means, seconds = dict(output.metrics), self.timers.collect()
@@ -148,6 +148,7 @@ class OPDTrainer(RunParts):
             forward_kl=means.pop("forward_kl"),
             extra={
                 **means,
+                **of_teachers,
                 "policy_lag": self.step_count - 1 - min(rollout.policy_version for rollout in rollouts),
                 "rollout/mean_length": sum(lengths) / len(lengths),
                 "rollout/finished": finished / len(rollouts),

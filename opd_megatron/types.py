@@ -152,6 +152,9 @@ class TeacherInputs:
     Empty except on the student's last pipeline stage."""
     weight: float = 1.0
     """Share in an ensemble; all shares sum to one."""
+    meter: Callable[[], dict[str, float]] | None = None
+    """What it has taken so far, on this rank: `bytes` that came from other ranks, seconds `waited` for them. None, on
+    every rank, for a teacher whose states are where they are wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from opd_megatron.config import OwnRanksTeacherConfig, RunConfig, StudentRanksTeacherConfig, TeacherConfig
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.models import ResolvedModels
@@ -34,6 +37,7 @@ __all__ = [
     "build_teachers",
     "check_teachers",
     "join_teachers",
+    "meters",
     "teacher_costs",
 ]
 
@@ -73,6 +77,23 @@ def build_teachers(
             config.teachers, models.teachers, links or [None] * len(config.teachers), strict=True
         )
     ]
+
+
+def meters(inputs: Sequence[TeacherInputs]) -> dict[str, float]:
+    """`teacher/N/bytes` and `teacher/N/waited` (seconds) of a step, on the rank that has most of either; of teachers
+    elsewhere alone. Collective over the student's ranks, where there are such."""
+    found = {
+        f"teacher/{number}/{name}": value
+        for number, each in enumerate(inputs)
+        if each.meter is not None
+        for name, value in each.meter().items()
+    }
+    if not found:
+        return {}
+    values = torch.tensor(list(found.values()), dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return dict(zip(found, values.tolist(), strict=True))
 
 
 def ask_teachers(teachers: Sequence[Teacher], micro_batches: list[Batch]) -> list[TeacherInputs]:

@@ -69,10 +69,13 @@ class DistantTeacher:
 
     def collect(self) -> TeacherInputs:
         """Hands over what gives each micro batch's states when the loss asks for them, once and in order."""
-        if self._inbox is None:
-            return TeacherInputs((), self._weight)
+        inbox = self._inbox
+        if inbox is None:
+            return TeacherInputs((), self._weight, lambda: {"bytes": 0.0, "waited": 0.0})
         assert self._head is not None
-        return TeacherInputs(_WithHead(self._inbox, self._head), self._weight)
+        return TeacherInputs(
+            _WithHead(inbox, self._head), self._weight, lambda: {"bytes": float(inbox.nbytes), "waited": inbox.waited}
+        )
 
     def move_out(self) -> None:
         """Does nothing: its GPUs are its own."""

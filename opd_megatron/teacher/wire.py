@@ -7,6 +7,7 @@ holding anybody up, and are matched by sender and tag, so that the order of diff
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class Inbox(Sequence[torch.Tensor]):
         self._ahead, self._device, self._name = ahead, device, name
         self._arriving: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._posted = self._taken = 0
+        self.nbytes, self.waited = 0, 0.0
+        """Of what has been taken, and seconds spent on waiting for it."""
         self._post()
 
     def __len__(self) -> int:
@@ -97,7 +100,10 @@ class Inbox(Sequence[torch.Tensor]):
             raise IndexError(index)
         assert index == self._taken, f"micro batch {index} is asked for where {self._taken} is next"
         work, states = self._arriving.popleft()
+        begin = time.perf_counter()
         _wait(work, f"teacher {self._name} sent no hidden states")
+        self.waited += time.perf_counter() - begin
+        self.nbytes += states.nbytes
         self._taken += 1
         self._post()
         return states.to(self._device, non_blocking=True)

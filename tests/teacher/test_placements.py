@@ -24,6 +24,8 @@ SETTINGS = {
     "steps": 2, "evaluation.every": 0, "rollout.prompts_per_step": 8, "parallel.micro_batch_size": 1,
     "optimizer.eps": 1e-2,  # AdamW makes much of the rounding of a gradient that is nearly 0
 }  # fmt: skip
+HIDDEN = 64
+"""Of the tiny models."""
 STUDENTS = {
     "one": {"parallel.data": 1},
     "TP2": {"parallel.tensor": 2, "parallel.data": 1},
@@ -88,7 +90,13 @@ def test_a_teacher_on_ranks_of_its_own_teaches_the_same(
 ) -> None:
     sizes = TEACHERS[teacher]
     ranks = {"one": 1, "TP2 PP2": 4}.get(student, 2) + (2 if sizes else 1)
-    _agree(_run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **_own(**sizes)), alone)
+    found = _run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **_own(**sizes))
+    _agree(found, alone)
+    for row in found[1][1:]:
+        whole = row["tokens"] * HIDDEN * 4
+        shards = {"SP2": 2, "DP2": 2}.get(student, 1)
+        assert whole / shards <= row["teacher/0/bytes"] <= 1.5 * whole / shards, "hidden states of each token, once"
+        assert row["teacher/0/waited"] >= 0
 
 
 @pytest.mark.parametrize(
