@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from opd_megatron.config import StudentRanksTeacherConfig, decided
+from opd_megatron.config import MegatronTeacherConfig, decided
 from opd_megatron.errors import WeightsError, one_line
 from opd_megatron.mcore.cpu.platform import release_memory
 from opd_megatron.system.collectives import on_rank_0
@@ -34,19 +34,21 @@ _LIMITS = {"fp32": 2e-3, "bf16": 5e-2}
 
 
 def check_agreement(run: RunParts) -> list[str]:
-    """Compares the student, and every teacher that lies here, with transformers; returns notes. Collective.
+    """Compares the student and every teacher, each alone, with transformers; returns notes. Collective.
 
     Raises:
         WeightsError: on every rank, where they differ.
     """
     sequence = _sequence(run)
-    ours = run.evaluator.likelihoods(run.student, sequence)
+    ours: dict[str, float] = {}
+    found = []
+    for number, (teacher, (folder, _)) in enumerate(zip(run.config.teachers, run.models.teachers, strict=True)):
+        ours = run.evaluator.likelihoods(run.student, sequence, number)
+        dtype = decided(teacher.dtype) if isinstance(teacher, MegatronTeacherConfig) else "bf16"
+        found.append(("teacher", teacher.path, folder, dtype, ours["teacher_nll"]))
+    student = run.config.student
+    models = [("student", student.path, run.models.student, decided(student.dtype), ours["nll"]), *found]
     notes = []
-    models = [("student", run.config.student.path, run.models.student, decided(run.config.student.dtype), ours["nll"])]
-    if len(run.config.teachers) == 1:  # an ensemble's likelihood is that of no model
-        teacher, (folder, _) = run.config.teachers[0], run.models.teachers[0]
-        dtype = decided(teacher.dtype) if isinstance(teacher, StudentRanksTeacherConfig) else "bf16"
-        models.append(("teacher", teacher.path, folder, dtype, ours["teacher_nll"]))
     for kind, name, folder, dtype, nll in models:
         compare = _comparison(kind, name, folder, dtype, nll, sequence, run.models.vocab_size)
         notes += on_rank_0(compare, f"{kind} {name!r}", WeightsError)

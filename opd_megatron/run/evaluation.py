@@ -63,10 +63,11 @@ class Evaluator:
                 )
         return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
 
-    def likelihoods(self, student: Student, sequence: Rollout) -> dict[str, float]:
-        """Measures `nll` and `teacher_nll` of one sequence, in nats per token of its response. Collective."""
+    def likelihoods(self, student: Student, sequence: Rollout, teacher: int) -> dict[str, float]:
+        """Measures `nll` and one teacher's `teacher_nll` of one sequence, in nats per token of its response.
+        Collective."""
         batches = self._batches.build_any_number([sequence])
-        inputs = ask_teachers(self._teachers, batches)
+        inputs = ask_teachers([self._teachers[teacher]], batches)
         return student.evaluate(batches, inputs, self._objective, self._vocab_size)
 
     def teacher_summary(self, metrics: dict[str, float], names: Sequence[str]) -> list[str]:

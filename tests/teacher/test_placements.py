@@ -192,6 +192,30 @@ def test_evaluation_and_resume_ask_a_distant_teacher_too(inputs: dict[str, str],
         assert row["eval/teacher_nll"] == pytest.approx(other["eval/teacher_nll"], rel=1e-5)
 
 
+def test_each_teacher_of_an_ensemble_is_compared_with_transformers(
+    inputs: dict[str, str], two: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {"evaluation.agreement": True, "steps": 1}
+    _run(inputs, tmp_path / "right", 2, **two, **settings, **_own())
+    with pytest.raises(RankError, match="teacher .* and 123.0000 in transformers"):
+        run_ranks(1, _train_with_reference, small_config(inputs, tmp_path / "w", **(SETTINGS | two | settings)))
+
+
+def _train_with_reference(rank: int, world_size: int, config: RunConfig) -> None:
+    """Transformers gives the second teacher's answer wrongly."""
+    from opd_megatron.run import agreement
+
+    real = agreement.reference_nll
+    second = Path(config.teachers[1].path).resolve()
+
+    def reference(folder: Path, *arguments: Any) -> float:
+        return 123.0 if folder.resolve() == second else real(folder, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "reference_nll", reference)
+        run_training(config, check(config))
+
+
 def test_a_teacher_moves_to_other_ranks_when_a_run_is_resumed(inputs: dict[str, str], tmp_path: Path) -> None:
     settings = {"checkpoint.every": 1, "steps": 2, "optimizer.decay": "constant"}
     expected = _run(inputs, tmp_path / "stayed", 1, **settings)
