@@ -197,7 +197,7 @@ def test_each_teacher_of_an_ensemble_is_compared_with_transformers(
 ) -> None:
     settings = {"evaluation.agreement": True, "steps": 1}
     _run(inputs, tmp_path / "right", 2, **two, **settings, **_own())
-    with pytest.raises(RankError, match="teacher .* and 123.0000 in transformers"):
+    with pytest.raises(RankError, match=r"teacher .* and 123\.0000 in transformers"):
         run_ranks(1, _train_with_reference, small_config(inputs, tmp_path / "w", **(SETTINGS | two | settings)))
 
 
