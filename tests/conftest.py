@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 MINUTES_FIRST = (
-    "convert/test_round_trip.py", "mcore/test_checkpoint.py", "rollout/test_vllm_engine.py",
+    "convert/test_round_trip.py", "mcore/test_checkpoint.py", "weights/test_round_trip.py",
+    "rollout/test_vllm_engine.py",
     "e2e/test_launch_scripts.py", "weight_sync/test_shard_to_shard.py", "e2e/test_vllm_run.py", "e2e/test_fleet.py",
     "losses/test_triton_kernels.py", "distributed/test_losses_tp.py", "rollout/test_vllm_fleet.py",
-    "rollout/test_vllm_families.py", "test_cli.py",
+    "rollout/test_vllm_families.py", "teacher/test_placements.py", "planning/test_coverage.py", "test_cli.py",
 )  # fmt: skip
 """Files that take longest, handed out first, so that the workers end together."""
 

@@ -3,8 +3,9 @@
     def _body(rank: int, world_size: int, scale: float) -> float: ...          # module level, picklable
     def test_something(): results = run_ranks(4, _body, 2.0)                   # one result per rank, in order
 
-Starting a process and importing torch and Megatron costs seconds, so the workers stay. Each call makes a fresh
-default process group and destroys it again. A rank that fails or hangs fails the test and the pool is replaced.
+Importing torch and Megatron costs ten seconds, so a server that has them forks the workers, and the workers stay. Each
+call makes a fresh default process group and destroys it again. A rank that fails or hangs fails the test and the pool
+is replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -70,7 +71,8 @@ _workers: list[tuple[Any, Connection]] = []
 
 
 def _pool(size: int) -> list[tuple[Any, Connection]]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     while len(_workers) < size:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,))  # not a daemon: saving forks writers
@@ -110,18 +112,20 @@ def _collect(workers: list[tuple[Any, Connection]], deadline: float) -> list[Any
     pending = dict(enumerate(workers))
     failure: RankError | None = None
     while pending and time.monotonic() < deadline:
+        ready = wait([connection for _, connection in pending.values()], deadline - time.monotonic())
         for rank, (process, connection) in list(pending.items()):
-            if connection.poll(0.002):
-                try:
-                    ok, value, trace = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    ok, value, trace = False, None, f"rank process ended with exit code {process.exitcode}"
-                del pending[rank]
-                if ok:
-                    results[rank] = value
-                elif failure is None:
-                    failure = RankError(f"rank {rank} failed:\n{trace}", value)
-                    deadline = min(deadline, time.monotonic() + 10)  # the others may wait for it in a collective
+            if connection not in ready:
+                continue
+            try:
+                ok, value, trace = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                ok, value, trace = False, None, f"rank process ended with exit code {process.exitcode}"
+            del pending[rank]
+            if ok:
+                results[rank] = value
+            elif failure is None:
+                failure = RankError(f"rank {rank} failed:\n{trace}", value)
+                deadline = min(deadline, time.monotonic() + 10)  # the others may wait for it in a collective
     if pending:
         close_pool()
         failure = failure or RankError(f"ranks {sorted(pending)} did not finish in time")

@@ -73,7 +73,7 @@ def test_a_readme_without_markers_is_left_alone(harness, tmp_path):
 
 def test_memory_of_a_command_includes_its_child_processes_until_the_given_time(harness):
     processes = importlib.import_module("_processes")
-    hold = "import time; block = bytearray(b'1' * 2**27); time.sleep(1)"
+    hold = "import time; block = bytearray(b'1') * 2**27; time.sleep(1)"
     command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"]
     memory = processes.run_measured(command)
     assert 2**27 < memory.peak_bytes() < 2**28

@@ -139,7 +139,7 @@ def test_more_engines_than_gpus_is_one_error_on_every_rank(inputs: dict[str, str
 
 def _refused(rank: int, world_size: int, config: RunConfig) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opd_megatron.run.engines.has_gpu", lambda: True)
+        patch.setattr("opd_megatron.run.build.has_gpu", lambda: True)
         try:
             run_training(config, check(config))
         except OPDError as error:
