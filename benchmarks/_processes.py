@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -17,6 +18,12 @@ from typing import Any
 
 import psutil
 from harness import REPOSITORY, BenchmarkError
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a benchmark that runs the demo's models."""
+    parser.add_argument("--assets", default=str(REPOSITORY / "runs/assets"), help="folder with teacher/ and student/")
+    parser.add_argument("--config", default=str(REPOSITORY / "configs/demo.yaml"), help="of the real runs")
 
 
 @dataclass(frozen=True, slots=True)

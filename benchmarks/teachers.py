@@ -18,7 +18,7 @@ from typing import Any
 
 import _processes as processes
 import torch
-from harness import REPOSITORY, Check, Report, Row, main
+from harness import Check, Report, Row, main
 
 from opd_megatron.planning.published import find_model
 from opd_megatron.weights.hf_reader import load_hf_config
@@ -125,8 +125,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--assets", default=str(REPOSITORY / "runs/assets"), help="folder with teacher/ and student/")
-    parser.add_argument("--config", default=str(REPOSITORY / "configs/demo.yaml"), help="of the real runs")
+    processes.add_demo(parser)
     parser.add_argument("--steps", type=int, default=4, help="steps of a real run, the first and last not counted")
     parser.add_argument("--real", action="store_true", help="also the demo's models, four runs")
 

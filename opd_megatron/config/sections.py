@@ -137,7 +137,8 @@ class RolloutConfig(Section):
     """Tensor-parallel size inside each engine: its GPUs, which are of one node."""
     bucket_mib: PositiveInt = 256
     """Extra memory per rank for weight sync, in MiB: weights are sent in buckets of a third of it, and a tensor above
-    that is sent alone. Larger is faster until a step's weights are few buckets."""
+    that is sent alone. As much again lies in buffers where engines map them (`transport`). Larger is faster until a
+    step's weights are few buckets."""
     shard_to_shard: bool = True
     """Where `tensor` equals `parallel.tensor` (and is more than 1), each rank hands its shards to the engine's worker
     of the same rank and no full tensor is built. False gathers them, as is done where the two differ, with expert
