@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.distributed import Store
 
+_KEPT = 8
+"""Calls that are not deleted yet: a rank that nobody waits for may be some behind."""
 _PATIENCE = (0.002, 0.05)
 """Seconds between two looks: at first, and at the most."""
 
@@ -28,9 +30,9 @@ class Commands:
 
     def tell(self, name: str, *arguments: Any) -> None:
         """Writes the next call."""
-        if self._count > 1:
-            # Everybody has read the last but one: either it or the last one was a collective that is over.
-            self._store.delete_key(self._key(self._count - 2))
+        if self._count >= _KEPT:
+            # Of so many some were collectives that are over, which nobody enters without having read what is before.
+            self._store.delete_key(self._key(self._count - _KEPT))
         self._write(name, arguments)
 
     def close(self) -> None:
