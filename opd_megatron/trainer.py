@@ -92,16 +92,18 @@ class OPDTrainer(RunParts):
             rollouts = self.rollouts.take(self.step_count)
         micro_batches = self.batches.build(apply_stages(rollouts, self.stages))
         with timers.phase("teacher"):
-            teachers = ask_teachers(self.teachers, micro_batches)
+            teachers = ask_teachers(self.teachers, micro_batches, self.views)
         with timers.phase("train"):
             output = self.student.update(micro_batches, teachers, self.config.objective, self.models.vocab_size)
+            for teacher in self.teachers:
+                teacher.after_step()
         self.step_count += 1
         with timers.phase("rollout"):
             self.rollouts.collect()
         with timers.phase("sync"):
             self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
-        return self._metrics(rollouts, output, meters(teachers))
+        return self._metrics(rollouts, output, meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
 

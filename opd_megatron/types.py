@@ -7,7 +7,7 @@ Legend for shapes: B sequences, S padded sequence length, T packed response toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -38,6 +38,8 @@ class Prompt:
     """The gold answer as response tokens (end-of-turn included); held-out evaluation scores them."""
     task: str | None = None
     """Which task it belongs to, where the data say so."""
+    contexts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """What teachers with a `prompt` of their own read in this one's place: their number -> its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ class Batch:
     targets: torch.Tensor
     """[B, S] int64: the next token of each position (0 where there is none)."""
     weights: torch.Tensor
-    """[B, S] float32: 1 where the target is a response token."""
+    """[B, S] float32: above 0 exactly where the target is a response token; 1 there unless `objective.balance` says
+    otherwise."""
     rollout_logprobs: torch.Tensor | None = None
     """[B, S] float32: `Rollout.logprobs` of the targets, 0 where `weights` is; None where nothing was sampled."""
     advantages: torch.Tensor | None = None
@@ -107,6 +110,9 @@ class Batch:
     """[B, S] int64: each token's position in its sequence; 0, 1, .. along every row by default."""
     sequence_ids: torch.Tensor = field(default=None)  # type: ignore[assignment]
     """[B, S] int64, non-decreasing in reading order: which sequence a position belongs to; the row by default."""
+    routes: torch.Tensor | None = None
+    """[B, S] int64: which teachers a position's sequence is for (`teacher.routing`); None where all teachers score all
+    of them."""
 
     def __post_init__(self) -> None:
         rows, length = self.tokens.shape
@@ -130,6 +136,16 @@ class Batch:
         """Selects some of the sequences."""
         return self._map(lambda values: values[rows])
 
+    def with_rows(self, rows: int) -> Batch:
+        """Grows to so many sequences by copies of the first one in which no token counts."""
+        present = len(self.tokens)
+        if rows == present:
+            return self
+        grown = self._map(lambda values: torch.cat([values, values[:1].expand(rows - present, -1)]))
+        grown.weights[present:] = 0
+        grown.sequence_ids[present:] = torch.arange(present, rows, device=self.tokens.device).unsqueeze(1)
+        return grown
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         changed: dict[str, Any] = {}
         for column in fields(self):
@@ -140,7 +156,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Response tokens in the batch."""
-        return int(self.weights.sum().item())
+        return int((self.weights > 0).sum().item())
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +165,30 @@ class TeacherInputs:
 
     outputs: Sequence[Any] = ()
     """One `losses.TeacherOutput` a micro batch ((hidden states, head), or top-k entries), which only the loss opens.
-    Empty except on the student's last pipeline stage."""
+    Each is asked for once, in order. Empty except on the student's last pipeline stage."""
     weight: float = 1.0
     """Share in an ensemble; all shares sum to one."""
     meter: Callable[[], dict[str, float]] | None = None
     """What it has taken so far, on this rank: `bytes` that came from other ranks, seconds `waited` for them. None, on
     every rank, for a teacher whose states are where they are wanted."""
+    view: TeacherView | None = None
+    """What it was shown; None where that was the student's micro batches as they are."""
+    tokens: int = 0
+    """Response tokens that it scored, of all ranks."""
+    seconds: float = 0.0
+    """That the student stood still for it before the update."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherView:
+    """What a teacher saw of a step: some of the sequences, or other prompts before them."""
+
+    batches: Sequence[Batch]
+    """This rank's, padded as the student's are; one for each of the outputs, in the same order."""
+    places: Mapping[int, int]
+    """Number of a micro batch of the student's -> index in `batches`. Absent where it saw nothing of it."""
+    routes: frozenset[int] | None
+    """Values of `Batch.routes` that it scores; None for all."""
 
 
 @dataclass(frozen=True, slots=True)

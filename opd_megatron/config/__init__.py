@@ -8,7 +8,7 @@ own `config.json` (heads, layers, vocabulary) live in `models.rules`, checked be
 from opd_megatron.config.loading import build_config, dump_config, load_config, sections_of, set_by_path
 from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.precision import decide_precision, decided, take_precision
-from opd_megatron.config.run import RunConfig
+from opd_megatron.config.run import DEFAULT_ROUTE, RunConfig
 from opd_megatron.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -31,6 +31,7 @@ from opd_megatron.config.teachers import (
 )
 
 __all__ = [
+    "DEFAULT_ROUTE",
     "CheckpointConfig",
     "DataConfig",
     "DataSourceConfig",

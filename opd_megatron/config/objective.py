@@ -34,6 +34,9 @@ class CommonObjectiveConfig(Section):
     """Weight of the policy gradient on rewards."""
     combine: Literal["logit_mean", "prob_mean"] = "logit_mean"
     """How several teachers are mixed."""
+    balance: Literal["tokens", "samples", "tasks"] = "tokens"
+    """What has equal weight: `tokens`, so that long answers count more; `samples`, every answer alike; `tasks`, every
+    task by its number of answers and all tokens of a task alike, so that a task with short answers is not drowned."""
     chunk_tokens: PositiveInt | None = None
     """Tokens whose logits exist at one time; chosen for the cache by default."""
 

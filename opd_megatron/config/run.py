@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt, model_validator
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.sections import (
@@ -19,12 +22,16 @@ from opd_megatron.config.sections import (
     UserPath,
 )
 from opd_megatron.config.teachers import (
+    STUDENT,
     AnyTeacherConfig,
     OwnRanksTeacherConfig,
     StudentRanksTeacherConfig,
     TeacherConfig,
 )
 from opd_megatron.errors import ConfigError, NotAvailableError
+
+DEFAULT_ROUTE = "default"
+"""Key of `routes` for the samples of every other task, and of none."""
 
 
 def _default_teacher() -> TeacherConfig:
@@ -46,6 +53,9 @@ class RunConfig(Section):
     """The model that is trained."""
     teachers: list[AnyTeacherConfig] = Field(default_factory=lambda: [_default_teacher()], min_length=1)
     """The models it learns from."""
+    routes: dict[str, str | list[str]] = Field(default_factory=dict)
+    """Which teachers score the samples of which task, by name: `{math: t1, code: [t2, t3], default: t1}`; several are
+    an ensemble. All teachers score every sample by default."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Prompts."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -72,6 +82,11 @@ class RunConfig(Section):
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
         student = self.parallel.model * (self.parallel.data or self.parallel.expert)
         return student + self.teacher_ranks + (self.rollout.hosts or 0)
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """What `routes` and metrics call the teachers."""
+        return [str(number) if each.name is None else each.name for number, each in enumerate(self.teachers)]
 
     @property
     def teacher_ranks(self) -> int:
@@ -126,6 +141,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.min_lr={optimizer.min_lr} must not exceed optimizer.lr={optimizer.lr}: lower min_lr"
             )
+        self._check_names()
+        self._check_self_teachers()
         best = self.checkpoint.best_metric
         if best is not None and best.startswith("eval/") and self.evaluation.every == 0:
             raise ValueError(
@@ -161,6 +178,58 @@ class RunConfig(Section):
             )
         self.micro_batch_size(parallel.data or 1)
         return self
+
+    @field_validator("routes", mode="before")
+    @classmethod
+    def _names_of_teachers(cls, value: Any) -> Any:
+        for task, names in value.items() if isinstance(value, dict) else ():
+            listed = names if isinstance(names, list) else [names]
+            if not listed or not all(isinstance(name, str) and name for name in listed):
+                raise ValueError(f"routes.{task}={names!r} must be the name of a teacher, or a list of names")
+        return value
+
+    def _check_names(self) -> None:
+        names = self.teacher_names
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"teachers: name {twice[0]!r} is given twice: every teacher needs a name of its own")
+        used = []
+        for task, members in self.routes.items():
+            members = [members] if isinstance(members, str) else members
+            for name in members:
+                if name not in names:
+                    near = get_close_matches(name, names, n=1)
+                    hint = f" (did you mean {near[0]!r}?)" if near else ""
+                    raise ValueError(
+                        f"routes.{task} names teacher {name!r}, of which there is none{hint}: use names of teachers "
+                        f"({', '.join(names)})"
+                    )
+            if len({*members}) < len(members):
+                raise ValueError(f"routes.{task}={members} names a teacher twice: set its weight instead")
+            used += members
+        idle = [name for name in names if self.routes and name not in used]
+        if idle:
+            raise ValueError(f"teacher {idle[0]!r} is in no route: name it in routes, or leave it out of teachers")
+
+    def _check_self_teachers(self) -> None:
+        for number, teacher in enumerate(self.teachers):
+            keys = f"teachers.{number}"
+            update = getattr(teacher, "update", "frozen")
+            if update != "frozen" and not teacher.is_student:
+                raise ValueError(
+                    f"{keys}.update={update} needs {keys}.path={STUDENT}, got {teacher.path!r}: another model does not "
+                    "change"
+                )
+            if getattr(teacher, "decay", None) is not None and update != "ema":
+                raise ValueError(f"{keys}.decay has no effect with {keys}.update={update}: leave it out, or set ema")
+            layout = [name for name in ("tensor", "pipeline") if getattr(teacher, name, None) is not None]
+            if update != "frozen" and layout:
+                raise ValueError(f"{keys}.update={update} needs the student's own layout: leave {keys}.{layout[0]} out")
+            if update == "live" and teacher.prompt is None:
+                raise ValueError(
+                    f"{keys}.update=live without {keys}.prompt is the student itself, which teaches nothing: "
+                    "give it a prompt that tells more, such as '{prompt} (solution: {answer})', or set update=ema"
+                )
 
     def micro_batch_size(self, data_parallel: int) -> int:
         """Sequences in one forward pass. Raises ConfigError unless a step's sequences split evenly over ranks."""

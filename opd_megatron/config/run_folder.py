@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_megatron.config.teachers import STUDENT
 from opd_megatron.errors import ConfigError
 from opd_megatron.system.atomic import write_file
 from opd_megatron.system.reading import read_json_object, read_yaml_mapping
@@ -102,10 +103,15 @@ def anchored(path: str, folder: Path, record: RunRecord) -> str:
 def _paths(tree: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Lists the entries of a configuration that may be paths, as (section, key)."""
     teachers, data = tree.get("teachers"), tree.get("data")
+    others = [
+        teacher
+        for teacher in (teachers if isinstance(teachers, list) else [])
+        if isinstance(teacher, dict) and teacher.get("path") != STUDENT
+    ]
     sources = data.get("sources") if isinstance(data, dict) else None
     places = [
         (tree.get("student"), "path"), (tree.get("student"), "tokenizer"), (data, "source"), (data, "eval_source"),
-        *((teacher, "path") for teacher in (teachers if isinstance(teachers, list) else [])),
+        *((teacher, "path") for teacher in others),
         *((source, "source") for source in (sources if isinstance(sources, list) else [])),
     ]  # fmt: skip
     return [

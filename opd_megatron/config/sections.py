@@ -64,7 +64,7 @@ class DataSourceConfig(Section):
     answer_column: str | None = None
     """As `data.answer_column`, which is the default."""
     task: str | None = None
-    """Name of its rows' task, where `data.task_column` names none."""
+    """Name of its rows' task, where `data.task_column` names none; `source` as it is written by default."""
     weight: PositiveFloat = 1.0
     """Share of the prompts that come from here, relative to the other sources' weights."""
 

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Discriminator, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from opd_megatron.config.sections import Precision, Section, UserPath
+
+STUDENT = "student"
+"""`teachers.N.path` of self-distillation."""
 
 
 class TeacherConfig(Section):
     """What every teacher has, wherever it runs. `placement` chooses the class of an entry of `teachers:`."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")] | None = None
+    """What `routes` and the metrics call it; its number in the list by default."""
     path: UserPath
-    """Hugging Face folder or hub id."""
+    """Hugging Face folder or hub id; `student` is the student itself (a folder of that name is `./student`)."""
     weight: PositiveFloat = 1.0
-    """Share in an ensemble; shares are normalised to sum to one."""
+    """Share among the teachers that score a sample; their shares are normalised to sum to one."""
+    prompt: str | None = None
+    """What it reads in the place of the student's prompt: a text with columns of the row in braces, such as `{prompt}`,
+    `{answer}` or `{reward_model.ground_truth}`, in the chat template as the user's message; a brace itself is written
+    twice."""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it has the student's own weights: those that training starts from, or goes on with."""
+        return self.path == STUDENT
 
 
 class MegatronTeacherConfig(TeacherConfig):
@@ -36,6 +50,11 @@ class StudentRanksTeacherConfig(MegatronTeacherConfig):
     """Pipeline-parallel size; the student's by default."""
     offload: bool = False
     """Let its weights wait in pinned host memory while the rollout engine is awake; as `student.offload`."""
+    update: Literal["frozen", "live", "ema"] = "frozen"
+    """With `path: student`: `frozen` keeps the weights that training starts from; `live` is the student of each step;
+    `ema` is an exponential moving average of its weights, kept in fp32 and in checkpoints."""
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the average that each optimizer step keeps, with `update: ema`; 0.999 by default."""
 
 
 class OwnRanksTeacherConfig(MegatronTeacherConfig):

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from opd_megatron.types import Batch, Rollout
+
+Balance = Literal["tokens", "samples", "tasks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """One micro batch of a data-parallel rank."""
+
+    number: int
+    """Of the student's micro batch on that rank; -1 for one that only keeps a teacher's ranks in step."""
+    rollouts: tuple[int, ...]
+    """By their index in the step, in the order of the rows."""
+
+
+Deal = Sequence[Sequence[Portion]]
+"""Every data-parallel rank's micro batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,55 +37,124 @@ class MicroBatchBuilder:
     size: int
     """Sequences in a micro batch, at most."""
     one_length: bool
-    """Pad all sequences of all ranks to one length, because pipeline stages exchange tensors of one shape. Otherwise
-    each micro batch is as long as its longest sequence."""
+    """Pad all sequences of all ranks to one length, and all micro batches to equally many rows, because pipeline stages
+    exchange tensors of one shape. Otherwise each micro batch is as long as its longest sequence."""
     multiple_of: int
     """Lengths are rounded up to a multiple of this (sequence parallelism needs the tensor-parallel size)."""
     device: torch.device
+    route_of: Callable[[Rollout], int] | None = None
+    """Which teachers a rollout is for, as a number (`teacher.routing`); None where it is all of them for every one."""
+    balance: Balance = "tokens"
+    """What has equal weight in the loss (`token_scales`)."""
+    in_step: bool = False
+    """Let every data-parallel rank run equally many micro batches of a teacher: their experts wait for each other."""
 
     def build(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """Builds micro batches of `size` from this rank's balanced share of a step (`shard_rollouts`)."""
-        return StepBatches(self, rollouts, any_number=False)
+        shares = _shares(rollouts, self.dp_size, self._routes(rollouts))
+        return StepBatches(self, rollouts, [_cut(share, self.size) for share in shares], self.balance)
 
     def build_any_number(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """Does the same for any number of rollouts, for evaluation: some are repeated until every rank has equally
-        many, and a micro batch has the largest size up to `size` that divides them."""
-        return StepBatches(self, rollouts, any_number=True)
-
-    def made(self, rollouts: Sequence[Rollout], *, any_number: bool) -> list[Batch]:
-        """What `build` or `build_any_number` give."""
-        if not any_number:
-            return self._batches(shard_rollouts(rollouts, self.dp_rank, self.dp_size), self.size, rollouts)
-        padded = [*rollouts, *rollouts[: -len(rollouts) % self.dp_size]]
-        padded += padded[:1] * (-len(padded) % self.dp_size)  # fewer rollouts than ranks
-        mine = sorted(padded[self.dp_rank :: self.dp_size], key=_length)
-        return self._batches(mine, max(n for n in range(1, self.size + 1) if len(mine) % n == 0), padded)
-
-    def _batches(self, mine: Sequence[Rollout], size: int, everyones: Sequence[Rollout]) -> list[Batch]:
-        assert len(mine) % size == 0, f"{len(mine)} sequences do not split into micro batches of {size}"
-        length = max(_length(rollout) for rollout in everyones) if self.one_length else None
-        return [
-            make_batch(mine[start : start + size], multiple_of=self.multiple_of, length=length).to(self.device)
-            for start in range(0, len(mine), size)
+        many, and a micro batch has the largest size up to `size` that divides them. Every token has equal weight."""
+        routes = self._routes(rollouts)
+        indices = list(range(len(rollouts)))
+        indices += indices[: -len(indices) % self.dp_size]
+        indices += indices[:1] * (-len(indices) % self.dp_size)  # fewer rollouts than ranks
+        shares = [
+            sorted(indices[rank :: self.dp_size], key=lambda i: (routes[i], _length(rollouts[i])))
+            for rank in range(self.dp_size)
         ]
+        most = len(shares[0])
+        size = max(n for n in range(1, self.size + 1) if most % n == 0)
+        return StepBatches(self, rollouts, [_cut(share, size) for share in shares])
+
+    def _routes(self, rollouts: Sequence[Rollout]) -> list[int]:
+        return [0 if self.route_of is None else self.route_of(rollout) for rollout in rollouts]
 
 
 class StepBatches(list[Batch]):
-    """One rank's micro batches, from which those of any data-parallel rank can be made: a teacher in another layout
-    scores others than this rank's."""
+    """One rank's micro batches, from which those of any data-parallel rank can be made, and those of a teacher that
+    sees other prompts or some of the rollouts alone."""
 
-    def __init__(self, builder: MicroBatchBuilder, rollouts: Sequence[Rollout], *, any_number: bool) -> None:
-        super().__init__(builder.made(rollouts, any_number=any_number))
-        self.builder, self.rollouts, self.any_number = builder, rollouts, any_number
+    def __init__(
+        self, builder: MicroBatchBuilder, rollouts: Sequence[Rollout], deal: Deal, balance: Balance = "tokens"
+    ) -> None:
+        self.builder, self.rollouts, self.deal = builder, rollouts, deal
+        self._scales = token_scales(rollouts, balance)
+        super().__init__(self._made(builder))
 
     def of(self, dp_rank: int, **changes: Any) -> list[Batch]:
         """The same for another data-parallel rank: same sequences in the same order, with fields of the builder
         changed (how they are padded, or where they are)."""
-        return replace(self.builder, dp_rank=dp_rank, **changes).made(self.rollouts, any_number=self.any_number)
+        return self._made(replace(self.builder, dp_rank=dp_rank, **changes))
+
+    def view(self, seen: Callable[[Rollout], Rollout | None]) -> StepBatches:
+        """What a teacher sees of the step: each rollout as `seen` shows it, without those that it does not show.
+
+        A micro batch keeps its place and order, and is left out where nothing of it is left. Where ranks must stay
+        `in_step`, empty ones follow until every rank has equally many.
+        """
+        shown = [seen(rollout) for rollout in self.rollouts]
+        deal = [
+            [
+                Portion(portion.number, kept)
+                for portion in portions
+                if (kept := tuple(i for i in portion.rollouts if shown[i] is not None))
+            ]
+            for portions in self.deal
+        ]
+        if self.builder.in_step:
+            most = max(len(portions) for portions in deal)
+            deal = [portions + [Portion(-1, ())] * (most - len(portions)) for portions in deal]
+        rollouts = [mine if new is None else new for mine, new in zip(self.rollouts, shown, strict=True)]
+        return StepBatches(self.builder, rollouts, deal)
+
+    def numbers(self, dp_rank: int) -> list[int]:
+        """The student's numbers of a rank's micro batches, without the empty ones at their end."""
+        return [portion.number for portion in self.deal[dp_rank] if portion.number >= 0]
+
+    @property
+    def dealt(self) -> list[int]:
+        """Every rollout that is in it, once."""
+        return sorted({i for portions in self.deal for portion in portions for i in portion.rollouts})
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of all ranks."""
+        return sum(len(self.rollouts[i].response_ids) for i in self.dealt)
+
+    def _made(self, builder: MicroBatchBuilder) -> list[Batch]:
+        everyones = [portion.rollouts for portions in self.deal for portion in portions]
+        if not any(everyones):
+            return []
+        length = rows = None
+        if builder.one_length:
+            length = max(_length(self.rollouts[i]) for portion in everyones for i in portion)
+            rows = max(len(portion) for portion in everyones)
+        some = self.rollouts[next(portion[0] for portion in everyones if portion)]
+        made = []
+        for portion in self.deal[builder.dp_rank]:
+            rollouts = [self.rollouts[i] for i in portion.rollouts]
+            batch = make_batch(
+                rollouts or [some],
+                multiple_of=builder.multiple_of,
+                length=length,
+                scales=[self._scales[i] for i in portion.rollouts] or [0.0],
+                routes=None if builder.route_of is None else [builder.route_of(each) for each in rollouts or [some]],
+            )
+            made.append(batch.with_rows(rows or len(batch.tokens)).to(builder.device))
+        return made
 
 
 def make_batch(
-    rollouts: Sequence[Rollout], *, multiple_of: int = 1, length: int | None = None, pad_id: int = 0
+    rollouts: Sequence[Rollout],
+    *,
+    multiple_of: int = 1,
+    length: int | None = None,
+    pad_id: int = 0,
+    scales: Sequence[float] | None = None,
+    routes: Sequence[int] | None = None,
 ) -> Batch:
     """Pads the rollouts on the right to one batch, in their order.
 
@@ -78,6 +164,8 @@ def make_batch(
     Args:
         multiple_of: S is rounded up to a multiple of this.
         length: S before rounding; the longest sequence by default.
+        scales: the weight of each rollout's tokens instead of 1.
+        routes: which teachers each rollout is for; `Batch.routes`.
     """
     assert rollouts, "a batch needs at least one sequence"
     longest = max(_length(rollout) for rollout in rollouts)
@@ -92,7 +180,7 @@ def make_batch(
         tokens[row, :start] = torch.tensor(rollout.prompt.token_ids, dtype=torch.int64)
         tokens[row, start:end] = rollout.response_ids
         targets[row, : end - 1] = tokens[row, 1:end]
-        weights[row, start - 1 : end - 1] = 1.0
+        weights[row, start - 1 : end - 1] = 1.0 if scales is None else scales[row]
         if rollout.logprobs is not None:
             assert len(rollout.logprobs) == end - start, (
                 f"{len(rollout.logprobs)} log-probabilities for a response of {end - start} tokens"
@@ -103,7 +191,32 @@ def make_batch(
     sampled, scored = rollouts[0].logprobs is not None, rollouts[0].advantage is not None
     assert all((rollout.logprobs is not None) == sampled for rollout in rollouts), "some were sampled, some were not"
     assert all((rollout.advantage is not None) == scored for rollout in rollouts), "some have an advantage, some none"
-    return Batch(tokens, targets, weights, logprobs if sampled else None, advantages if scored else None)
+    return Batch(
+        tokens,
+        targets,
+        weights,
+        logprobs if sampled else None,
+        advantages if scored else None,
+        routes=None if routes is None else torch.tensor(routes).unsqueeze(1).expand_as(tokens).contiguous(),
+    )
+
+
+def token_scales(rollouts: Sequence[Rollout], balance: Balance) -> list[float]:
+    """The weight of each rollout's tokens in the loss, which is divided by the number of all tokens.
+
+    `tokens`: every token alike, so that a task counts as much as its answers are long. `samples`: every answer alike,
+    the mean over answers of each one's mean over its tokens. `tasks`: every task by its number of answers, and all
+    tokens of a task alike. The weights of all tokens sum to their number.
+    """
+    if balance == "tokens":
+        return [1.0] * len(rollouts)
+    keys = [i if balance == "samples" else rollout.prompt.task for i, rollout in enumerate(rollouts)]
+    answers = Counter(keys)
+    tokens: Counter[int | str | None] = Counter()
+    for key, rollout in zip(keys, rollouts, strict=True):
+        tokens[key] += len(rollout.response_ids)
+    mean_length = tokens.total() / len(rollouts)
+    return [mean_length * answers[key] / max(tokens[key], 1) for key in keys]
 
 
 def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> list[Rollout]:
@@ -112,15 +225,32 @@ def shard_rollouts(rollouts: Sequence[Rollout], dp_rank: int, dp_size: int) -> l
     Longest first, each to the rank with the fewest tokens that still has room. A share is sorted by length, so
     that the sequences of a micro batch are alike. Every rank must pass the same rollouts in the same order.
     """
+    return [rollouts[index] for index in _shares(rollouts, dp_size, [0] * len(rollouts))[dp_rank]]
+
+
+def _shares(rollouts: Sequence[Rollout], dp_size: int, routes: Sequence[int]) -> list[list[int]]:
+    """Every rank's share of the rollouts, by index, sorted by route and then by length: all but a few micro batches
+    are for the same teachers. Each route is shared out as evenly as the whole, so that no rank's teacher does
+    another's work."""
     assert len(rollouts) % dp_size == 0, f"{len(rollouts)} rollouts do not split over {dp_size} data-parallel ranks"
     room = len(rollouts) // dp_size
+    room_of = {route: -(-count // dp_size) for route, count in Counter(routes).items()}
     shares: list[list[int]] = [[] for _ in range(dp_size)]
-    loads = [0] * dp_size
-    for index in sorted(range(len(rollouts)), key=lambda i: (-_length(rollouts[i]), i)):
-        rank = min((r for r in range(dp_size) if len(shares[r]) < room), key=lambda r: (loads[r], r))
+    loads, of_route = [0] * dp_size, [Counter[int]() for _ in range(dp_size)]
+    for index in sorted(range(len(rollouts)), key=lambda i: (routes[i], -_length(rollouts[i]), i)):
+        route = routes[index]
+        free = [rank for rank in range(dp_size) if len(shares[rank]) < room]
+        even = [rank for rank in free if of_route[rank][route] < room_of[route]] or free
+        rank = min(even, key=lambda r: (loads[r], r))
         shares[rank].append(index)
+        of_route[rank][route] += 1
         loads[rank] += _length(rollouts[index])
-    return [rollouts[index] for index in shares[dp_rank]]
+    return shares
+
+
+def _cut(share: Sequence[int], size: int) -> list[Portion]:
+    assert len(share) % size == 0, f"{len(share)} sequences do not split into micro batches of {size}"
+    return [Portion(start // size, tuple(share[start : start + size])) for start in range(0, len(share), size)]
 
 
 def round_up(value: int, multiple_of: int) -> int:

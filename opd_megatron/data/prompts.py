@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.contexts import ContextTemplate, context_templates
 from opd_megatron.data.rows import Example
 from opd_megatron.data.sources import read_rows
 from opd_megatron.data.template import ChatTemplate
@@ -30,6 +31,7 @@ class PromptDataset:
         max_prompt_tokens: limit for a prompt, template included; None for no limit.
         drop_long: leave rows over the limit out (`dropped` counts them) instead of raising.
         max_answer_tokens: `answer_ids` are cut to this length.
+        contexts: prompts of teachers' own, by the teacher's number.
 
     Raises:
         DataError: no rows, a row over the limit (here or when it is reached), or no chat template.
@@ -46,12 +48,14 @@ class PromptDataset:
         max_prompt_tokens: int | None = None,
         drop_long: bool = False,
         max_answer_tokens: int | None = None,
+        contexts: Mapping[int, ContextTemplate] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.template = ChatTemplate(tokenizer, system_prompt, template_kwargs or {}) if template == "chat" else None
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
+        self.contexts = contexts or {}
         self.dropped = 0
         self._end_of_turn = tokenizer.eos_token_id if self.template is None else self.template.end_of_turn_id()
         self._rows = list(rows)
@@ -68,7 +72,8 @@ class PromptDataset:
         if self._is_long(len(token_ids)):
             raise self._too_long(row, len(token_ids))
         answer_ids = None if row.answer is None else self._encode_answer(row.answer)
-        return Prompt(row.id, token_ids, row.question, row.answer, answer_ids, row.task)
+        contexts = {number: self._encode(template.applied_to(row)) for number, template in self.contexts.items()}
+        return Prompt(row.id, token_ids, row.question, row.answer, answer_ids, row.task, contexts)
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
@@ -80,11 +85,36 @@ class PromptDataset:
             found.setdefault(row.source, []).append(index)
         return [found[source] for source in sorted(found)]
 
+    def tasks(self) -> list[str | None]:
+        """The task of each row."""
+        return [row.task for row in self._rows]
+
+    def check_contexts(self, rooms: Mapping[int, int]) -> None:
+        """Makes sure that what teachers read fits: `rooms` are tokens that a prompt may have, by the teacher's number.
+
+        Raises:
+            DataError: names the first row for which it does not, or without what its template wants.
+        """
+        around = self._around()
+        for number, template in self.contexts.items():
+            for row in self._rows:
+                shown = template.applied_to(row)
+                if self._bytes(shown, around) <= rooms[number]:
+                    continue
+                length = len(self._encode(shown))
+                if length > rooms[number]:
+                    raise DataError(
+                        f"{template.key} makes {length} tokens of prompt {row.id!r}, and its context has room "
+                        f"for {rooms[number]} before rollout.max_new_tokens of an answer: shorten it, or leave "
+                        "long rows out"
+                    )
+
     def fingerprint(self) -> str:
         """Hashes all rows, in order, but not where they lie."""
         digest = sha256()
         for row in self._rows:
-            digest.update(repr((row.question, row.answer, row.messages)).encode("utf-8", "surrogatepass"))
+            content = (row.question, row.answer, row.messages, *([dict(row.columns)] if row.columns else []))
+            digest.update(repr(content).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
 
     def _encode(self, row: Example) -> tuple[int, ...]:
@@ -111,11 +141,10 @@ class PromptDataset:
         return self.max_prompt_tokens is not None and length > self.max_prompt_tokens
 
     def _check_lengths(self, drop: bool) -> None:
-        around = len(self._encode(Example("", "?"))) + 16  # BPE may merge differently at the template boundary
+        around = self._around()
         kept = []
         for row in self._rows:
-            texts = [content for _, content in row.messages] or [row.question]
-            size = sum(len(text.encode("utf-8", "surrogatepass")) + around for text in texts)
+            size = self._bytes(row, around)
             length = len(self._encode(row)) if self._is_long(size) else 0
             if not self._is_long(length):
                 kept.append(row)
@@ -127,6 +156,16 @@ class PromptDataset:
             raise DataError(
                 f"all {self.dropped} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: raise it"
             )
+
+    def _around(self) -> int:
+        """Tokens that the template puts around a text, at most."""
+        return len(self._encode(Example("", "?"))) + 16  # BPE may merge differently at the template boundary
+
+    @staticmethod
+    def _bytes(row: Example, around: int) -> int:
+        """Tokens of a row, at most."""
+        texts = [content for _, content in row.messages] or [row.question]
+        return sum(len(text.encode("utf-8", "surrogatepass")) + around for text in texts)
 
     def _too_long(self, row: Example, length: int) -> DataError:
         return DataError(
@@ -258,4 +297,5 @@ def _dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: list[E
         max_prompt_tokens=data.max_prompt_tokens,
         drop_long=data.drop_long_prompts,
         max_answer_tokens=config.rollout.max_new_tokens,
+        contexts=context_templates(config),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd_megatron.errors import DataError
@@ -37,6 +37,8 @@ class Example:
     """Which task it belongs to, where the data say so."""
     source: int = 0
     """Which of the run's sources it comes from."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Further columns that teachers' prompts want (`data.contexts`)."""
 
     @property
     def key(self) -> Any:
@@ -51,6 +53,8 @@ class Columns:
     prompt: str = DEFAULT_PROMPT
     answer: str | None = DEFAULT_ANSWER
     task: str | None = None
+    others: tuple[str, ...] = ()
+    """Further ones that teachers' prompts want."""
 
     def found_in(self, record: Mapping[str, Any]) -> tuple[Columns, list[str]]:
         """Replaces default names that the record does not have by the usual other ones, and says so in notes."""
@@ -65,7 +69,7 @@ class Columns:
                 notes.append(f"gold answers from column {answer!r}")
             elif not _ends_with_answer(value_at(record, prompt)):
                 notes.append("no gold answers: there is no column 'answer'")
-        return Columns(prompt, answer, self.task), notes
+        return replace(self, prompt=prompt, answer=answer), notes
 
 
 def value_at(record: Any, path: str) -> Any:
@@ -114,14 +118,16 @@ def make_example(
         if not is_text(value):
             raise DataError(f"{where}: column {columns.task!r} must hold text, got {_shown(value)}: correct the row")
         task = value
-    return Example(row_id, question, answer, messages, task, source)
+    others = {name: _other_text(_column(record, name, "", where), name, where) for name in columns.others}
+    return Example(row_id, question, answer, messages, task, source, others)
 
 
 def _column(record: Mapping[str, Any], path: str, key: str, where: str) -> Any:
     value = value_at(record, path)
     if value is _MISSING:
         hint = ", or null if there are no answers" if key == "answer_column" else ""
-        raise DataError(f"{where} has no column {path!r} (it has: {', '.join(map(str, record))}): set data.{key}{hint}")
+        remedy = f"set data.{key}{hint}" if key else "correct the teacher's prompt that names it (teachers.N.prompt)"
+        raise DataError(f"{where} has no column {path!r} (it has: {', '.join(map(str, record))}): {remedy}")
     return value
 
 
@@ -160,6 +166,19 @@ def _answer_text(value: Any, column: str, where: str) -> str | None:
         raise DataError(
             f"{where}: column {column!r} holds half of a surrogate pair, which is no text, in {_shown(value)}: correct "
             "the row"
+        )
+    return str(value)
+
+
+def _other_text(value: Any, column: str, where: str) -> str:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, str | int | float)
+        or (isinstance(value, str) and not is_text(value))
+    ):
+        raise DataError(
+            f"{where}: column {column!r}, which a teacher's prompt names, must hold text or a number, got "
+            f"{_shown(value)}: correct the row, or the prompt (teachers.N.prompt)"
         )
     return str(value)
 

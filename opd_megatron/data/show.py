@@ -25,6 +25,9 @@ def describe_prompts(
         yield "  student continues, teacher scores the continuation of:"
         yield from (f"    | {line}" for line in tokenizer.decode(prompt.token_ids).splitlines())
         yield f"  as tokens  {_tokens(tokenizer, prompt.token_ids)}"
+        for number, ids in prompt.contexts.items():
+            yield f"  teacher {number} reads in its place, {len(ids)} tokens:"
+            yield from (f"    | {line}" for line in tokenizer.decode(ids).splitlines())
         if prompt.answer_ids is None:
             yield "  no gold answer"
             continue

@@ -11,9 +11,10 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from opd_megatron.config import DataConfig, RunConfig
+from opd_megatron.data.contexts import context_templates
 from opd_megatron.data.files import Record, is_file, name_of, read_records
 from opd_megatron.data.rows import DEFAULT_ANSWER, Columns, Example, make_example
 from opd_megatron.errors import DataError, MissingPathError, one_line
@@ -71,7 +72,8 @@ def read_rows(config: RunConfig) -> Rows:
         DataError: a source is empty, malformed, or lacks a column.
     """
     data, rows = config.data, Rows()
-    sources = _sources(data)
+    others = tuple(dict.fromkeys(name for each in context_templates(config).values() for name in each.columns))
+    sources = _sources(data, others)
     rows.weights = [source.weight for source in sources]
     wanted = config.evaluation.prompts if config.evaluation.every else 0
     own = wanted if data.eval_source is None else 0
@@ -100,17 +102,22 @@ def _shares(count: int, weights: list[float]) -> list[int]:
     return shares
 
 
-def _sources(data: DataConfig) -> list[Source]:
+def _sources(data: DataConfig, others: tuple[str, ...]) -> list[Source]:
     if not data.sources:
-        columns = Columns(data.prompt_column, data.answer_column, data.task_column)
+        columns = Columns(data.prompt_column, data.answer_column, data.task_column, others)
         return [Source(data.source, data.subset, data.split, columns, None, 1.0, 0, data.answer_column is not None)]
     return [
         Source(
             one.source,
             one.subset,
             one.split or data.split,
-            Columns(one.prompt_column or data.prompt_column, one.answer_column or data.answer_column, data.task_column),
-            one.task,
+            Columns(
+                one.prompt_column or data.prompt_column,
+                one.answer_column or data.answer_column,
+                data.task_column,
+                others,
+            ),
+            one.source if one.task is None else one.task,
             one.weight,
             index,
             (one.answer_column or data.answer_column) is not None,
@@ -143,7 +150,7 @@ def _from_eval_source(config: RunConfig, first: Source, wanted: int, rows: Rows)
         train, held_out = _split_file(own, wanted, name)
         return held_out, train + [row for row in rows.train if row.source != 0]
     answer = first.columns.answer or DEFAULT_ANSWER
-    columns = Columns(first.columns.prompt, answer, first.columns.task)
+    columns = replace(first.columns, answer=answer)
     evaluated = Source(name, config.data.subset, config.data.eval_split, columns, None, 1.0, 0)
     return _held_out(config, evaluated, wanted), rows.train
 
@@ -181,6 +188,11 @@ def _split_file(rows: list[Example], wanted: int, source: str) -> tuple[list[Exa
 
 def _read(source: Source, split: str, seed: int, notes: list[str]) -> Iterator[Example]:
     if source.name == GSM_SYMBOLIC:
+        if source.columns.others:
+            raise DataError(
+                f"rows of {GSM_SYMBOLIC} have no column {source.columns.others[0]!r}, which a teacher's prompt names: "
+                "use {prompt} and {answer} alone (teachers.N.prompt)"
+            )
         for row in gsm_symbolic_rows(seed, GSM_SYMBOLIC_ROWS):
             yield Example(row.id, row.question, row.answer, (), source.task, source.index)
         return

@@ -29,7 +29,7 @@ from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
 from opd_megatron.losses.topk import TopKTeacher, check_entries, split_topk
 
-TeacherOutput = Projection | TopKTeacher
+TeacherOutput = tuple[torch.Tensor, torch.Tensor] | Projection | TopKTeacher
 """What a teacher gives for a micro batch and the loss takes, unopened in between: hidden states and head, or its top-k
 entries."""
 
@@ -118,7 +118,8 @@ def linear_divergence_terms(
         gather_index: [T] int64, for hidden states that are sharded over the group (sequence parallelism). They, the
             teachers' too, are then this rank's rows [R, h], R the same on every rank; token t is row gather_index[t] of
             all ranks' rows one after another, and a row of no token is padding. Everything else is [T]. The rows are
-            gathered, and the gradient is reduce-scattered in backward.
+            gathered, and the gradient is reduce-scattered in backward. A teacher whose rows are dealt to the ranks
+            otherwise is given as (hidden, head, its own gather_index).
         with_metrics: False leaves both KLs and both entropies of the result at 0 where that saves time.
         loss: `type` to `combine` as in `vocab_parallel_divergence`, with the divergence's own parameter, and
             `lambda_distill`, the weight of the divergence in the loss.
@@ -127,10 +128,10 @@ def linear_divergence_terms(
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
     arguments = LossArguments.of(**loss)
-    projections, topk = split_topk(teachers)
-    _check_tensors(student_hidden, student_head, projections)
+    pairs, topk = split_topk(teachers)
+    projections = _projections(student_hidden, student_head, pairs, gather_index)
     # The entries of a top-k teacher are of all columns, whatever the student's.
-    heads = [student_head, *([student_head] if topk is not None else [head for _, head in projections])]
+    heads = [student_head, *([student_head] if topk is not None else [each.head for each in projections])]
     spec = make_spec(arguments, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
     check_gather_index(gather_index, student_hidden)
     tokens = len(student_hidden if gather_index is None else gather_index)
@@ -169,13 +170,25 @@ def linear_divergence_terms(
     )
 
 
-def _check_tensors(hidden: torch.Tensor, head: torch.Tensor, teachers: Sequence[Projection]) -> None:
-    if isinstance(teachers, torch.Tensor) or any(isinstance(pair, torch.Tensor) or len(pair) != 2 for pair in teachers):
+def _projections(
+    hidden: torch.Tensor, head: torch.Tensor, teachers: Sequence[Any], gather_index: torch.Tensor | None
+) -> list[Projection]:
+    """Checks the tensors of student and teachers."""
+    wrong = isinstance(teachers, torch.Tensor)
+    if wrong or any(isinstance(each, torch.Tensor) or len(each) not in (2, 3) for each in teachers):
         raise ConfigError("teachers must be a list of (hidden, head) pairs: wrap a single teacher as [(hidden, head)]")
     check_matrix("student_hidden", hidden, hidden)
     check_matrix("student_head", head, hidden)
     check_projection("student", hidden, head)
-    for index, (teacher_hidden, teacher_head) in enumerate(teachers):
-        check_matrix(f"teacher {index} hidden", teacher_hidden, hidden, rows=len(hidden))
-        check_matrix(f"teacher {index} head", teacher_head, hidden)
-        check_projection(f"teacher {index}", teacher_hidden, teacher_head)
+    projections = [Projection(*each) for each in teachers]
+    for index, (states, weight, own) in enumerate(projections):
+        check_matrix(f"teacher {index} hidden", states, hidden, rows=len(hidden) if own is None else None)
+        check_matrix(f"teacher {index} head", weight, hidden)
+        check_projection(f"teacher {index}", states, weight)
+        check_gather_index(own, hidden)
+        if own is not None and (gather_index is None or len(own) != len(gather_index)):
+            raise ConfigError(
+                f"teacher {index} has a gather_index of {len(own)} tokens and the student "
+                f"{'none' if gather_index is None else len(gather_index)}: give both, for the same tokens"
+            )
+    return projections

@@ -68,6 +68,19 @@ def token_sums(
     )
 
 
+def add_sums(parts: Sequence[TokenSums]) -> TokenSums:
+    """Joins the parts of a micro batch."""
+    first, *others = parts
+    if not others:
+        return first
+    return TokenSums(
+        loss_sum=torch.stack([part.loss_sum for part in parts]).sum(),
+        num_tokens=torch.stack([part.num_tokens for part in parts]).sum(),
+        sums=torch.stack([part.sums for part in parts]).sum(0),
+        names=first.names,
+    )
+
+
 def _of_targets(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
     """Computes the metrics of the targets, [T] each.
 

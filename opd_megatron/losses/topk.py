@@ -47,6 +47,11 @@ class TopKTeacher:
     tail_logprob: torch.Tensor | None = None
     """[T], log of the mass outside the entries. -inf (an underflow) counts as not given."""
 
+    def of_tokens(self, tokens: torch.Tensor) -> TopKTeacher:
+        """Selects tokens by their indices, int64."""
+        tail = None if self.tail_logprob is None else self.tail_logprob[tokens]
+        return TopKTeacher(self.ids[tokens], self.logprobs[tokens], tail)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TopKEntries:

@@ -15,7 +15,8 @@ from opd_megatron.config import ObjectiveConfig, RunConfig, decided
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.losses import linear_divergence_terms
 from opd_megatron.losses.objectives import loss_arguments, metric_names, objective_terms
-from opd_megatron.losses.reduction import MISMATCH, TokenSums, global_means, token_sums
+from opd_megatron.losses.reduction import MISMATCH, TokenSums, add_sums, global_means, token_sums
+from opd_megatron.mcore.average import WeightAverage
 from opd_megatron.mcore.forward import LossFunction, run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
@@ -27,6 +28,7 @@ from opd_megatron.mcore.optimizer import (
     optimizer_tensors,
     wrap_ddp,
 )
+from opd_megatron.mcore.routed import Part, parts_of
 from opd_megatron.mcore.spec import use_transformer_engine
 from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.types import Batch, StepOutput, TeacherInputs
@@ -60,6 +62,8 @@ class Student:
         schedule_hooks = get_model_config(self.model)
         schedule_hooks.finalize_model_grads_func = finalize_model_grads
         schedule_hooks.no_sync_func = self.ddp.no_sync
+        self.averages: dict[str, WeightAverage] = {}
+        """Averages that follow its weights, by the name of who teaches with them; part of its checkpoints."""
         self._offloads = config.student.offload
         self._host = HostMemory()
 
@@ -138,25 +142,32 @@ class Student:
 
         def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
             mask = batch.weights > 0
-            token_weights = batch.weights[mask]
+            gather_index = self.model.gather_index(mask)
+            sums = add_sums([
+                of_part(part, batch, *part.of_student(hidden, gather_index))
+                for part in parts_of(index, batch, mask, teachers, self.model.gather_index)
+            ])  # fmt: skip
+            return sums.loss_sum, sums.num_tokens.to(torch.int), sums
+
+        def of_part(part: Part, batch: Batch, hidden: torch.Tensor, gather_index: torch.Tensor | None) -> TokenSums:
+            token_weights = batch.weights[part.mask]
             result = linear_divergence_terms(
                 hidden,
                 self.model.head_weight,
-                [teacher.outputs[index] for teacher in teachers],
-                **loss_arguments(terms, batch, mask),
+                part.teachers,
+                **loss_arguments(terms, batch, part.mask),
                 temperature=objective.temperature,
                 vocab_size=vocab_size,
                 group=self.grid.groups.tp if self.grid.tp_size > 1 else None,
-                teacher_weights=[teacher.weight for teacher in teachers] if len(teachers) > 1 else None,
+                teacher_weights=part.weights,
                 combine=objective.combine,
                 token_weights=token_weights,
                 chunk_tokens=objective.chunk_tokens,
-                targets=batch.targets[mask],
-                gather_index=self.model.gather_index(mask),
+                targets=batch.targets[part.mask],
+                gather_index=gather_index,
             )
-            rollout = batch.rollout_logprobs[mask] if sampled and batch.rollout_logprobs is not None else None
-            sums = token_sums(result, token_weights, rollout)
-            return sums.loss_sum, sums.num_tokens.to(torch.int), sums
+            rollout = batch.rollout_logprobs[part.mask] if sampled and batch.rollout_logprobs is not None else None
+            return token_sums(result, token_weights, rollout)
 
         return loss
 

@@ -53,7 +53,7 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
     data_parallel = _data_parallel(config)
     config.micro_batch_size(data_parallel)
     student = resolve(config.student.path)
-    teachers = [resolve(teacher.path) for teacher in config.teachers]
+    teachers = [student if teacher.is_student else resolve(teacher.path) for teacher in config.teachers]
     tokenizer = resolve(config.student.tokenizer) if config.student.tokenizer else student
     models = ResolvedModels(
         student,

@@ -33,7 +33,7 @@ from opd_megatron.run.lock import RunLock
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.ranks import launched
-from opd_megatron.teacher import Teacher, TeacherLink, build_host, build_teachers, join_teachers
+from opd_megatron.teacher import Routing, Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
 
@@ -60,6 +60,8 @@ class RunParts:
     batches: MicroBatchBuilder
     student: Student
     teachers: list[Teacher]
+    views: Views
+    """What each teacher sees of a step."""
     evaluator: Evaluator
     resume_from: FoundCheckpoint | None
     """The newest whole checkpoint of the run directory; None at the start of a run."""
@@ -117,7 +119,8 @@ def build_run(
         _launch(fleet, config, models, run_dir, inputs, resume_from if sampling else None, launch=sampling)
         grid = _grid(config, models)
         student, teachers = _models(config, models, grid, links, scoring)
-        batches = _batches(config, grid)
+        views = Views(Routing.of(config))
+        batches = _batches(config, grid, views)
         scored = inputs.held_out or _some(inputs.prompts)
         display = _display(config, resume_from)
         for note in inputs.notes:
@@ -132,7 +135,8 @@ def build_run(
             batches=batches,
             student=student,
             teachers=teachers,
-            evaluator=Evaluator(config, scored, teachers, batches, models.vocab_size),
+            views=views,
+            evaluator=Evaluator(config, scored, teachers, batches, views, models.vocab_size),
             resume_from=resume_from,
             saver=_saver(config, run_dir),
             display=display,
@@ -272,10 +276,10 @@ def _models(
 ) -> tuple[Student, list[Teacher]]:
     padded_vocab = models.padded_vocab(grid.tp_size)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
-    return student, build_teachers(config, models, grid, links) if scoring else []
+    return student, build_teachers(config, models, grid, links, student) if scoring else []
 
 
-def _batches(config: RunConfig, grid: ParallelGrid) -> MicroBatchBuilder:
+def _batches(config: RunConfig, grid: ParallelGrid, views: Views) -> MicroBatchBuilder:
     return MicroBatchBuilder(
         grid.dp_rank,
         grid.dp_size,
@@ -283,6 +287,9 @@ def _batches(config: RunConfig, grid: ParallelGrid) -> MicroBatchBuilder:
         one_length=grid.pp_size > 1,
         multiple_of=grid.tp_size if grid.sequence_parallel else 1,
         device=device(),
+        route_of=None if views.routing is None else views.routing.route_of,
+        balance=config.objective.balance,
+        in_step=config.parallel.expert > 1,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from opd_megatron.config import ObjectiveConfig, RunConfig
 from opd_megatron.data.batching import MicroBatchBuilder
 from opd_megatron.errors import NonFiniteError
 from opd_megatron.mcore.student import Student
-from opd_megatron.teacher import Teacher, ask_teachers
+from opd_megatron.teacher import Teacher, Views, ask_teachers
 from opd_megatron.types import Prompt, Rollout, TeacherInputs
 
 _SANITY_ROWS = 8
@@ -22,7 +23,7 @@ _SAME_MODEL_KL = 1e-3
 class Evaluator:
     """Scores the student against its teachers on fixed token sequences.
 
-    The teachers are asked once and their answers kept: neither they nor the sequences change.
+    The teachers are asked once and their answers kept, unless they change: the sequences do not.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Evaluator:
         prompts: Sequence[Prompt],
         teachers: list[Teacher],
         batches: MicroBatchBuilder,
+        views: Views,
         vocab_size: int,
     ) -> None:
-        self._teachers, self._vocab_size = teachers, vocab_size
+        self._teachers, self._views, self._vocab_size = teachers, views, vocab_size
         # Likelihoods and their distance are reported at temperature 1, whatever the objective trains at.
         self._objective = ObjectiveConfig(type="forward_kl", combine=config.objective.combine)
         rows = config.evaluation.prompts if config.evaluation.every else _SANITY_ROWS
@@ -50,10 +52,11 @@ class Evaluator:
         Collective over all ranks.
         """
         if not self._inputs:
-            asked = ask_teachers(self._teachers, self._micro_batches)
-            # Kept for the next evaluations: a teacher does not change.
-            self._inputs = [TeacherInputs(list(each.outputs), each.weight) for each in asked]
+            asked = ask_teachers(self._teachers, self._micro_batches, self._views)
+            self._inputs = [replace(each, outputs=list(each.outputs), meter=None) for each in asked]
         means = student.evaluate(self._micro_batches, self._inputs, self._objective, self._vocab_size)
+        if any(teacher.changes for teacher in self._teachers):
+            self._inputs = []
         for who, name in (("student", "nll"), ("teacher", "teacher_nll")):
             if not math.isfinite(means[name]):
                 remedy = "take other weights" if who == "student" else "download it again"

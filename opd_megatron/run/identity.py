@@ -19,7 +19,7 @@ _ARCHITECTURE = (
 )  # fmt: skip
 """Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
 # What a run may not change when it is resumed: another value would make the curves those of two different runs.
-_IDENTITY = ("seed", "student", "teachers", "data", "objective")
+_IDENTITY = ("seed", "student", "teachers", "routes", "data", "objective")
 _PATH = re.compile(r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.(eval_)?source|data\.sources\.\d+\.source")
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
 _WHERE = re.compile(
@@ -130,7 +130,7 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if prefix == "data.template_kwargs":  # any keys: a whole, or one that only the older run had would be missed
+    if prefix in ("data.template_kwargs", "routes"):  # any keys: a whole, or one only the older run had would be missed
         return [(prefix, tree)]
     if isinstance(tree, dict):
         items = tree.items()

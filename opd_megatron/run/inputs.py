@@ -4,6 +4,7 @@ other and against every model."""
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from opd_megatron.data.template import ChatTemplate
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.preflight import check_ids
+from opd_megatron.teacher import check_tasks
 from opd_megatron.types import Prompt
 
 
@@ -43,17 +45,29 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     notes: list[str] = []
     theirs = []
     for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
+        if teacher.is_student:
+            continue
         other = load_tokenizer(str(path), config.trust_remote_code)
         theirs.append((teacher.path, other))
         notes += check_same_tokenizer(
             tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
         )
     prompts, held_out = build_train_and_eval(config, tokenizer, notes)
+    prompts.dataset.check_contexts(_rooms(config, models))
+    notes += check_tasks(config, prompts.dataset.tasks())
+    check_tasks(config, [prompt.task for prompt in held_out])
     stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
     for name, other in theirs:
         notes += _other_end(name, ChatTemplate.of(other, config.data), tokenizer, stops)
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
     return RunInputs(tokenizer, prompts, held_out, stops, banned, notes)
+
+
+def _rooms(config: RunConfig, models: ResolvedModels) -> dict[int, int]:
+    """Tokens that a prompt may have in the context of each teacher, by its number."""
+    limits = [getattr(hf_config, "max_position_embeddings", None) for _, hf_config in models.teachers]
+    answer = config.rollout.max_new_tokens
+    return {number: sys.maxsize if limit is None else limit - answer for number, limit in enumerate(limits)}
 
 
 def _other_end(

@@ -41,7 +41,9 @@ def check_ids(
             )
     if max(known, default=0) >= rows:
         for prompt in prompts:
-            for what, ids in (("prompt", prompt.token_ids), ("gold answer of prompt", prompt.answer_ids or ())):
+            read = [("prompt", prompt.token_ids), ("gold answer of prompt", prompt.answer_ids or ())]
+            read += [(f"teacher {number}'s form of prompt", ids) for number, ids in prompt.contexts.items()]
+            for what, ids in read:
                 highest = max(ids, default=0)
                 if highest >= rows:
                     raise _beyond(tokenizer, highest, f"the {what} {prompt.id!r}", shortest, rows)

@@ -1,40 +1,51 @@
 """Teachers: frozen models that score the student's tokens; one placement a file.
 
 base.py         the seam: Teacher, Placement, TeacherCost
-colocated.py    on the student's own ranks, in its layout: the head lies where the student's does
-relaid.py       on the student's own ranks, in a layout of its own
+student_ranks.py   on the student's own ranks:
+colocated.py    in its layout, where the head lies where the student's does; self_distillation.py the student itself
+relaid.py       in a layout of its own
 own_ranks.py    on ranks of its own: states micro batch by micro batch, while the student trains
 source.py       a model in another layout than the student's; route.py says which rank sends what to which
 wire.py         bounded messages between ranks; links.py the groups that they go over
 heads.py        LM heads at the student's side, whatever layout their teacher has
+routing.py      which teachers score which sample, and what each reads
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from opd_megatron.config import OwnRanksTeacherConfig, RunConfig, StudentRanksTeacherConfig, TeacherConfig
+from opd_megatron.data.batching import StepBatches
 from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.student import Student
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import RunSizes
 from opd_megatron.teacher.base import Placement, Surroundings, Teacher, TeacherCost
-from opd_megatron.teacher.colocated import StudentRanks
 from opd_megatron.teacher.heads import Heads
 from opd_megatron.teacher.links import TeacherLink, join_teachers
 from opd_megatron.teacher.own_ranks import OwnRanks, build_host
-from opd_megatron.types import Batch, TeacherInputs
+from opd_megatron.teacher.routing import Routing, Views, check_tasks
+from opd_megatron.teacher.student_ranks import StudentRanks
+from opd_megatron.types import Batch, TeacherInputs, TeacherView
 
 __all__ = [
+    "Routing",
     "Teacher",
     "TeacherCost",
     "TeacherLink",
+    "Views",
     "ask_teachers",
     "build_host",
     "build_teachers",
+    "check_tasks",
     "check_teachers",
     "join_teachers",
     "meters",
@@ -61,43 +72,77 @@ def teacher_costs(sizes: RunSizes, stage: int) -> list[TeacherCost]:
 
 
 def build_teachers(
-    config: RunConfig, models: ResolvedModels, grid: ParallelGrid, links: Sequence[TeacherLink | None] | None = None
+    config: RunConfig,
+    models: ResolvedModels,
+    grid: ParallelGrid,
+    links: Sequence[TeacherLink | None] | None = None,
+    student: Student | None = None,
 ) -> list[Teacher]:
     """Loads one teacher for each entry of `teachers:`. Every rank of the student's calls it.
 
-    `links`: what `join_teachers` made; none where every teacher has the student's own layout.
+    `links`: what `join_teachers` made; none where every teacher has the student's own layout. `student`: whom a teacher
+    follows that is the student itself.
     """
     total = sum(teacher.weight for teacher in config.teachers)
     heads = Heads(grid, models.padded_vocab(grid.tp_size))
     return [
         PLACEMENTS[type(teacher)].build(
-            teacher, source, teacher.weight / total, Surroundings(config, models, grid, heads, link)
+            teacher, source, teacher.weight / total, Surroundings(config, models, grid, heads, student, number, link)
         )
-        for teacher, source, link in zip(
-            config.teachers, models.teachers, links or [None] * len(config.teachers), strict=True
+        for number, (teacher, source, link) in enumerate(
+            zip(config.teachers, models.teachers, links or [None] * len(config.teachers), strict=True)
         )
     ]
 
 
-def meters(inputs: Sequence[TeacherInputs]) -> dict[str, float]:
-    """`teacher/N/bytes` and `teacher/N/waited` (seconds) of a step, on the rank that has most of either; of teachers
-    elsewhere alone. Collective over the student's ranks, where there are such."""
+def ask_teachers(
+    teachers: Sequence[Teacher], micro_batches: list[Batch], views: Views | None = None
+) -> list[TeacherInputs]:
+    """Lets all teachers score the micro batches, side by side where they can. Collective over the student's ranks.
+
+    `views`: what each of them sees of a step (then `micro_batches` are `StepBatches`); all of it as it is by default.
+    """
+    shown: list[tuple[list[Batch], TeacherView | None]] = [(micro_batches, None)] * len(teachers)
+    if views is not None:
+        assert isinstance(micro_batches, StepBatches)
+        shown = [views.of(number, micro_batches) for number in range(len(teachers))]
+    seconds = [0.0] * len(teachers)
+    for number in sorted(range(len(teachers)), key=lambda n: not teachers[n].beside):  # those nobody waits for first
+        if _is_anything(shown[number][0]):
+            with _timed(seconds, number):
+                teachers[number].submit(shown[number][0])
+    inputs = []
+    for number, (teacher, (batches, view)) in enumerate(zip(teachers, shown, strict=True)):
+        with _timed(seconds, number):
+            found = teacher.collect()
+        tokens = batches.num_tokens if isinstance(batches, StepBatches) else 0
+        inputs.append(replace(found, view=view, tokens=tokens, seconds=seconds[number]))
+    return inputs
+
+
+def _is_anything(batches: list[Batch]) -> bool:
+    """Whether a teacher sees anything of a step, on any rank; the same on all of them."""
+    return not isinstance(batches, StepBatches) or bool(batches.dealt)
+
+
+@contextmanager
+def _timed(seconds: list[float], number: int) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds[number] += time.perf_counter() - begin
+
+
+def meters(inputs: Sequence[TeacherInputs], names: Sequence[str]) -> dict[str, float]:
+    """Numbers of a step for each teacher: `teacher/NAME/tokens` scored by it, of all ranks; `/seconds` that it took
+    the student before its update; and of teachers elsewhere `/bytes` that came from it and seconds `/waited`
+    for them in the update; times and bytes on the rank that has most. Collective over the student's ranks."""
     found = {
-        f"teacher/{number}/{name}": value
-        for number, each in enumerate(inputs)
-        if each.meter is not None
-        for name, value in each.meter().items()
+        f"teacher/{name}/{key}": value
+        for name, each in zip(names, inputs, strict=True)
+        for key, value in {"seconds": each.seconds, **(each.meter() if each.meter is not None else {})}.items()
     }
-    if not found:
-        return {}
     values = torch.tensor(list(found.values()), dtype=torch.float64)
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return dict(zip(found, values.tolist(), strict=True))
-
-
-def ask_teachers(teachers: Sequence[Teacher], micro_batches: list[Batch]) -> list[TeacherInputs]:
-    """Lets all teachers score the micro batches, side by side where they can. Collective over the student's ranks."""
-    for teacher in sorted(teachers, key=lambda teacher: not teacher.beside):  # those that nobody waits for first
-        teacher.submit(micro_batches)
-    return [teacher.collect() for teacher in teachers]
+    tokens = {f"teacher/{name}/tokens": float(each.tokens) for name, each in zip(names, inputs, strict=True)}
+    return tokens | dict(zip(found, values.tolist(), strict=True))

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import ParallelConfig, RunConfig, TeacherConfig
 from opd_megatron.mcore.grid import ParallelGrid
+from opd_megatron.mcore.student import Student
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import RunSizes
 from opd_megatron.teacher.heads import Heads
@@ -25,16 +26,23 @@ Config = TypeVar("Config", bound=TeacherConfig, contravariant=True)
 
 
 class Teacher(Protocol):
-    """A frozen model that scores the student's tokens."""
+    """A model that scores the student's tokens and learns nothing of its own."""
 
     beside: bool
     """Whether `submit` returns at once and the scores are made beside other work."""
+    changes: bool
+    """Whether its weights change while the student trains."""
 
     def submit(self, micro_batches: list[Batch]) -> None:
-        """Starts to score the response positions of a step. Collective over the student's ranks."""
+        """Starts to score the response positions of a step: of the micro batches that the teacher sees, none of which
+        may be this rank's. Collective over the student's ranks."""
 
     def collect(self) -> TeacherInputs:
-        """Waits for what was submitted last and returns it, one output a micro batch. Collective like `submit`."""
+        """Waits for what was submitted since the last call and returns it, one output a micro batch; none where a step
+        had nothing for the teacher. Collective like `submit`."""
+
+    def after_step(self) -> None:
+        """The student has made an optimizer step. Every rank calls it."""
 
     def move_out(self) -> None:
         """Frees what GPU memory its entry says, until `move_back`: the engines sample. Every rank calls it."""
@@ -86,6 +94,10 @@ class Surroundings:
     """The student's."""
     heads: Heads
     """LM heads where the student's lies."""
+    student: Student | None
+    """None where teachers alone are built."""
+    number: int
+    """Of the teacher in `teachers:`."""
     link: TeacherLink | None
     """To ranks or a layout of its own; None where it has neither."""
 

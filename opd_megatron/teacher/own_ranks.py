@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from opd_megatron.config import OwnRanksTeacherConfig, ParallelConfig, RunConfig, decided
-from opd_megatron.data.batching import MicroBatchBuilder, StepBatches
+from opd_megatron.data.batching import MicroBatchBuilder, Portion, StepBatches
 from opd_megatron.errors import ConfigError, TeacherError, one_line
 from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.grid import ParallelGrid
@@ -26,18 +26,19 @@ from opd_megatron.models.sizes import BYTES_PER_ELEMENT, LayerSizes, RunSizes
 from opd_megatron.teacher.base import Surroundings, Teacher, TeacherCost
 from opd_megatron.teacher.links import TeacherLink
 from opd_megatron.teacher.route import Job
-from opd_megatron.teacher.source import StatesSource, load_teacher, rows_of
+from opd_megatron.teacher.source import StatesSource, load_teacher, rows_of, work_of
 from opd_megatron.teacher.wire import Expected, Inbox, Outbox
 from opd_megatron.types import DTYPES, Batch, Prompt, Rollout, TeacherInputs
 
-_Packed = tuple[bool, list[int], list[int], torch.Tensor]
-"""Whether it is for evaluation, lengths of prompts, of answers, all tokens (int32)."""
+_Packed = tuple[list[list[tuple[int, list[int]]]], list[int], list[int], torch.Tensor]
+"""Every student replica's micro batches (number, rollouts), lengths of prompts, of answers, all tokens (int32)."""
 
 
 class DistantTeacher:
     """The student's side."""
 
     beside = True
+    changes = False
 
     def __init__(
         self, link: TeacherLink, head: torch.Tensor | None, student: ParallelGrid, weight: float,
@@ -55,12 +56,13 @@ class DistantTeacher:
             self._link.calls.tell("score")
             self._tell(_pack(micro_batches))
         self._inbox = None
-        student, route = self._student, self._link.route
+        student, work = self._student, work_of(self._link.route, micro_batches)
         if student.is_last_stage:
             ranks = student.tp_size if student.sequence_parallel else 1
+            mine = micro_batches[: len(micro_batches.numbers(student.dp_rank))]
             expected = [
-                Expected(i, rows_of(batch, ranks), self._link.member(route.sender(student.dp_rank, i, student.tp_rank)))
-                for i, batch in enumerate(micro_batches)
+                Expected(i, rows_of(batch, ranks), self._link.member(work.sender(student.dp_rank, i, student.tp_rank)))
+                for i, batch in enumerate(mine)
             ]
             self._inbox = Inbox(
                 self._link.states, expected, self._width, self._dtype, ahead=self._in_flight, device=device(),
@@ -69,13 +71,16 @@ class DistantTeacher:
 
     def collect(self) -> TeacherInputs:
         """Hands over what gives each micro batch's states when the loss asks for them, once and in order."""
-        inbox = self._inbox
+        inbox, self._inbox = self._inbox, None
         if inbox is None:
             return TeacherInputs((), self._weight, lambda: {"bytes": 0.0, "waited": 0.0})
         assert self._head is not None
         return TeacherInputs(
             _WithHead(inbox, self._head), self._weight, lambda: {"bytes": float(inbox.nbytes), "waited": inbox.waited}
         )
+
+    def after_step(self) -> None:
+        """Does nothing: it does not change."""
 
     def move_out(self) -> None:
         """Does nothing: its GPUs are its own."""
@@ -220,19 +225,27 @@ def build_host(number: int, config: RunConfig, models: ResolvedModels, link: Tea
 
 
 def _pack(step: StepBatches) -> _Packed:
-    prompts = [torch.tensor(rollout.prompt.token_ids, dtype=torch.int32) for rollout in step.rollouts]
-    answers = [rollout.response_ids.to("cpu", torch.int32) for rollout in step.rollouts]
+    dealt = step.dealt
+    place = {i: n for n, i in enumerate(dealt)}
+    replicas = range(step.builder.dp_size)
+    deal = [
+        [(portion.number, [place[i] for i in portion.rollouts]) for portion in step.deal[data] if portion.number >= 0]
+        for data in replicas
+    ]
+    rollouts = [step.rollouts[i] for i in dealt]
+    prompts = [torch.tensor(rollout.prompt.token_ids, dtype=torch.int32) for rollout in rollouts]
+    answers = [rollout.response_ids.to("cpu", torch.int32) for rollout in rollouts]
     tokens = torch.cat([part for pair in zip(prompts, answers, strict=True) for part in pair])
-    return step.any_number, [len(each) for each in prompts], [len(each) for each in answers], tokens
+    return deal, [len(each) for each in prompts], [len(each) for each in answers], tokens
 
 
 def _unpack(packed: _Packed, batches: MicroBatchBuilder) -> StepBatches:
-    any_number, prompts, answers, tokens = packed
+    deal, prompts, answers, tokens = packed
     sizes = [size for pair in zip(prompts, answers, strict=True) for size in pair]
     parts = iter(tokens.split(sizes))
     rollouts = [
         Rollout(Prompt(str(i), tuple(next(parts).tolist()), ""), next(parts).to(torch.int64), None, 0)
         for i in range(len(prompts))
     ]
-    cpu = dataclasses.replace(batches, device=torch.device("cpu"))
-    return StepBatches(cpu, rollouts, any_number=any_number)
+    portions = [[Portion(number, tuple(mine)) for number, mine in each] for each in deal]
+    return StepBatches(dataclasses.replace(batches, device=torch.device("cpu")), rollouts, portions)

@@ -9,7 +9,7 @@ from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.teacher.links import TeacherLink
 from opd_megatron.teacher.route import Job
-from opd_megatron.teacher.source import StatesSource, rows_of
+from opd_megatron.teacher.source import StatesSource, rows_of, work_of
 from opd_megatron.teacher.wire import Expected, Inbox, Outbox
 from opd_megatron.types import Batch, TeacherInputs
 
@@ -18,6 +18,7 @@ class RelaidTeacher:
     """Runs the whole step, then takes what the student's rank of its place wants: the two do not run side by side."""
 
     beside = False
+    changes = False
 
     def __init__(
         self, source: StatesSource, link: TeacherLink, head: torch.Tensor | None, student: ParallelGrid, weight: float,
@@ -31,6 +32,7 @@ class RelaidTeacher:
         """Runs the forward passes and brings every micro batch's states to where the student wants them."""
         assert isinstance(micro_batches, StepBatches)
         route, student, rank = self._link.route, self._student, torch.distributed.get_rank()
+        work, mine = work_of(route, micro_batches), micro_batches[: len(micro_batches.numbers(student.dp_rank))]
         at_home: dict[int, torch.Tensor] = {}
         outbox = Outbox(self._link.states, limit=None)
 
@@ -47,15 +49,15 @@ class RelaidTeacher:
             ranks = student.tp_size if student.sequence_parallel else 1
             arriving = [
                 Expected(index, rows_of(batch, ranks), self._link.member(sender))
-                for index, batch in enumerate(micro_batches)
-                if (sender := route.sender(student.dp_rank, index, student.tp_rank)) != rank
+                for index, batch in enumerate(mine)
+                if (sender := work.sender(student.dp_rank, index, student.tp_rank)) != rank
             ]
             inbox = Inbox(
                 self._link.states, arriving, self._width, self._dtype, ahead=len(arriving), device=device(),
                 name=self._name,
             )  # fmt: skip
             found = at_home | {each.tag: inbox[i] for i, each in enumerate(arriving)}
-            self._states = [found[index] for index in range(len(micro_batches))]
+            self._states = [found[index] for index in range(len(mine))]
         outbox.flush()
 
     def collect(self) -> TeacherInputs:
@@ -64,6 +66,9 @@ class RelaidTeacher:
         if self._head is None:
             return TeacherInputs((), self._weight)
         return TeacherInputs([(each, self._head) for each in states], self._weight)
+
+    def after_step(self) -> None:
+        """Does nothing: it does not change."""
 
     def move_out(self) -> None:
         """Moves its weights to the host's memory if `offload` says so; the head stays."""

@@ -17,7 +17,7 @@ from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model, sequenc
 from opd_megatron.mcore.spec import use_transformer_engine
 from opd_megatron.models import ResolvedModels
 from opd_megatron.system.host_memory import HostMemory
-from opd_megatron.teacher.route import Job, Route
+from opd_megatron.teacher.route import Job, Route, Work
 from opd_megatron.types import Batch
 from opd_megatron.weights.load import load_weights
 
@@ -60,7 +60,7 @@ class StatesSource:
     def score(self, step: StepBatches, deliver: Deliver) -> None:
         """Runs the replica's micro batches in its order; on its last stage `deliver` gets each one's rows for each of
         the student's ranks that this one sends to."""
-        jobs = self._route.jobs(self._grid.dp_rank, len(step))
+        jobs = work_of(self._route, step).jobs(self._grid.dp_rank)
         theirs = {job.data: step.of(job.data, device=torch.device("cpu")) for job in jobs}
         batches = {job.data: self._padded(step, job.data) for job in jobs}
 
@@ -79,6 +79,11 @@ class StatesSource:
     def _padded(self, step: StepBatches, data: int) -> list[Batch]:
         """A student replica's micro batches as this teacher wants them: its stages exchange tensors of one shape."""
         return step.of(data, one_length=self._grid.pp_size > 1, multiple_of=1, device=device())
+
+
+def work_of(route: Route, step: StepBatches) -> Work:
+    """Deals a step to a teacher's replicas."""
+    return Work(route, [step.numbers(data) for data in range(route.student.data)])
 
 
 def rows_of(batch: Batch, ranks: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,16 @@ from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm
 from opd_megatron.losses.topk import TopKEntries
 
-Projection = tuple[torch.Tensor, torch.Tensor]
-"""Hidden states [T, h] and this rank's rows of the LM head [v, h]."""
+
+class Projection(NamedTuple):
+    """What a teacher's logits are made of."""
+
+    hidden: torch.Tensor
+    """[T, h]."""
+    head: torch.Tensor
+    """[v, h]: this rank's rows of the LM head."""
+    gather_index: torch.Tensor | None = None
+    """[T] int64, as the student's, of a teacher whose rows are dealt to the ranks otherwise than the student's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +113,32 @@ def _scattered(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
     return mine
 
 
-def _gathered(hidden: torch.Tensor, args: FusedLinearArgs) -> torch.Tensor:
+def _gathered(hidden: torch.Tensor, index: torch.Tensor | None, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Gathers the hidden states [T, h] of all tokens where this rank holds only its rows."""
     hidden = hidden.detach()
-    if args.gather_index is None:
+    if index is None:
         return hidden
-    group = args.spec.group
-    if group is not None and len(args.gather_index):
+    if group is not None and len(index):
         everyones = hidden.new_empty(len(hidden) * dist.get_world_size(group), hidden.shape[1])
         dist.all_gather_into_tensor(everyones, hidden.contiguous(), group=group)
         hidden = everyones
-    return hidden.index_select(0, args.gather_index)
+    return hidden.index_select(0, index)
 
 
 class _ChunkLoop:
     """One forward pass over chunks of tokens, with the buffers they share."""
 
     def __init__(self, hidden: torch.Tensor, head: torch.Tensor, args: FusedLinearArgs) -> None:
-        self.args, self.hidden = args, _gathered(hidden, args)
+        self.args, group = args, args.spec.group
+        self.hidden = _gathered(hidden, args.gather_index, group)
         self.columns = args.spec.columns
         self.head = head.detach()[: self.columns]
         self.teachers = [
-            (_gathered(states, args), weight.detach()[: self.columns]) for states, weight in args.projections
+            (
+                _gathered(states, args.gather_index if own is None else own, group),
+                weight.detach()[: self.columns],
+            )
+            for states, weight, own in args.projections
         ]
         self.tokens = max((chunk.stop - chunk.start for chunk in args.chunks), default=0)
         kind = VocabParallelLoss if args.entries is None else TopKLoss

@@ -66,7 +66,7 @@ def state_to_save(student: Student) -> ShardedStateDict:
     # Buffers and the extra state of Transformer Engine's layers are written as upstream says.
     rest = {key: entry for key, entry in model.items() if not _is_one_of(entry, trained)}
     common = {"updates": int(student.scheduler.num_steps), "rng": rng_state(student.grid)}
-    return {"trained": state, "rest": rest, "common": common}
+    return {"trained": state, "rest": rest, "averages": _averages(student), "common": common}
 
 
 def load_state(path: Path, student: Student) -> bool:
@@ -85,6 +85,8 @@ def load_state(path: Path, student: Student) -> bool:
     for name in ("param", *MOMENTS):
         if name in _state_names(next(iter(entries))):
             _load_optimizer_state(path, student, entries, name)
+    if student.averages:
+        _fill_averages(student, _load(_averages(student), path))
     updates = int(common["updates"])
     set_update_count(student.optimizer, updates)
     student.scheduler.num_steps = 0
@@ -125,6 +127,28 @@ def _load_optimizer_state(
 
 def _model_entries(student: Student) -> ShardedStateDict:
     return student.model.sharded_state_dict(metadata={"dp_cp_group": student.grid.groups.dp_cp})
+
+
+def _averages(student: Student) -> ShardedStateDict:
+    """Entries of the averages that follow the student, in fp32: `averages.NAME.KEY`."""
+    found: ShardedStateDict = {}
+    for name, average in student.averages.items():
+        model = average.model.sharded_state_dict(metadata={"dp_cp_group": student.grid.groups.dp_cp})
+        entries = _by_parameter(model)
+        for parameter_name, parameter in average.model.named_parameters():
+            entry = entries[parameter.data] if parameter.data in entries else entries[parameter]
+            found[f"{name}/{parameter_name}"] = _with_data(
+                entry, f"averages.{name}.{entry.key}", average.values[parameter_name]
+            )
+    return found
+
+
+@torch.no_grad()
+def _fill_averages(student: Student, loaded: dict[str, Any]) -> None:
+    for name, average in student.averages.items():
+        for parameter_name, values in average.values.items():
+            values.copy_(loaded[f"{name}/{parameter_name}"])
+        average.apply()
 
 
 def _by_parameter(model: ShardedStateDict) -> dict[torch.Tensor, _CheckpointTensor]:

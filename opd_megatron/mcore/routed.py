@@ -1,0 +1,97 @@
+"""A micro batch of several tasks, cut into parts of one set of teachers each, with what these gave for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opd_megatron.losses.topk import TopKTeacher
+from opd_megatron.types import Batch, TeacherInputs, TeacherView
+
+GatherIndex = Callable[[torch.Tensor], torch.Tensor | None]
+"""`HiddenStatesModel.gather_index`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The response tokens of a micro batch that the same teachers score: T of them."""
+
+    mask: torch.Tensor
+    """[B, S] bool: where they are."""
+    kept: torch.Tensor | None
+    """[T] int64: their places among all response tokens; None where they are all."""
+    teachers: list[Any]
+    """One `losses.TeacherOutput` of each of those teachers, for these tokens."""
+    weights: list[float] | None
+    """Their shares, which need not sum to one; None for one teacher."""
+
+    def of_student(
+        self, hidden: torch.Tensor, gather_index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Selects its tokens: hidden states, or under sequence parallelism the rows to gather of all ranks' states."""
+        if self.kept is None:
+            return hidden, gather_index
+        if gather_index is not None:
+            return hidden, gather_index[self.kept]
+        return hidden.index_select(0, self.kept), None
+
+
+def parts_of(
+    index: int, batch: Batch, mask: torch.Tensor, teachers: Sequence[TeacherInputs], gather_index: GatherIndex
+) -> Iterator[Part]:
+    """Cuts the student's micro batch `index`; `mask` [B, S] is where its response tokens are."""
+    outputs = [_output(teacher, index) for teacher in teachers]  # each can be asked for once
+    routes: list[int | None] = [None]
+    if batch.routes is not None:
+        routes = batch.routes[mask].unique().tolist() or [int(batch.routes[0, 0])]
+    for route in routes:
+        whole = len(routes) == 1
+        scorers = [(n, teacher) for n, teacher in enumerate(teachers) if _scores(teacher, route)]
+        assert scorers, f"no teacher is asked of route {route}"
+        yield Part(
+            mask if whole else mask & (batch.routes == route),
+            None if whole else _places(batch, mask, route),
+            [_rows(outputs[n], teacher.view, index, batch, route, gather_index) for n, teacher in scorers],
+            [teacher.weight for _, teacher in scorers] if len(scorers) > 1 else None,
+        )
+
+
+def _scores(teacher: TeacherInputs, route: int | None) -> bool:
+    routes = None if teacher.view is None else teacher.view.routes
+    return routes is None or route is None or route in routes
+
+
+def _output(teacher: TeacherInputs, index: int) -> Any:
+    if teacher.view is None:
+        return teacher.outputs[index]
+    place = teacher.view.places.get(index)
+    return None if place is None else teacher.outputs[place]
+
+
+def _places(batch: Batch, mask: torch.Tensor, route: int | None) -> torch.Tensor:
+    assert batch.routes is not None
+    return torch.nonzero(batch.routes[mask].eq(-1 if route is None else route)).squeeze(1)
+
+
+def _rows(
+    output: Any, view: TeacherView | None, index: int, batch: Batch, route: int | None, gather_index: GatherIndex
+) -> Any:
+    """Selects a teacher's rows for the tokens of a route: it has them in its own order of the micro batch it saw."""
+    seen = batch if view is None else view.batches[view.places[index]]
+    mask = seen.weights > 0
+    kept = None
+    if seen.routes is not None and route is not None:
+        places = _places(seen, mask, route)
+        kept = None if len(places) == int(mask.sum()) else places
+    if view is None and kept is None:
+        return output
+    if isinstance(output, TopKTeacher):
+        return output if kept is None else output.of_tokens(kept)
+    states, head = output
+    rows = gather_index(mask)
+    if rows is not None:
+        return states, head, rows if kept is None else rows[kept]
+    return states if kept is None else states.index_select(0, kept), head
