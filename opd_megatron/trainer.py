@@ -30,7 +30,7 @@ from opd_megatron.run.agreement import check_agreement
 from opd_megatron.run.ahead import StepRollouts
 from opd_megatron.run.build import RunParts, build_run
 from opd_megatron.run.export import export_hf
-from opd_megatron.run.identity import check_identity, student_only
+from opd_megatron.run.identity import check_identity, student_only, unchanged_part
 from opd_megatron.run.report import write_report
 from opd_megatron.system.collectives import all_ranks_max
 from opd_megatron.system.signals import stop_requested
@@ -217,7 +217,8 @@ class OPDTrainer(RunParts):
         path = newest.path if newest and name == "latest" else named_checkpoint(self.run_dir.checkpoints, name)
         state = checkpoint_state(path)
         theirs = state.get("identity", {})
-        ours = self.identity if self.trains else student_only(self.identity)
+        allowed = self.config.checkpoint.allow_changed
+        ours = unchanged_part(self.identity, allowed) if self.trains else student_only(self.identity)
         for note in check_identity(theirs, ours, f"checkpoint {str(path)!r}"):
             self.display.note(note)
         load_checkpoint(path, self.student)
@@ -296,7 +297,9 @@ class OPDTrainer(RunParts):
     def _log_step_zero(self, log: MetricsLog | NullLog) -> None:
         """Writes row 0 of the metrics, and a line that shows a wrong or half-loaded teacher before it has taught."""
         metrics = self.evaluate()
-        log.write({"step": 0, "policy_version": 0, **metrics})
+        teachers = zip(self.config.teacher_names, self.config.teachers, strict=True)
+        named = {f"teacher/{name}/fingerprint": teacher.fingerprint for name, teacher in teachers}
+        log.write({"step": 0, "policy_version": 0, **named, **metrics})
         for line in self.evaluator.teacher_summary(metrics, [teacher.path for teacher in self.config.teachers]):
             self.display.note(line)
 

@@ -222,6 +222,9 @@ class CheckpointConfig(Section):
     metric is then measured at every checkpoint. null keeps only the newest."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the lowest or the highest value of `best_metric` is the best."""
+    allow_changed: list[Literal["teachers", "objective"]] = Field(default_factory=list)
+    """What may be another than that of the run which is resumed: `teachers` (their models, prompts and routes) or
+    `objective`. Curves then show two runs as one."""
     export_hf: bool = True
     """Write the student as a Hugging Face folder (`hf/`) at the end."""
 

@@ -26,6 +26,10 @@ class TeacherConfig(Section):
     `{answer}` or `{reward_model.ground_truth}`, in the chat template as the user's message; a brace itself is written
     twice."""
 
+    fingerprint: str | None = None
+    """What it must be: a hash of its configuration, weights and tokenizer, as the start of a run prints it. A run fills
+    it in in its own config.yaml, and refuses another teacher under the same path."""
+
     @property
     def is_student(self) -> bool:
         """Whether it has the student's own weights: those that training starts from, or goes on with."""

@@ -27,10 +27,11 @@ from opd_megatron.rollout.turns import sleeps
 from opd_megatron.run.checks import check_run
 from opd_megatron.run.engines import Fleet
 from opd_megatron.run.evaluation import Evaluator
-from opd_megatron.run.identity import run_identity, settings_identity
+from opd_megatron.run.identity import run_identity, settings_identity, teacher_fingerprints, with_fingerprints
 from opd_megatron.run.inputs import RunInputs, read_inputs
 from opd_megatron.run.lock import RunLock
 from opd_megatron.run.run_dir import RunDir
+from opd_megatron.run.teacher_lines import teacher_lines
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.ranks import launched
 from opd_megatron.teacher import Routing, Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
@@ -123,7 +124,7 @@ def build_run(
         batches = _batches(config, grid, views)
         scored = inputs.held_out or _some(inputs.prompts)
         display = _display(config, resume_from)
-        for note in inputs.notes:
+        for note in [*teacher_lines(config, models), *inputs.notes] if scoring else inputs.notes:
             display.note(note)
         return kind(
             config=config,
@@ -229,9 +230,13 @@ def _checked(
     models = models or check_run(config)
     run_dir.check(config, training=sampling)
     inputs = read_inputs(config, models)
-    identity = run_identity(config, models, inputs.tokenizer, inputs.prompts, scoring=scoring)
+    identity = run_identity(
+        config, models, inputs.tokenizer, inputs.prompts, inputs.teacher_tokenizers, scoring=scoring
+    )
+    if scoring:
+        config = with_fingerprints(config, teacher_fingerprints(config, models, identity))
     if sampling:
-        inputs.notes.extend(run_dir.check_content(identity))
+        inputs.notes.extend(run_dir.check_content(identity, config.checkpoint.allow_changed))
     init_distributed()
     config = _rank_0s_precision(config)
     return run_dir, config, models, inputs, identity | settings_identity(config.model_dump(mode="json"))

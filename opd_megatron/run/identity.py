@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.tokenizer import tokenizer_fingerprint
-from opd_megatron.errors import CheckpointError
+from opd_megatron.errors import CheckpointError, ConfigError
 from opd_megatron.models import ResolvedModels
 from opd_megatron.weights.fingerprint import fingerprint
 
@@ -24,9 +26,11 @@ _PATH = re.compile(r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.(eval_)
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
 _WHERE = re.compile(
     r"student\.recompute|(student|teachers\.\d+)\.offload(\.\d+)?"
-    r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight)"
+    r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight|fingerprint)"
 )
-"""Where models run and what trades memory for time: no result depends on it."""
+"""Where models run and what trades memory for time, and what follows from other keys: no result depends on it."""
+_CHANGEABLE = {"teachers": ("teachers.", "routes"), "objective": ("objective.",)}
+"""Entry of `checkpoint.allow_changed` -> beginnings of the keys that it lets change."""
 _CONTENT = {
     "student.path": "student.weights", "student.tokenizer": "tokenizer", "data.source": "data.rows",
     "data.eval_source": "data.rows",
@@ -39,12 +43,18 @@ def settings_identity(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_identity(
-    config: RunConfig, models: ResolvedModels, tokenizer: Any, prompts: PromptStream, *, scoring: bool = True
+    config: RunConfig,
+    models: ResolvedModels,
+    tokenizer: Any,
+    prompts: PromptStream,
+    teacher_tokenizers: Sequence[str] = (),
+    *,
+    scoring: bool = True,
 ) -> dict[str, Any]:
     """Collects what a run is: its settings, its models' shapes and weights, its tokenizer and its rows.
 
     Paths are in it too, under `paths`, for a note where they have changed. Without `scoring` teachers' weights are left
-    out.
+    out. `teacher_tokenizers` are their fingerprints.
     """
     tree = config.model_dump(mode="json")
     identity = settings_identity(tree) | {
@@ -54,10 +64,46 @@ def run_identity(
     if scoring:
         for index, (folder, _) in enumerate(models.teachers):
             identity[f"teachers.{index}.weights"] = fingerprint(folder)
+        for index, found in enumerate(teacher_tokenizers):
+            identity[f"teachers.{index}.tokenizer"] = found
     identity["tokenizer"] = tokenizer_fingerprint(tokenizer)
     identity["data.rows"] = prompts.dataset.fingerprint()
     identity["paths"] = {key: value for key, value in _flat(tree).items() if _PATH.fullmatch(key)}
     return identity
+
+
+def teacher_fingerprints(config: RunConfig, models: ResolvedModels, identity: Mapping[str, Any]) -> list[str]:
+    """Hashes what each teacher is: its architecture, weights and tokenizer.
+
+    Raises:
+        ConfigError: a teacher is another than its `fingerprint` says.
+    """
+    found = []
+    for number, (teacher, (_, hf_config)) in enumerate(zip(config.teachers, models.teachers, strict=True)):
+        shape = [(name, getattr(hf_config, name, None)) for name in _ARCHITECTURE]
+        content = [shape, *(identity.get(f"teachers.{number}.{part}") for part in ("weights", "tokenizer"))]
+        found.append(sha256(repr(content).encode()).hexdigest()[:16])
+        if teacher.fingerprint not in (None, found[-1]) and "teachers" not in config.checkpoint.allow_changed:
+            raise ConfigError(
+                f"teacher {teacher.path!r} is another than teachers.{number}.fingerprint={teacher.fingerprint} says "
+                f"(it is {found[-1]}): give the same model, or leave the fingerprint out; a run that is resumed takes "
+                "another with checkpoint.allow_changed=[teachers]"
+            )
+    return found
+
+
+def with_fingerprints(config: RunConfig, fingerprints: Sequence[str]) -> RunConfig:
+    """Fills in what each teacher is."""
+    config = config.model_copy(deep=True)
+    for teacher, found in zip(config.teachers, fingerprints, strict=True):
+        teacher.fingerprint = found
+    return config
+
+
+def unchanged_part(identity: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """Leaves of an identity what a run may not change, `checkpoint.allow_changed` considered."""
+    free = tuple(beginning for name in allowed for beginning in _CHANGEABLE[name])
+    return {key: value for key, value in identity.items() if not (free and key.startswith(free))}
 
 
 def student_only(identity: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +130,12 @@ def check_identity(theirs: dict[str, Any], ours: dict[str, Any], what: str) -> l
         was, now = _names_of(key, theirs), _names_of(key, ours)
         if was or now:
             raise CheckpointError(
-                f"{what} belongs to a run with other {_WORDS.get(key, 'weights')} ({key}: {was}, here {now}): "
-                "give the same ones to resume, or choose another output_dir"
+                f"{what} belongs to a run with other {_word_of(key)} ({key}: {was}, here {now}): "
+                f"give the same ones to resume, or choose another output_dir{allowance(key)}"
             )
         raise CheckpointError(
             f"{what} belongs to a run with {key}={their_value!r}, this one has {our_value!r}: "
-            "choose another output_dir, or the same settings to resume"
+            f"choose another output_dir, or the same settings to resume{allowance(key)}"
         )
     return _moved(_old_paths(theirs), ours["paths"], theirs)
 
@@ -97,12 +143,24 @@ def check_identity(theirs: dict[str, Any], ours: dict[str, Any], what: str) -> l
 _WORDS = {"tokenizer": "tokenizer", "data.rows": "rows of data"}
 
 
+def _word_of(key: str) -> str:
+    return _WORDS.get(key, key.rpartition(".")[2])
+
+
+def allowance(key: str) -> str:
+    """Says how a key may change all the same, where it may."""
+    for name, beginnings in _CHANGEABLE.items():
+        if key.startswith(beginnings):
+            return f", or let it change with checkpoint.allow_changed=[{name}]"
+    return ""
+
+
 def _names_of(key: str, identity: dict[str, Any]) -> str:
     """Names where something of an identity that is a hash lies; empty for a plain setting."""
-    if not key.endswith(".weights") and key not in _WORDS:
+    if not key.endswith((".weights", ".tokenizer")) and key not in _WORDS:
         return ""
     paths = _old_paths(identity)
-    sources = [path for path, content in _CONTENT.items() if content == key] or [key.replace(".weights", ".path")]
+    sources = [path for path, content in _CONTENT.items() if content == key] or [f"{key.rpartition('.')[0]}.path"]
     return ", ".join(str(paths[path]) for path in sources if paths.get(path)) or "the student's"
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_megatron.config import RunConfig
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.template import ChatTemplate
-from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids, tokenizer_fingerprint
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.preflight import check_ids
 from opd_megatron.teacher import check_tasks
@@ -31,6 +31,8 @@ class RunInputs:
     """Tokens that end an answer."""
     banned_ids: tuple[int, ...]
     """Ids that are never sampled: some model has no row for them, or the tokenizer no token."""
+    teacher_tokenizers: list[str] = field(default_factory=list)
+    """A fingerprint of each teacher's."""
     notes: list[str] = field(default_factory=list)
     """What a user should know, though it is no error."""
 
@@ -43,12 +45,14 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     """
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
     notes: list[str] = []
-    theirs = []
+    theirs, fingerprints = [], []
     for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
         if teacher.is_student:
+            fingerprints.append(tokenizer_fingerprint(tokenizer))
             continue
         other = load_tokenizer(str(path), config.trust_remote_code)
         theirs.append((teacher.path, other))
+        fingerprints.append(tokenizer_fingerprint(other))
         notes += check_same_tokenizer(
             tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
         )
@@ -60,7 +64,7 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     for name, other in theirs:
         notes += _other_end(name, ChatTemplate.of(other, config.data), tokenizer, stops)
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
-    return RunInputs(tokenizer, prompts, held_out, stops, banned, notes)
+    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes)
 
 
 def _rooms(config: RunConfig, models: ResolvedModels) -> dict[int, int]:

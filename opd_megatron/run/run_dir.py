@@ -6,6 +6,7 @@ config.yaml   run.json   run.lock   metrics.jsonl   rollout-N.log   tensorboard/
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.config.run_folder import CONFIG_FILE, RunRecord, is_run, read_settings
 from opd_megatron.errors import ConfigError, one_line
-from opd_megatron.run.identity import check_identity, first_difference, settings_identity, student_only
+from opd_megatron.run.identity import (
+    allowance,
+    check_identity,
+    first_difference,
+    settings_identity,
+    student_only,
+    unchanged_part,
+)
 from opd_megatron.run.lock import LOCK_FILE
 from opd_megatron.system.atomic import disk_remedy, write_file
 
@@ -62,23 +70,25 @@ class RunDir:
                 )
             return
         theirs, ours = settings_identity(saved), settings_identity(config.model_dump(mode="json"))
-        if not training:
+        if training:
+            ours = unchanged_part(ours, config.checkpoint.allow_changed)
+        else:
             theirs, ours = student_only(theirs), student_only(ours)
         difference = first_difference(theirs, ours)
         if difference is not None:
             key, their_value, our_value = difference
             raise ConfigError(
                 f"output_dir={str(self.root)!r} belongs to a run with {key}={their_value!r}, this one has "
-                f"{our_value!r}: choose another output_dir, or the same settings to resume"
+                f"{our_value!r}: choose another output_dir, or the same settings to resume{allowance(key)}"
             )
 
-    def check_content(self, identity: dict[str, Any]) -> list[str]:
+    def check_content(self, identity: dict[str, Any], allowed: Sequence[str] = ()) -> list[str]:
         """Raises CheckpointError when the run that lies here had other models or data (`run.identity`), whatever their
-        paths; returns notes on paths that changed."""
+        paths; returns notes on paths that changed. `allowed` is `checkpoint.allow_changed`."""
         record = RunRecord.read(self.root)
         if record is None or not record.identity:
             return []
-        return check_identity(record.identity, identity, f"output_dir={str(self.root)!r}")
+        return check_identity(record.identity, unchanged_part(identity, allowed), f"output_dir={str(self.root)!r}")
 
     def settings(self) -> dict[str, Any]:
         """Reads the resolved configuration of the run that lies here; empty where there is none."""
