@@ -8,7 +8,9 @@ from opd_megatron.config import load_config
 from opd_megatron.errors import NotAvailableError
 
 FOLDER = Path(__file__).parent.parent / "configs"
-NAMES = {"demo", "gkd_gsm8k", "opd_gsm8k", "opd_gsm8k_jsd", "gkd_code", "hybrid_ifeval", "qwen2.5_7b_from_72b"}
+NAMES = {"demo", "gkd_gsm8k", "opd_gsm8k", "opd_gsm8k_jsd", "gkd_code", "hybrid_ifeval", "qwen2.5_7b_from_72b", "mopd",
+    "opsd_gsm8k",
+}  # fmt: skip
 RANKS = {"qwen2.5_7b_from_72b": 64}
 LATER = {"hybrid_ifeval": "objective.lambda_rl=0.5"}
 

@@ -1,7 +1,7 @@
 """What a teacher with a prompt of its own reads: a text with columns of the row in braces.
 
 A teacher that sees more than the student (the gold answer, a hint) can teach a student of the same weights: OPSD
-(arXiv 2601.18734), SDFT (arXiv 2601.19897).
+(arXiv 2601.18734).
 """
 
 from __future__ import annotations

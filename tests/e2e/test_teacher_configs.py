@@ -1,0 +1,65 @@
+"""The shipped configurations of several teachers and of self-distillation, as they stand but for paths and sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_megatron.config import RunConfig, load_config
+from opd_megatron.train import check, run_training
+from tests.byte_tokenizer import save_byte_tokenizer
+from tests.e2e.runs import make_inputs
+from tests.ranks import run_ranks
+from tests.tiny_models import save_tiny
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = {
+    "steps": 3, "parallel.tensor": 1, "parallel.pipeline": 1, "parallel.data": 1, "parallel.sequence_parallel": False,
+    "rollout.engine": "torch", "data.max_prompt_tokens": 80,
+    "rollout.prompts_per_step": 8, "rollout.max_new_tokens": 8, "optimizer.warmup_steps": 0,
+    "evaluation.every": 3, "evaluation.prompts": 4, "logging.tensorboard": False, "optimizer.lr": 1e-3,
+}  # fmt: skip
+
+
+def _train(rank: int, world_size: int, config: RunConfig) -> None:
+    run_training(config, check(config))
+
+
+def _run(name: str, folder: Path, **overrides: Any) -> list[dict[str, Any]]:
+    values = SMALL | {"output_dir": str(folder / "run")} | overrides
+    config = load_config(CONFIGS / f"{name}.yaml", [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    run_ranks(1, _train, config)
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("configs")
+    found = make_inputs(folder)
+    for seed in (11, 12):
+        save_tiny(folder / f"t{seed}", head_dim=32, seed=seed, num_hidden_layers=2)
+        save_byte_tokenizer(folder / f"t{seed}")
+        found[f"teachers.{seed - 10}.path"] = str(folder / f"t{seed}")
+    return found
+
+
+def test_each_task_of_mopd_has_its_teachers(inputs: dict[str, str], tmp_path: Path) -> None:
+    source = inputs["data.source"]
+    sources = [{"source": source, "task": task, "weight": 1} for task in ("math", "code", "chat")]
+    overrides = {key: value for key, value in inputs.items() if key != "data.source"}
+    rows = _run("mopd", tmp_path, **overrides, **{"data.sources": sources, "data.eval_source": source})
+    for row in rows[1:]:
+        tokens = {name: row[f"teacher/{name}/tokens"] for name in ("math", "code", "chat")}
+        assert all(tokens.values())
+        assert tokens["math"] + tokens["chat"] == row["tokens"], "code is for the coder and the mathematician"
+    assert all("eval/forward_kl" in row for row in (rows[0], rows[-1]))
+
+
+def test_opsd_brings_the_student_near_to_itself_with_the_solution(inputs: dict[str, str], tmp_path: Path) -> None:
+    overrides = {"student.path": inputs["student.path"], "data.source": inputs["data.source"]}
+    rows = _run("opsd_gsm8k", tmp_path, **overrides, **{"steps": 12, "optimizer.decay": "constant"})
+    kl = [row["reverse_kl"] for row in rows[1:]]
+    assert sum(kl[-3:]) < 0.9 * sum(kl[:3])
