@@ -179,6 +179,29 @@ class RunConfig(Section):
         self.micro_batch_size(parallel.data or 1)
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _teachers_by_task(cls, tree: Any) -> Any:
+        """Reads `teacher_configs: {math: PATH, code: {path: PATH}}`: a teacher for each task, called as the task."""
+        if not isinstance(tree, dict) or "teacher_configs" not in tree:
+            return tree
+        given = tree["teacher_configs"]
+        other = [key for key in ("teachers", "routes") if tree.get(key)]
+        if other:
+            raise ValueError(f"teacher_configs says what {other[0]} does: leave one of them out")
+        if not isinstance(given, dict) or not given or not all(isinstance(each, str | dict) for each in given.values()):
+            raise ValueError(
+                f"teacher_configs={given!r} must name a teacher for each task: {{math: PATH, code: {{path: PATH}}}}"
+            )
+        rest = {key: value for key, value in tree.items() if key != "teacher_configs"}
+        teachers = [
+            {"name": task, **({"path": each} if isinstance(each, str) else each)} for task, each in given.items()
+        ]
+        return rest | {
+            "teachers": teachers,
+            "routes": {task: each["name"] for task, each in zip(given, teachers, strict=True)},
+        }
+
     @field_validator("routes", mode="before")
     @classmethod
     def _names_of_teachers(cls, value: Any) -> Any:

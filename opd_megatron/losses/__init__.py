@@ -6,6 +6,7 @@ linear            the divergence from hidden states and LM heads, chunk by chunk
 vocab_parallel    the same from logits that are already there
 policy            policy-gradient terms on the sampled tokens
 topk              teachers that give only their k best log-probabilities
+verl_style        the same under verl's names: `compute_on_policy_distillation_loss`
 reduction         from per-token terms to a step's means over all ranks
 reference         all of it written densely from the formulae: read this first
 
@@ -21,12 +22,24 @@ if TYPE_CHECKING:
     from opd_megatron.losses.linear import DivergenceTerms, linear_divergence, linear_divergence_terms
     from opd_megatron.losses.policy import PolicyTerm
     from opd_megatron.losses.topk import TopKTeacher
+    from opd_megatron.losses.verl_style import (
+        compute_forward_kl_loss,
+        compute_generalized_jsd_loss,
+        compute_hybrid_rl_distillation_loss,
+        compute_on_policy_distillation_loss,
+        compute_reverse_kl_loss,
+    )
     from opd_megatron.losses.vocab_parallel import vocab_parallel_divergence
 
 __all__ = [
     "DivergenceTerms",
     "PolicyTerm",
     "TopKTeacher",
+    "compute_forward_kl_loss",
+    "compute_generalized_jsd_loss",
+    "compute_hybrid_rl_distillation_loss",
+    "compute_on_policy_distillation_loss",
+    "compute_reverse_kl_loss",
     "linear_divergence",
     "linear_divergence_terms",
     "vocab_parallel_divergence",
@@ -36,6 +49,16 @@ _MODULES = {
     "DivergenceTerms": "linear",
     "PolicyTerm": "policy",
     "TopKTeacher": "topk",
+    **dict.fromkeys(
+        (
+            "compute_forward_kl_loss",
+            "compute_generalized_jsd_loss",
+            "compute_hybrid_rl_distillation_loss",
+            "compute_on_policy_distillation_loss",
+            "compute_reverse_kl_loss",
+        ),
+        "verl_style",
+    ),
     "linear_divergence": "linear",
     "linear_divergence_terms": "linear",
     "vocab_parallel_divergence": "vocab_parallel",
