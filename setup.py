@@ -14,6 +14,7 @@ REQUIRES = [
     "transformers>=5.16.1,<5.20",  # the range of vllm 0.32.0
     "tokenizers>=0.23.2",
     "safetensors>=0.6.2",
+    "httpx>=0.28",  # teachers that servers run
     "huggingface_hub>=1.31",
     "datasets>=4.7",
     "numpy",

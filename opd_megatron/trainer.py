@@ -172,10 +172,10 @@ class OPDTrainer(RunParts):
         """
         self.restore("latest" if self.resume_from else "initial")
         with self._log() as log:
+            wholly = self.step_count == 0 and self.config.evaluation.agreement
+            for note in check_agreement(self, served_alone=not wholly):
+                self.display.note(note)
             if self.step_count == 0:
-                if self.config.evaluation.agreement:
-                    for note in check_agreement(self):
-                        self.display.note(note)
                 self._log_step_zero(log)
             try:
                 if self.step_count < self.config.steps and not self._between_steps():

@@ -26,6 +26,7 @@ from opd_megatron.config.sections import (
 from opd_megatron.config.teachers import (
     MegatronTeacherConfig,
     OwnRanksTeacherConfig,
+    ServedTeacherConfig,
     StudentRanksTeacherConfig,
     TeacherConfig,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Section",
+    "ServedTeacherConfig",
     "StudentConfig",
     "StudentRanksTeacherConfig",
     "TeacherConfig",

@@ -37,7 +37,7 @@ class TeacherConfig(Section):
 
 
 class MegatronTeacherConfig(TeacherConfig):
-    """A teacher that this job runs itself."""
+    """A teacher of one architecture and dtype, whose LM head the job holds."""
 
     dtype: Precision = "auto"
     """Arithmetic of the teacher's forward pass; `auto` as for the student."""
@@ -47,7 +47,8 @@ class StudentRanksTeacherConfig(MegatronTeacherConfig):
     """A teacher on the student's own ranks, in the student's layout unless it has one of its own."""
 
     placement: Literal["student"] = "student"
-    """Where the teacher runs: `student` is on the student's ranks, `own` on ranks of its own."""
+    """Where the teacher runs: `student` is on the student's ranks, `own` on ranks of its own, `served` on vLLM servers
+    elsewhere."""
     tensor: PositiveInt | None = None
     """Tensor-parallel size; the student's by default. `tensor * pipeline` divides the student's ranks."""
     pipeline: PositiveInt | None = None
@@ -82,6 +83,21 @@ class OwnRanksTeacherConfig(MegatronTeacherConfig):
         return self.tensor * self.pipeline * self.data
 
 
+class ServedTeacherConfig(MegatronTeacherConfig):
+    """A teacher that vLLM servers run somewhere else, in pooling mode: they answer with final hidden states."""
+
+    placement: Literal["served"] = "served"
+    """As above."""
+    urls: list[str] = Field(min_length=1)
+    """Addresses of the servers, such as `http://host:8000`; requests go to the one that has fewest."""
+    in_flight: PositiveInt = 4
+    """Micro batches that each of the student's replicas has on their way to every server."""
+    request_timeout: PositiveFloat = 600.0
+    """Seconds that a server may take to answer."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a request is sent again, to another server first, where one does not answer."""
+
+
 def by_placement(*classes: type[TeacherConfig]) -> Any:
     """Builds the annotation of one teacher: the class that its `placement` names, the first class by default."""
     if len(classes) == 1:
@@ -99,4 +115,4 @@ def by_placement(*classes: type[TeacherConfig]) -> Any:
 if TYPE_CHECKING:
     AnyTeacherConfig = TeacherConfig
 else:
-    AnyTeacherConfig = by_placement(StudentRanksTeacherConfig, OwnRanksTeacherConfig)
+    AnyTeacherConfig = by_placement(StudentRanksTeacherConfig, OwnRanksTeacherConfig, ServedTeacherConfig)

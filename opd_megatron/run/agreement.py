@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from opd_megatron.config import MegatronTeacherConfig, decided
+from opd_megatron.config import MegatronTeacherConfig, ServedTeacherConfig, decided
 from opd_megatron.errors import WeightsError, one_line
 from opd_megatron.mcore.cpu.platform import release_memory
 from opd_megatron.system.collectives import on_rank_0
@@ -33,8 +33,10 @@ _LIMITS = {"fp32": 2e-3, "bf16": 5e-2}
 """Nats a token by which a right model may differ, by its dtype."""
 
 
-def check_agreement(run: RunParts) -> list[str]:
+def check_agreement(run: RunParts, *, served_alone: bool = False) -> list[str]:
     """Compares the student and every teacher, each alone, with transformers; returns notes. Collective.
+
+    `served_alone`: only teachers on servers elsewhere, which may serve anything.
 
     Raises:
         WeightsError: on every rank, where they differ.
@@ -43,11 +45,15 @@ def check_agreement(run: RunParts) -> list[str]:
     ours: dict[str, float] = {}
     found = []
     for number, (teacher, (folder, _)) in enumerate(zip(run.config.teachers, run.models.teachers, strict=True)):
+        if served_alone and not isinstance(teacher, ServedTeacherConfig):
+            continue
         ours = run.evaluator.likelihoods(run.student, sequence, number)
         dtype = decided(teacher.dtype) if isinstance(teacher, MegatronTeacherConfig) else "bf16"
         found.append(("teacher", teacher.path, folder, dtype, ours["teacher_nll"]))
     student = run.config.student
-    models = [("student", student.path, run.models.student, decided(student.dtype), ours["nll"]), *found]
+    models = found
+    if not served_alone:
+        models = [("student", student.path, run.models.student, decided(student.dtype), ours["nll"]), *found]
     notes = []
     for kind, name, folder, dtype, nll in models:
         compare = _comparison(kind, name, folder, dtype, nll, sequence, run.models.vocab_size)

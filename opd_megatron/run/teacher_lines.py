@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from opd_megatron.config import RunConfig, decided
-from opd_megatron.config.teachers import MegatronTeacherConfig, OwnRanksTeacherConfig, StudentRanksTeacherConfig
+from opd_megatron.config.teachers import (
+    MegatronTeacherConfig,
+    OwnRanksTeacherConfig,
+    ServedTeacherConfig,
+    StudentRanksTeacherConfig,
+)
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import parameters
 
@@ -34,6 +39,8 @@ def _place(teacher: object) -> str:
             return "the student itself" if teacher.update == "live" else "a moving average of the student"
         layout = [f"{key} {size}" for key in ("tensor", "pipeline") if (size := getattr(teacher, key)) is not None]
         return "on the student's ranks" + (f" ({', '.join(layout)})" if layout else "")
+    if isinstance(teacher, ServedTeacherConfig):
+        return f"served at {', '.join(teacher.urls)}"
     return ""
 
 

@@ -5,6 +5,7 @@ student_ranks.py   on the student's own ranks:
 colocated.py    in its layout, where the head lies where the student's does; self_distillation.py the student itself
 relaid.py       in a layout of its own
 own_ranks.py    on ranks of its own: states micro batch by micro batch, while the student trains
+served.py       on vLLM servers elsewhere: states over HTTP
 source.py       a model in another layout than the student's; route.py says which rank sends what to which
 wire.py         bounded messages between ranks; links.py the groups that they go over
 heads.py        LM heads at the student's side, whatever layout their teacher has
@@ -22,7 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd_megatron.config import OwnRanksTeacherConfig, RunConfig, StudentRanksTeacherConfig, TeacherConfig
+from opd_megatron.config import (
+    OwnRanksTeacherConfig,
+    RunConfig,
+    ServedTeacherConfig,
+    StudentRanksTeacherConfig,
+    TeacherConfig,
+)
 from opd_megatron.data.batching import StepBatches
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
@@ -33,6 +40,7 @@ from opd_megatron.teacher.heads import Heads
 from opd_megatron.teacher.links import TeacherLink, join_teachers
 from opd_megatron.teacher.own_ranks import OwnRanks, build_host
 from opd_megatron.teacher.routing import Routing, Views, check_tasks
+from opd_megatron.teacher.served import Served
 from opd_megatron.teacher.student_ranks import StudentRanks
 from opd_megatron.types import Batch, TeacherInputs, TeacherView
 
@@ -55,6 +63,7 @@ __all__ = [
 PLACEMENTS: dict[type[TeacherConfig], Placement[Any]] = {
     StudentRanksTeacherConfig: StudentRanks(),
     OwnRanksTeacherConfig: OwnRanks(),
+    ServedTeacherConfig: Served(),
 }
 """Config class of an entry of `teachers:` -> what runs it."""
 

@@ -1,0 +1,162 @@
+"""Teachers on servers elsewhere: the same losses as on the student's ranks, and one clear line for what goes wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_megatron.errors import OPDError, TeacherError
+from opd_megatron.system.pooling_client import PoolingClient
+from opd_megatron.train import check
+from tests.byte_tokenizer import save_byte_tokenizer
+from tests.e2e.runs import make_inputs, small_config
+from tests.ranks import RankError
+from tests.teacher.pooling_server import stub, vllm_server
+from tests.teacher.test_placements import STUDENTS, _agree, _long
+from tests.teacher.test_routing import _run
+from tests.tiny_models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_inputs(tmp_path_factory.mktemp("served")) | {"evaluation.every": 1}
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict]]:
+    return _run(inputs, tmp_path_factory.mktemp("alone") / "run", 1)
+
+
+def _served(*urls: str) -> dict[str, Any]:
+    return {"teachers.0.placement": "served", "teachers.0.urls": list(urls), "teachers.0.in_flight": 1}
+
+
+@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", *(case.values[0] for case in _long(("one",), ("DP2",)))])
+def test_a_served_teacher_teaches_the_same_in_every_layout(
+    inputs: dict[str, Any], alone: Any, tmp_path: Path, student: str
+) -> None:
+    ranks = {"one": 1, "TP2 PP2": 4}.get(student, 2)
+    with stub(inputs["teachers.0.path"]) as (first, of_first), stub(inputs["teachers.0.path"]) as (second, of_second):
+        found = _run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **_served(first, second))
+    _agree(found, alone)
+    assert of_first
+    assert of_second, "both have work"
+    for row in found[1][1:]:
+        share = 0.75 if student == "DP2" else 1.0
+        assert 0 < row["teacher/0/bytes"] <= share * row["tokens"] * 64 * 4
+
+
+def test_a_real_vllm_server_teaches_the_same(inputs: dict[str, Any], alone: Any, tmp_path: Path) -> None:
+    with vllm_server(inputs["teachers.0.path"], tmp_path / "vllm.log") as url:
+        weights, rows = _run(inputs, tmp_path / "run", 1, **_served(url))
+    for row, other in zip(rows, alone[1], strict=True):
+        for name in ("loss", "reverse_kl", "forward_kl", "grad_norm", "eval/teacher_nll"):
+            if name in other:
+                assert row[name] == pytest.approx(other[name], rel=1e-4), name
+    for name, tensor in alone[0].items():
+        assert torch.allclose(weights[name], tensor, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_server_of_another_model_is_refused_also_when_agreement_is_switched_off(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "other", head_dim=32, seed=77, num_hidden_layers=6)
+    save_byte_tokenizer(tmp_path / "other")
+    settings = {"evaluation.agreement": False}
+    with (
+        stub(str(tmp_path / "other")) as (url, _),
+        pytest.raises(RankError, match=r"teacher .* nats a token in Megatron|teacher .*in transformers"),
+    ):
+        _run(inputs, tmp_path / "run", 1, **_served(url), **settings)
+
+
+def test_a_server_that_dies_mid_run_ends_it_with_one_line(inputs: dict[str, Any], tmp_path: Path) -> None:
+    def dies(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+        return (200, metadata, body) if number < 8 else (503, None, b"overloaded")
+
+    settings = {"teachers.0.retries": 0, "checkpoint.every": 1, "steps": 20, "evaluation.every": 0}
+    with (
+        stub(inputs["teachers.0.path"], dies) as (url, _),
+        pytest.raises(RankError, match=r"teacher .* gives no hidden states \(it answers 503 'overloaded'\)"),
+    ):
+        _run(inputs, tmp_path / "run", 1, **_served(url), **settings)
+
+
+def _client(*urls: str, retries: int = 2) -> PoolingClient:
+    return PoolingClient(urls, name="'t'", in_flight=2, timeout=5, retries=retries)
+
+
+def test_one_that_does_not_answer_is_passed_over_or_asked_again(inputs: dict[str, Any]) -> None:
+    def stumbles(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+        return (200, metadata, body) if number % 2 == 0 else (500, None, b"")
+
+    asked = [([3, 5, 7, 11], 2), ([2, 4], 1)]
+    with stub(inputs["teachers.0.path"]) as (good, _), stub(inputs["teachers.0.path"], stumbles) as (bad, _):
+        expected = _client(good).submit(asked, 64, torch.float32).result()
+        assert expected.shape == (3, 64)
+        for urls in ([bad], ["http://127.0.0.1:9", good], [bad, good]):
+            client = _client(*urls)
+            for future in [client.submit(asked, 64, torch.float32) for _ in range(6)]:
+                assert torch.equal(future.result(), expected)
+            client.close()
+            client.close()
+
+
+def _fewer(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+    return 200, {"data": metadata["data"][:-1]}, body
+
+
+def _cut(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+    return 200, metadata, body[:-4]
+
+
+def _bare(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+    return 200, None, body
+
+
+def _refuses(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+    return 400, None, b'{"error": "task not supported"}'
+
+
+@pytest.mark.parametrize(
+    ("change", "width", "words"),
+    [
+        (_fewer, 64, "gives states of shapes"),
+        (_cut, 64, "gives states of shapes"),
+        (None, 96, "serves another model than teachers.N.path"),
+        (_bare, 64, "answers without the shapes"),
+        (_refuses, 64, r"refuses a request \(400 .*task not supported.*pooling mode"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_named(
+    inputs: dict[str, Any], change: Any, width: int, words: str
+) -> None:
+    with stub(inputs["teachers.0.path"], change) as (url, requests):
+        with pytest.raises(TeacherError, match=words) as failure:
+            _client(url).submit([([3, 5, 7], 1), ([2, 4], 1)], width, torch.float32).result()
+        assert "\n" not in str(failure.value)
+        assert len(requests) == 1, "asking again would not help"
+
+
+def test_a_server_that_is_down_is_told_of_at_the_start() -> None:
+    with pytest.raises(TeacherError, match=r"teacher 't' at http://127.0.0.1:9 gives no hidden states .*ConnectError"):
+        _client("http://127.0.0.1:9", retries=0).try_servers(64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"teachers.0.urls": ["localhost:8000"]}, "teachers.0.urls has 'localhost:8000', which is no address"),
+        ({"teachers.0.urls": []}, "teachers.0.urls"),
+        ({"teachers.0.urls": ["http://a"], "teachers.0.tensor": 2}, "tensor"),
+    ],
+)
+def test_addresses_that_are_none_are_one_line(
+    inputs: dict[str, Any], tmp_path: Path, overrides: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(OPDError, match=re.escape(words)):
+        check(small_config(inputs, tmp_path, **{"teachers.0.placement": "served"}, **overrides))
