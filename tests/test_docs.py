@@ -84,8 +84,7 @@ def test_the_yaml_of_the_pages_is_a_configuration(tmp_path: Path) -> None:
     for page in PAGES:
         for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)):
             (tmp_path / f"{number}.yaml").write_text(block)
-            config = load_config(tmp_path / f"{number}.yaml")
-            assert config.data.sources or config.routes
+            load_config(tmp_path / f"{number}.yaml")  # raises for what is no configuration
 
 
 def test_the_defaults_that_the_pages_name_are_the_defaults() -> None:

@@ -92,10 +92,10 @@ def test_a_new_teacher_is_chosen_by_its_placement_and_feeds_the_loss_unopened(ex
         """
 import http.server, json, threading
 import torch
-from opd_megatron.config import ServedTeacherConfig, load_config
+from opd_megatron.config import CompletionsTeacherConfig, load_config
 from opd_megatron.losses import linear_divergence_terms
 from opd_megatron.teacher import PLACEMENTS
-from opd_megatron.teacher.served import ServedTeacher
+from opd_megatron.teacher.completions import CompletionsTeacher
 from opd_megatron.types import Batch
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -112,10 +112,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-entry = ["teachers.0.path=t", "teachers.0.placement=served", "teachers.0.top_k=3"]
+entry = ["teachers.0.path=t", "teachers.0.placement=completions", "teachers.0.top_k=3"]
 (config,) = load_config(None, [*entry, f"teachers.0.url=http://127.0.0.1:{server.server_port}"]).teachers
-assert isinstance(config, ServedTeacherConfig) and type(config) in PLACEMENTS
-teacher = ServedTeacher(config, True, 1.0)
+assert isinstance(config, CompletionsTeacherConfig) and type(config) in PLACEMENTS
+teacher = CompletionsTeacher(config, True, 1.0)
 tokens = torch.arange(12).view(2, 6) % 11
 weights = torch.zeros(2, 6)
 weights[0, 2:5] = weights[1, 1:3] = 1
