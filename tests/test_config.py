@@ -272,13 +272,14 @@ def test_a_placement_selects_the_keys_of_a_teacher() -> None:
     assert [type(teacher) for teacher in run.teachers] == [StudentRanksTeacherConfig, Elsewhere]
     assert {name for name, *_ in config_keys(Run)} == {
         "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.offload",
-        "teachers.0.tensor", "teachers.0.pipeline", "teachers.0.url",
+        "teachers.0.tensor", "teachers.0.pipeline", "teachers.0.url", "teachers.0.name", "teachers.0.prompt",
+        "teachers.0.fingerprint", "teachers.0.update", "teachers.0.decay",
     }  # fmt: skip
     for entry, message in (
         (
             {"path": "a", "url": "x"},
-            "unknown config key 'teachers.0.url': known keys: path, weight, dtype, placement, tensor, "
-            "pipeline, offload",
+            "unknown config key 'teachers.0.url': known keys: name, path, weight, prompt, fingerprint, dtype, "
+            "placement, tensor, pipeline, offload, update, decay",
         ),
         ({"path": "a", "placement": "elsewhere", "ur": "x"}, "unknown config key 'teachers.0.ur': did you mean 'url'?"),
         ({"path": "a", "placement": "nowhere"}, "teachers.0.placement='nowhere' is not one: use student or elsewhere"),
@@ -306,9 +307,14 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     }
     of_own_ranks = {f"teachers.0.{name}" for name in ("data", "expert", "in_flight")}
     assert of_own_ranks <= defaults.keys()
-    anywhere = {key: value for key, value in defaults.items() if key not in of_own_ranks}
+    served = {f"teachers.0.{name}" for name in ("top_k", "request_timeout", "retries")}
+    assert served <= defaults.keys()
+    anywhere = {key: value for key, value in defaults.items() if key not in of_own_ranks | served}
     config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in anywhere.items())])
     assert config == load_config(None, ["teachers.0.path=t"])
     own = ["teachers.0.path=t", "teachers.0.placement=own"]
     set_too = [f"{key}={yaml.safe_dump(defaults[key])}" for key in sorted(of_own_ranks)]
     assert load_config(None, [*own, *set_too]) == load_config(None, own)
+    there = ["teachers.0.path=t", "teachers.0.placement=served", "teachers.0.urls=[http://a]"]
+    set_too = [f"{key}={yaml.safe_dump(defaults[key])}" for key in sorted(served)]
+    assert load_config(None, [*there, *set_too]) == load_config(None, there)

@@ -90,6 +90,9 @@ class ServedTeacherConfig(MegatronTeacherConfig):
     """As above."""
     urls: list[str] = Field(min_length=1)
     """Addresses of the servers, such as `http://host:8000`; requests go to the one that has fewest."""
+    top_k: PositiveInt | None = None
+    """Take only so many log-probabilities of each token, from servers that generate: the rest of the vocabulary is one
+    more event. By default hidden states, which are exact, from servers in pooling mode."""
     in_flight: PositiveInt = 4
     """Micro batches that each of the student's replicas has on their way to every server."""
     request_timeout: PositiveFloat = 600.0

@@ -1,4 +1,5 @@
-"""A teacher that vLLM servers run somewhere else (`placement: served`): final hidden states over HTTP, still exact.
+"""A teacher that vLLM servers run somewhere else (`placement: served`): final hidden states over HTTP, still exact; or
+only its likeliest tokens (`top_k`), where a server gives no more.
 
 The servers run in pooling mode (docs/teachers.md has the command) and answer token ids with the hidden states of every
 position; the LM head comes from the checkpoint, as for every teacher. The first tensor-parallel rank of the student's
@@ -21,12 +22,13 @@ from transformers import PretrainedConfig
 from opd_megatron.config import RunConfig, ServedTeacherConfig, decided
 from opd_megatron.data.batching import StepBatches
 from opd_megatron.errors import ConfigError, TeacherError
+from opd_megatron.losses import TopKTeacher
 from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import sequence_shards
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, RunSizes
-from opd_megatron.system.pooling_client import PoolingClient
 from opd_megatron.teacher.base import Surroundings, Teacher, TeacherCost
+from opd_megatron.teacher.served_client import HiddenStates, TeacherServers, TopTokens
 from opd_megatron.teacher.source import rows_of
 from opd_megatron.types import DTYPES, Batch, TeacherInputs
 
@@ -38,11 +40,12 @@ class ServedTeacher:
     changes = False
 
     def __init__(
-        self, client: PoolingClient, head: torch.Tensor | None, student: ParallelGrid, weight: float,
-        *, width: int, dtype: torch.dtype, name: str,
+        self, client: TeacherServers, question: HiddenStates | TopTokens, head: torch.Tensor | None,
+        student: ParallelGrid, weight: float, *, name: str,
     ) -> None:  # fmt: skip
-        self._client, self._head, self._student, self._weight = client, head, student, weight
-        self._width, self._dtype, self._name = width, dtype, name
+        """`head`: on the last stage, for hidden states."""
+        self._client, self._question, self._head = client, question, head
+        self._student, self._weight, self._name = student, weight, name
         self._answers: _Answers | None = None
 
     def submit(self, micro_batches: list[Batch]) -> None:
@@ -51,16 +54,17 @@ class ServedTeacher:
         if not self._student.is_last_stage:
             return
         mine = len(micro_batches.numbers(self._student.dp_rank))
-        self._answers = _Answers(self._client, micro_batches, mine, self._student, self._width, self._dtype, self._name)
+        self._answers = _Answers(
+            self._client, self._question, micro_batches, mine, self._student, self._head, self._name
+        )  # fmt: skip
 
     def collect(self) -> TeacherInputs:
         """Hands over what gives each micro batch's states when the loss asks for them, once and in order."""
         answers, self._answers = self._answers, None
         if answers is None:
             return TeacherInputs((), self._weight, lambda: {"bytes": 0.0, "waited": 0.0})
-        assert self._head is not None
         return TeacherInputs(
-            _WithHead(answers, self._head), self._weight,
+            answers, self._weight,
             lambda: {"bytes": float(answers.nbytes), "waited": answers.waited},
         )  # fmt: skip
 
@@ -78,17 +82,17 @@ class ServedTeacher:
         self._client.close()
 
 
-class _Answers:
-    """Response rows of each micro batch, asked for in order; the next ones are on their way meanwhile."""
+class _Answers(Sequence[Any]):
+    """What the loss takes of each micro batch, asked for in order; the next ones are on their way meanwhile."""
 
     def __init__(
-        self, client: PoolingClient, step: StepBatches, count: int, student: ParallelGrid, width: int,
-        dtype: torch.dtype, name: str,
+        self, client: TeacherServers, question: HiddenStates | TopTokens, step: StepBatches, count: int,
+        student: ParallelGrid, head: torch.Tensor | None, name: str,
     ) -> None:  # fmt: skip
-        self._client, self._step, self._count, self._student = client, step, count, student
-        self._width, self._dtype, self._name = width, dtype, name
+        self._client, self._question, self._step, self._count = client, question, step, count
+        self._student, self._head, self._name = student, head, name
         self._sequences = [_sequences(step, index) for index in range(count)]
-        self._arriving: deque[Future[torch.Tensor]] = deque()
+        self._arriving: deque[Future[Any]] = deque()
         self._asked = self._taken = 0
         self.nbytes, self.waited = 0, 0.0
         """Of what has come, and seconds spent on waiting for it."""
@@ -97,8 +101,11 @@ class _Answers:
     def __len__(self) -> int:
         return self._count
 
-    def take(self, index: int) -> torch.Tensor:
-        """[T, h], or under sequence parallelism this rank's rows. Collective over the tensor-parallel ranks."""
+    def __getitem__(self, index: Any) -> Any:
+        """Of one micro batch: (states, head), under sequence parallelism of this rank's rows; or a `TopKTeacher`.
+        Collective over the tensor-parallel ranks."""
+        if index >= self._count:
+            raise IndexError(index)
         assert index == self._taken, f"micro batch {index} is asked for where {self._taken} is next"
         self._taken += 1
         batch = self._step[index]
@@ -106,62 +113,62 @@ class _Answers:
         rows, error = self._come() if self._student.tp_rank == 0 else (None, None)
         self.waited += time.perf_counter() - begin
         self._ask()
-        return self._handed_round(rows, error, batch)
+        self._raise_together(error)
+        mask = batch.weights > 0
+        if isinstance(self._question, TopTokens):
+            shape = (int(mask.sum()), self._question.k + 1)
+            ids, logprobs = rows if rows is not None else (None, None)
+            return TopKTeacher(
+                self._to_everyone(ids, shape, torch.int64), self._to_everyone(logprobs, shape, torch.float32)
+            )
+        return self._states(None if rows is None else rows[0], batch, self._question), self._head
 
-    def _come(self) -> tuple[torch.Tensor | None, TeacherError | None]:
+    def _come(self) -> tuple[tuple[torch.Tensor, ...] | None, TeacherError | None]:
         try:
-            rows = self._arriving.popleft().result()
+            found = self._arriving.popleft().result()
         except TeacherError as error:
             return None, error
-        self.nbytes += rows.nbytes
-        return rows.to(device()), None
+        parts = (found,) if isinstance(found, torch.Tensor) else found
+        self.nbytes += sum(part.nbytes for part in parts)
+        return tuple(part.to(device()) for part in parts), None
 
     def _ask(self) -> None:
         if self._student.tp_rank != 0:
             return
         while self._asked < min(self._count, self._taken + self._client.in_flight):
             sequences = self._sequences[self._asked]
-            self._arriving.append(self._client.submit(sequences, self._width, self._dtype))
+            self._arriving.append(self._client.submit(self._question, sequences))
             self._asked += 1
 
-    def _handed_round(self, rows: torch.Tensor | None, error: TeacherError | None, batch: Batch) -> torch.Tensor:
-        student, mask = self._student, batch.weights > 0
-        sharded = student.sequence_parallel
-        if student.tp_size == 1:
-            if error is not None:
-                raise error
-            assert rows is not None
-            return rows
-        group = student.groups.tp
-        failed = torch.tensor([int(error is not None)], device=device())
-        dist.broadcast(failed, group_src=0, group=group)
-        if int(failed):
-            raise error or TeacherError(f"teacher {self._name} gave no hidden states: see the first rank's message")
-        ranks = student.tp_size if sharded else 1
-        mine = torch.empty(rows_of(batch, ranks), self._width, dtype=self._dtype, device=device())
-        if sharded:
-            parts = None if rows is None else [part.contiguous() for part in sequence_shards(rows, mask, ranks)]
-            dist.scatter(mine, parts, group_src=0, group=group)
-            return mine
+    def _raise_together(self, error: TeacherError | None) -> None:
+        """Tells the other tensor-parallel ranks of an error before they wait for what does not come."""
+        student = self._student
+        if student.tp_size > 1:
+            failed = torch.tensor([int(error is not None)], device=device())
+            dist.broadcast(failed, group_src=0, group=student.groups.tp)
+            if int(failed) and error is None:
+                error = TeacherError(f"teacher {self._name} gave nothing: see the message of the rank that asked")
+        if error is not None:
+            raise error
+
+    def _states(self, rows: torch.Tensor | None, batch: Batch, question: HiddenStates) -> torch.Tensor:
+        student = self._student
+        ranks = student.tp_size if student.sequence_parallel else 1
+        shape = (rows_of(batch, ranks), question.width)
+        if ranks == 1:
+            return self._to_everyone(rows, shape, question.dtype)
+        mine = torch.empty(shape, dtype=question.dtype, device=device())
+        parts = None
         if rows is not None:
-            mine = rows.contiguous()
-        dist.broadcast(mine, group_src=0, group=group)
+            parts = [part.contiguous() for part in sequence_shards(rows, batch.weights > 0, ranks)]
+        dist.scatter(mine, parts, group_src=0, group=student.groups.tp)
         return mine
 
-
-class _WithHead(Sequence[Any]):
-    """(states, head) of each micro batch."""
-
-    def __init__(self, answers: _Answers, head: torch.Tensor) -> None:
-        self._answers, self._head = answers, head
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self._answers):
-            raise IndexError(index)
-        return self._answers.take(index), self._head
+    def _to_everyone(self, rows: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        rows = torch.empty(shape, dtype=dtype, device=device()) if rows is None else rows.contiguous()
+        if self._student.tp_size > 1:
+            dist.broadcast(rows, group_src=0, group=self._student.groups.tp)
+        return rows
 
 
 def _sequences(step: StepBatches, index: int) -> list[tuple[list[int], int]]:
@@ -183,21 +190,35 @@ class Served:
                 raise ConfigError(
                     f"teachers.{number}.urls has {url!r}, which is no address: write it as http://HOST:PORT"
                 )
+        if teacher.top_k is None:
+            return
+        if config.objective.temperature != 1:
+            raise ConfigError(
+                f"objective.temperature={config.objective.temperature} must be 1 with teachers.{number}.top_k, whose "
+                "log-probabilities are at 1: set it, or serve hidden states"
+            )
+        name, sets = config.teacher_names[number], list(config.routes.values()) or [config.teacher_names]
+        if any(isinstance(names, list) and name in names and len(names) > 1 for names in sets):
+            raise ConfigError(
+                f"teachers.{number}.top_k={teacher.top_k} cannot be one of an ensemble of whole distributions: "
+                "serve its hidden states, or give it a route of its own"
+            )
 
     def build(
         self, teacher: ServedTeacherConfig, source: tuple[Path, PretrainedConfig], weight: float,
         surroundings: Surroundings,
     ) -> Teacher:  # fmt: skip
-        """Loads the head, and asks every server for the states of two tokens: who does not answer is told of now."""
+        """Loads the head where it is wanted, and asks every server a little, so that one that is down is named now."""
         dtype, grid, width = DTYPES[decided(teacher.dtype)], surroundings.grid, source[1].hidden_size
-        client = PoolingClient(
+        client = TeacherServers(
             teacher.urls, name=repr(teacher.path), in_flight=teacher.in_flight, timeout=teacher.request_timeout,
             retries=teacher.retries,
         )  # fmt: skip
+        question = HiddenStates(width, dtype) if teacher.top_k is None else TopTokens(teacher.top_k)
         if grid.is_last_stage and grid.tp_rank == 0:
-            client.try_servers(width, dtype)
-        head = surroundings.heads.of(*source, decided(teacher.dtype))
-        return ServedTeacher(client, head, grid, weight, width=width, dtype=dtype, name=repr(teacher.path))
+            client.try_all(question)
+        head = surroundings.heads.of(*source, decided(teacher.dtype)) if teacher.top_k is None else None
+        return ServedTeacher(client, question, head, grid, weight, name=repr(teacher.path))
 
     def cost(
         self, teacher: ServedTeacherConfig, hf_config: PretrainedConfig, sizes: RunSizes, stage: int
@@ -205,6 +226,9 @@ class Served:
         """Estimates what is on the student's ranks: its head, and the states of one micro batch."""
         element, last = BYTES_PER_ELEMENT[decided(teacher.dtype)], stage == sizes.pp_size - 1
         states = sizes.response_tokens * hf_config.hidden_size * element
+        if teacher.top_k is not None:
+            entries = sizes.response_tokens * (teacher.top_k + 1) * (8 + 4)
+            return TeacherCost({"teacher states": entries if last else 0.0}, states_bytes=entries * sizes.micro_batches)
         return TeacherCost(
             memory={
                 "teachers": 0.0,

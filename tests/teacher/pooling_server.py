@@ -65,17 +65,17 @@ def stub(folder: str, change: Change | None = None) -> Iterator[tuple[str, list[
 
 
 @contextlib.contextmanager
-def vllm_server(folder: str, log: Path) -> Iterator[str]:
-    """The command of docs/teachers.md, on a CPU."""
+def vllm_server(folder: str, log: Path, *, generates: bool = False) -> Iterator[str]:
+    """The commands of docs/teachers.md, on a CPU: in pooling mode, or one that `generates`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pooler = json.dumps({"task": "token_embed", "use_activation": False})
+    pooling = ["--runner", "pooling", "--convert", "embed", "--pooler-config", pooler]
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
-        "--runner", "pooling", "--convert", "embed",
-        "--pooler-config", pooler, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--max-model-len", "256", "--enforce-eager",
+        *(["--max-logprobs", "272"] if generates else pooling),
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
     ]  # fmt: skip
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opd_megatron.errors import OPDError, TeacherError
-from opd_megatron.system.pooling_client import PoolingClient
+from opd_megatron.teacher.served_client import HiddenStates, TeacherServers, TopTokens
 from opd_megatron.train import check
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.e2e.runs import make_inputs, small_config
@@ -35,7 +35,7 @@ def _served(*urls: str) -> dict[str, Any]:
     return {"teachers.0.placement": "served", "teachers.0.urls": list(urls), "teachers.0.in_flight": 1}
 
 
-@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", *(case.values[0] for case in _long(("one",), ("DP2",)))])
+@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", *_long(("one",), ("DP2",))])
 def test_a_served_teacher_teaches_the_same_in_every_layout(
     inputs: dict[str, Any], alone: Any, tmp_path: Path, student: str
 ) -> None:
@@ -59,6 +59,36 @@ def test_a_real_vllm_server_teaches_the_same(inputs: dict[str, Any], alone: Any,
                 assert row[name] == pytest.approx(other[name], rel=1e-4), name
     for name, tensor in alone[0].items():
         assert torch.allclose(weights[name], tensor, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("student", ["TP2", *_long(("one",), ("SP2",), ("PP2",))])
+def test_all_log_probabilities_of_a_real_server_teach_the_same(
+    inputs: dict[str, Any], alone: Any, tmp_path: Path, student: str
+) -> None:
+    settings = {"teachers.0.top_k": 272, "evaluation.agreement": True}
+    with vllm_server(inputs["teachers.0.path"], tmp_path / "vllm.log", generates=True) as url:
+        ranks = 1 if student == "one" else 2
+        rows = _run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **_served(url), **settings)[1]
+    for row, other in zip(rows, alone[1], strict=True):
+        for name in ("loss", "reverse_kl", "forward_kl", "grad_norm", "eval/teacher_nll"):
+            if name in other:
+                assert row[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_fewer_log_probabilities_than_asked_for_are_named() -> None:
+    import httpx
+
+    entries = {"5": {"logprob": -1.0}, "7": {"logprob": -2.0}}
+    answer = {"choices": [{"index": 0, "prompt_logprobs": [None, entries]}]}
+    response = httpx.Response(200, json=answer)
+    ids, logprobs = TopTokens(2).read(response, [([3, 7], 1)], "teacher 't'")
+    assert ids.tolist() == [[5, 7, -1]]
+    assert logprobs.tolist() == [[-1.0, -2.0, float("-inf")]]
+    with pytest.raises(TeacherError, match=r"gives 2 log-probabilities .*top_k=3 .*--max-logprobs 3"):
+        TopTokens(3).read(response, [([3, 7], 1)], "teacher 't'")
+    for wrong in ({"choices": []}, {}, {"choices": [{"index": 0, "prompt_logprobs": None}]}):
+        with pytest.raises(TeacherError, match="not one in pooling mode"):
+            TopTokens(2).read(httpx.Response(200, json=wrong), [([3, 7], 1)], "teacher 't'")
 
 
 def test_a_server_of_another_model_is_refused_also_when_agreement_is_switched_off(
@@ -86,21 +116,21 @@ def test_a_server_that_dies_mid_run_ends_it_with_one_line(inputs: dict[str, Any]
         _run(inputs, tmp_path / "run", 1, **_served(url), **settings)
 
 
-def _client(*urls: str, retries: int = 2) -> PoolingClient:
-    return PoolingClient(urls, name="'t'", in_flight=2, timeout=5, retries=retries)
+def _client(*urls: str, retries: int = 2) -> TeacherServers:
+    return TeacherServers(urls, name="'t'", in_flight=2, timeout=5, retries=retries)
 
 
 def test_one_that_does_not_answer_is_passed_over_or_asked_again(inputs: dict[str, Any]) -> None:
     def stumbles(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
         return (200, metadata, body) if number % 2 == 0 else (500, None, b"")
 
-    asked = [([3, 5, 7, 11], 2), ([2, 4], 1)]
+    states, asked = HiddenStates(64, torch.float32), [([3, 5, 7, 11], 2), ([2, 4], 1)]
     with stub(inputs["teachers.0.path"]) as (good, _), stub(inputs["teachers.0.path"], stumbles) as (bad, _):
-        expected = _client(good).submit(asked, 64, torch.float32).result()
+        expected = _client(good).submit(states, asked).result()
         assert expected.shape == (3, 64)
         for urls in ([bad], ["http://127.0.0.1:9", good], [bad, good]):
             client = _client(*urls)
-            for future in [client.submit(asked, 64, torch.float32) for _ in range(6)]:
+            for future in [client.submit(states, asked) for _ in range(6)]:
                 assert torch.equal(future.result(), expected)
             client.close()
             client.close()
@@ -137,14 +167,14 @@ def test_an_answer_that_is_not_what_was_asked_for_is_named(
 ) -> None:
     with stub(inputs["teachers.0.path"], change) as (url, requests):
         with pytest.raises(TeacherError, match=words) as failure:
-            _client(url).submit([([3, 5, 7], 1), ([2, 4], 1)], width, torch.float32).result()
+            _client(url).submit(HiddenStates(width, torch.float32), [([3, 5, 7], 1), ([2, 4], 1)]).result()
         assert "\n" not in str(failure.value)
         assert len(requests) == 1, "asking again would not help"
 
 
 def test_a_server_that_is_down_is_told_of_at_the_start() -> None:
     with pytest.raises(TeacherError, match=r"teacher 't' at http://127.0.0.1:9 gives no hidden states .*ConnectError"):
-        _client("http://127.0.0.1:9", retries=0).try_servers(64, torch.float32)
+        _client("http://127.0.0.1:9", retries=0).try_all(HiddenStates(64, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +183,14 @@ def test_a_server_that_is_down_is_told_of_at_the_start() -> None:
         ({"teachers.0.urls": ["localhost:8000"]}, "teachers.0.urls has 'localhost:8000', which is no address"),
         ({"teachers.0.urls": []}, "teachers.0.urls"),
         ({"teachers.0.urls": ["http://a"], "teachers.0.tensor": 2}, "tensor"),
+        (
+            {"teachers.0.urls": ["http://a"], "teachers.0.top_k": 8, "objective.temperature": 2},
+            "objective.temperature=2.0 must be 1 with teachers.0.top_k",
+        ),
+        (
+            {"teachers.0.urls": ["http://a"], "teachers.0.top_k": 8, "teachers.1.path": "student"},
+            "teachers.0.top_k=8 cannot be one of an ensemble",
+        ),
     ],
 )
 def test_addresses_that_are_none_are_one_line(
