@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ def test_a_server_that_dies_mid_run_ends_it_with_one_line(inputs: dict[str, Any]
         _run(inputs, tmp_path / "run", 1, **_served(url), **settings)
 
 
-def _client(*urls: str, retries: int = 2) -> TeacherServers:
-    return TeacherServers(urls, name="'t'", in_flight=2, timeout=5, retries=retries)
+def _client(*urls: str, retries: int = 2, timeout: float = 5) -> TeacherServers:
+    return TeacherServers(urls, name="'t'", in_flight=2, timeout=timeout, retries=retries)
 
 
 def test_one_that_does_not_answer_is_passed_over_or_asked_again(inputs: dict[str, Any]) -> None:
@@ -170,6 +171,20 @@ def test_an_answer_that_is_not_what_was_asked_for_is_named(
             _client(url).submit(HiddenStates(width, torch.float32), [([3, 5, 7], 1), ([2, 4], 1)]).result()
         assert "\n" not in str(failure.value)
         assert len(requests) == 1, "asking again would not help"
+
+
+def test_a_server_that_is_too_slow_is_named_and_another_asked(inputs: dict[str, Any]) -> None:
+    def dawdles(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+        time.sleep(2)
+        return 200, metadata, body
+
+    states, asked = HiddenStates(64, torch.float32), [([3, 5], 1)]
+    with stub(inputs["teachers.0.path"], dawdles) as (slow, _), stub(inputs["teachers.0.path"]) as (quick, _):
+        with pytest.raises(
+            TeacherError, match=r"gives no hidden states \(ReadTimeout.*raise teachers.N.request_timeout"
+        ):
+            _client(slow, retries=0, timeout=0.3).submit(states, asked).result()
+        assert _client(slow, quick, timeout=0.3).submit(states, asked).result().shape == (1, 64)
 
 
 def test_a_server_that_is_down_is_told_of_at_the_start() -> None:
