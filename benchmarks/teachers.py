@@ -87,6 +87,7 @@ def measure_real(arguments: argparse.Namespace, teacher: Path, student: Path) ->
                 "steps": arguments.steps, "student.path": str(student), "teachers.0.path": str(teacher),
                 "teachers.0.placement": placement, "rollout.prompts_per_step": prompts,
                 "parallel.micro_batch_size": 1,
+                "data.limit": 8,  # rows that both sizes of step come to: the longest sequence is the same
             }  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
                 run = processes.train(arguments.config, Path(folder) / "run", settings)
