@@ -1,15 +1,14 @@
-"""Teachers: frozen models that score the student's tokens; one placement a file.
+"""Teachers: models that score the student's tokens; one placement a file.
 
-base.py         the seam: Teacher, Placement, TeacherCost
-student_ranks.py   on the student's own ranks:
-colocated.py    in its layout, where the head lies where the student's does; self_distillation.py the student itself
-relaid.py       in a layout of its own
-own_ranks.py    on ranks of its own: states micro batch by micro batch, while the student trains
-served.py       on vLLM servers elsewhere: states over HTTP
-source.py       a model in another layout than the student's; route.py says which rank sends what to which
-wire.py         bounded messages between ranks; links.py the groups that they go over
-heads.py        LM heads at the student's side, whatever layout their teacher has
-routing.py      which teachers score which sample, and what each reads
+base.py            the seam: Teacher, Placement, TeacherCost
+routing.py         which teachers score which sample, and what each reads: its view of a step
+student_ranks.py   on the student's own ranks: colocated.py in its layout, relaid.py in one of its own,
+                   self_distillation.py the student itself
+own_ranks.py       on ranks of its own: states micro batch by micro batch, while the student trains
+served.py          on vLLM servers elsewhere; served_client.py what they are asked, and by whom
+source.py          a model in another layout than the student's; route.py says which rank sends what to which
+wire.py            bounded messages between ranks; links.py the groups that they go over
+heads.py           LM heads at the student's side, whatever layout their teacher has
 """
 
 from __future__ import annotations
