@@ -307,7 +307,7 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     }
     of_own_ranks = {f"teachers.0.{name}" for name in ("data", "expert", "in_flight")}
     assert of_own_ranks <= defaults.keys()
-    served = {f"teachers.0.{name}" for name in ("top_k", "request_timeout", "retries")}
+    served = {f"teachers.0.{name}" for name in ("top_k", "api_key_env", "request_timeout", "retries")}
     assert served <= defaults.keys()
     anywhere = {key: value for key, value in defaults.items() if key not in of_own_ranks | served}
     config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in anywhere.items())])

@@ -95,6 +95,8 @@ class ServedTeacherConfig(MegatronTeacherConfig):
     more event. By default hidden states, which are exact, from servers in pooling mode."""
     in_flight: PositiveInt = 4
     """Micro batches that each of the student's replicas has on their way to every server."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the servers' key (vLLM's `--api-key`), where they want one."""
     request_timeout: PositiveFloat = 600.0
     """Seconds that a server may take to answer."""
     retries: Annotated[int, Field(ge=0)] = 3

@@ -8,6 +8,7 @@ last stage asks, a bounded number of micro batches ahead, and hands the response
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -190,6 +191,11 @@ class Served:
                 raise ConfigError(
                     f"teachers.{number}.urls has {url!r}, which is no address: write it as http://HOST:PORT"
                 )
+        if teacher.api_key_env and teacher.api_key_env not in os.environ:
+            raise ConfigError(
+                f"teachers.{number}.api_key_env={teacher.api_key_env} is not set in the environment: export it, or "
+                "leave the key out"
+            )
         if teacher.top_k is None:
             return
         if config.objective.temperature != 1:
@@ -212,7 +218,7 @@ class Served:
         dtype, grid, width = DTYPES[decided(teacher.dtype)], surroundings.grid, source[1].hidden_size
         client = TeacherServers(
             teacher.urls, name=repr(teacher.path), in_flight=teacher.in_flight, timeout=teacher.request_timeout,
-            retries=teacher.retries,
+            retries=teacher.retries, key=os.environ[teacher.api_key_env] if teacher.api_key_env else None,
         )  # fmt: skip
         question = HiddenStates(width, dtype) if teacher.top_k is None else TopTokens(teacher.top_k)
         if grid.is_last_stage and grid.tp_rank == 0:

@@ -122,17 +122,24 @@ class TeacherServers:
     """Requests go to the server that has fewest, at most `in_flight` in all for each server. One that does not answer
     is passed over for another, or asked again after a pause."""
 
-    def __init__(self, urls: Sequence[str], *, name: str, in_flight: int, timeout: float, retries: int) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, name: str, in_flight: int, timeout: float, retries: int, key: str | None = None
+    ) -> None:
         """
         Args:
             name: of the teacher, for errors.
+            key: what the servers want to be shown.
             timeout: seconds for an answer.
             retries: how often a request is sent again.
         """
         self._servers = [_Server(url) for url in urls]
         self._name, self._retries = name, retries
         self.in_flight = in_flight * len(urls)
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)), trust_env=False)
+        self._http = httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            trust_env=False,
+        )
         self._threads = ThreadPoolExecutor(self.in_flight, thread_name_prefix="teacher")
         self._lock = threading.Lock()
 

@@ -187,6 +187,16 @@ def test_a_server_that_is_too_slow_is_named_and_another_asked(inputs: dict[str, 
         assert _client(slow, quick, timeout=0.3).submit(states, asked).result().shape == (1, 64)
 
 
+def test_a_key_is_shown_to_the_servers() -> None:
+    import httpx
+
+    client = TeacherServers(["http://a"], name="'t'", in_flight=1, timeout=1, retries=0, key="secret")
+    request = client._http.build_request("POST", "http://a/pooling")
+    assert request.headers["Authorization"] == "Bearer secret"
+    assert "Authorization" not in _client("http://a")._http.build_request("POST", "http://a").headers
+    assert isinstance(request, httpx.Request)
+
+
 def test_a_server_that_is_down_is_told_of_at_the_start() -> None:
     with pytest.raises(TeacherError, match=r"teacher 't' at http://127.0.0.1:9 gives no hidden states .*ConnectError"):
         _client("http://127.0.0.1:9", retries=0).try_all(HiddenStates(64, torch.float32))
@@ -198,6 +208,10 @@ def test_a_server_that_is_down_is_told_of_at_the_start() -> None:
         ({"teachers.0.urls": ["localhost:8000"]}, "teachers.0.urls has 'localhost:8000', which is no address"),
         ({"teachers.0.urls": []}, "teachers.0.urls"),
         ({"teachers.0.urls": ["http://a"], "teachers.0.tensor": 2}, "tensor"),
+        (
+            {"teachers.0.urls": ["http://a"], "teachers.0.api_key_env": "NO_SUCH_KEY"},
+            "teachers.0.api_key_env=NO_SUCH_KEY is not set in the environment",
+        ),
         (
             {"teachers.0.urls": ["http://a"], "teachers.0.top_k": 8, "objective.temperature": 2},
             "objective.temperature=2.0 must be 1 with teachers.0.top_k",
