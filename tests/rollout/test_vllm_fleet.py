@@ -50,11 +50,17 @@ def _client(engines: list[VLLMEngine], events: list[str]) -> RolloutClient:
     )  # fmt: skip
 
 
-def _kill_soon(engine: VLLMEngine) -> threading.Thread:
+def _kill_mid_answer(engine: VLLMEngine, asked: list[tuple[int | None, int]]) -> threading.Thread:
+    """Stops the engine, so that it is not done before it dies, and kills it once it has been asked."""
+    pid = engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+
     def kill() -> None:
+        while all(whom != pid for whom, _ in asked):
+            time.sleep(0.01)
         time.sleep(0.3)
-        assert engine.pid is not None
-        os.kill(engine.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -88,7 +94,7 @@ def test_two_engines_give_the_answers_of_one_also_when_one_is_killed(
 
     asked.clear()
     victim, survivor = engines[1].pid, engines[0].pid
-    killer = _kill_soon(engines[1])
+    killer = _kill_mid_answer(engines[1], asked)
     again = fleet.sample(REQUESTS, SAMPLING)
     killer.join()
     assert _agree(again, answers)
