@@ -47,8 +47,9 @@ def stub(folder: str, change: Change | None = None) -> Iterator[tuple[str, list[
             if headers is not None:
                 self.send_header("metadata", json.dumps(headers))
             self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked has given up
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
             pass
