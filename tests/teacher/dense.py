@@ -9,7 +9,26 @@ from typing import Any
 
 import torch
 
+from opd_megatron.config import RunConfig
+from opd_megatron.models import ResolvedModels
 from opd_megatron.types import Rollout
+
+
+def one_step(config: RunConfig, models: ResolvedModels) -> tuple[dict[str, Any], list[Rollout], Any]:
+    """Makes the first step of a run; returns its metrics, its answers and the tokenizer."""
+    from opd_megatron.trainer import OPDTrainer
+
+    taken: list[Rollout] = []
+
+    def keep(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        taken.extend(rollouts)
+        return rollouts
+
+    with OPDTrainer.from_config(config, models) as trainer:
+        trainer.stages = (keep,)
+        trainer.rollout_client.start(0)
+        return trainer.step().as_dict(), taken, trainer.tokenizer
+
 
 Teachers = Callable[[Rollout], list[tuple[str, float, tuple[int, ...] | None]]]
 """Of an answer: (folder, share, what it reads in the prompt's place) of each teacher."""

@@ -18,7 +18,7 @@ from tests.byte_tokenizer import save_byte_tokenizer
 from tests.data.test_batching import random_rollouts
 from tests.e2e.runs import make_inputs, small_config
 from tests.ranks import run_ranks
-from tests.teacher.dense import DenseStep, dense_step
+from tests.teacher.dense import DenseStep, dense_step, one_step
 from tests.teacher.test_placements import SETTINGS, STUDENTS, _agree, _long
 from tests.tiny_models import save_tiny
 
@@ -67,19 +67,8 @@ def _run(inputs: dict[str, Any], folder: Path, ranks: int, **overrides: Any) -> 
 
 def _one_step(rank: int, world_size: int, config: RunConfig) -> tuple[dict[str, Any], list[str | None], DenseStep]:
     """A step's metrics, the tasks of its answers, and the same densely."""
-    from opd_megatron.trainer import OPDTrainer
-
     models = check(config)
-    taken: list[Any] = []
-
-    def keep(rollouts: Any) -> Any:
-        taken.extend(rollouts)
-        return rollouts
-
-    with OPDTrainer.from_config(config, models) as trainer:
-        trainer.stages = (keep,)
-        trainer.rollout_client.start(0)
-        row = trainer.step().as_dict()
+    row, taken, _ = one_step(config, models)
     expected = dense_step(
         str(models.student),
         taken,

@@ -16,7 +16,7 @@ from opd_megatron.errors import OPDError
 from opd_megatron.train import check, run_training
 from tests.e2e.runs import make_inputs, small_config
 from tests.ranks import RankError, run_ranks
-from tests.teacher.dense import DenseStep, dense_step
+from tests.teacher.dense import DenseStep, dense_step, one_step
 from tests.teacher.test_placements import SETTINGS, STUDENTS, _agree, _long
 from tests.teacher.test_routing import _run
 
@@ -37,23 +37,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def _one_step(rank: int, world_size: int, config: RunConfig) -> tuple[dict[str, Any], DenseStep, list[tuple[str, str]]]:
     """A step's metrics, the same densely, and what student and teacher read."""
-    from opd_megatron.trainer import OPDTrainer
-
     models = check(config)
-    taken: list[Any] = []
-
-    def keep(rollouts: Any) -> Any:
-        taken.extend(rollouts)
-        return rollouts
-
-    with OPDTrainer.from_config(config, models) as trainer:
-        trainer.stages = (keep,)
-        trainer.rollout_client.start(0)
-        row = trainer.step().as_dict()
-        texts = [
-            (trainer.tokenizer.decode(each.prompt.token_ids), trainer.tokenizer.decode(each.prompt.contexts[0]))
-            for each in taken
-        ]
+    row, taken, tokenizer = one_step(config, models)
+    texts = [(tokenizer.decode(each.prompt.token_ids), tokenizer.decode(each.prompt.contexts[0])) for each in taken]
     expected = dense_step(
         str(models.student),
         taken,
