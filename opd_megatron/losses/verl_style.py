@@ -76,7 +76,9 @@ def compute_on_policy_distillation_loss(
         ConfigError: (a ValueError) logits are missing, or a setting is unknown or out of range.
     """
     settings = _settings(config)
-    loss = _aggregated(_distillation(settings, student_logits, teacher_logits, group), response_mask, loss_agg_mode)
+    loss = _aggregated(
+        _distillation(settings, student_logits, teacher_logits, response_mask, group), response_mask, loss_agg_mode
+    )
     nothing = loss.detach().new_zeros(())
     return loss, nothing, _fall(old_log_prob, log_prob, response_mask), nothing
 
@@ -102,7 +104,9 @@ def compute_hybrid_rl_distillation_loss(
     ratio = (log_prob - old_log_prob).exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
     policy = _aggregated(torch.maximum(free, clipped), response_mask, loss_agg_mode)
-    distil = _aggregated(_distillation(settings, student_logits, teacher_logits, group), response_mask, loss_agg_mode)
+    distil = _aggregated(
+        _distillation(settings, student_logits, teacher_logits, response_mask, group), response_mask, loss_agg_mode
+    )
     total = settings.get("hybrid_lambda_rl", 1.0) * policy + settings.get("hybrid_lambda_distill", 1.0) * distil
     share = _aggregated((clipped > free).to(total.dtype), response_mask, "token-mean").detach()
     return total, share, _fall(old_log_prob, log_prob, response_mask), share.new_zeros(())
@@ -117,8 +121,13 @@ def _settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _distillation(
-    settings: Mapping[str, Any], student: torch.Tensor | None, teacher: Logits | None, group: dist.ProcessGroup | None
+    settings: Mapping[str, Any],
+    student: torch.Tensor | None,
+    teacher: Logits | None,
+    mask: torch.Tensor,
+    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
+    """At the tokens of the mask, [B, S]; 0 elsewhere, whatever stands there."""
     if student is None or teacher is None:
         missing = "student_logits" if student is None else "teacher_logits"
         raise ConfigError(f"{missing} is missing: pass the logits [B, S, v] of both models at the response tokens")
@@ -126,10 +135,18 @@ def _distillation(
     own = {"beta": settings.get("distillation_beta", 0.5)} if name == "gkd" else {}
     others = {key: settings[key] for key in ("combine", "teacher_weights") if key in settings}
     temperature = settings.get("distillation_temperature", 1.0)
-    return _per_token(student, teacher, type=name, temperature=temperature, group=group, **own, **others)
+    teachers, kept = _same_tokens(student, teacher), mask > 0
+    rows = [logits[kept] for logits in teachers]
+    values = _per_token(student[kept], rows, type=name, temperature=temperature, group=group, **own, **others)
+    return values.new_zeros(mask.shape).masked_scatter(kept, values)
 
 
 def _per_token(student: torch.Tensor, teacher: Logits, **loss: Any) -> torch.Tensor:
+    flat = [logits.flatten(0, -2) for logits in _same_tokens(student, teacher)]
+    return vocab_parallel_divergence(student.flatten(0, -2), flat, **loss).view(student.shape[:-1])
+
+
+def _same_tokens(student: torch.Tensor, teacher: Logits) -> list[torch.Tensor]:
     teachers = [teacher] if isinstance(teacher, torch.Tensor) else list(teacher)
     for logits in teachers:
         if logits.shape[:-1] != student.shape[:-1]:
@@ -137,8 +154,7 @@ def _per_token(student: torch.Tensor, teacher: Logits, **loss: Any) -> torch.Ten
                 f"teacher_logits is {list(logits.shape)} and student_logits {list(student.shape)}: give the logits of "
                 "the same tokens"
             )
-    flat = [logits.flatten(0, -2) for logits in teachers]
-    return vocab_parallel_divergence(student.flatten(0, -2), flat, **loss).view(student.shape[:-1])
+    return teachers
 
 
 def _aggregated(per_token: torch.Tensor, mask: torch.Tensor, mode: Aggregation) -> torch.Tensor:

@@ -92,6 +92,7 @@ def test_an_infinity_under_the_mask_is_no_nan() -> None:
         old, new, advantages, mask, teacher_logits=poisoned, student_logits=student
     )[0]
     assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, student)[0]).all()
 
 
 @pytest.mark.parametrize(
