@@ -122,19 +122,27 @@ def _client(*urls: str, retries: int = 2, timeout: float = 5) -> TeacherServers:
 
 
 def test_one_that_does_not_answer_is_passed_over_or_asked_again(inputs: dict[str, Any]) -> None:
-    def stumbles(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
-        return (200, metadata, body) if number % 2 == 0 else (500, None, b"")
+    answered: set[bytes] = set()
 
-    states, asked = HiddenStates(64, torch.float32), [([3, 5, 7, 11], 2), ([2, 4], 1)]
+    def stumbles(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
+        if body in answered:
+            return 200, metadata, body
+        answered.add(body)
+        return 500, None, b""
+
+    states = HiddenStates(64, torch.float32)
     with stub(inputs["teachers.0.path"]) as (good, _), stub(inputs["teachers.0.path"], stumbles) as (bad, _):
-        expected = _client(good).submit(states, asked).result()
-        assert expected.shape == (3, 64)
-        for urls in ([bad], ["http://127.0.0.1:9", good], [bad, good]):
-            client = _client(*urls)
-            for future in [client.submit(states, asked) for _ in range(6)]:
+        for run, urls in enumerate(([bad], ["http://127.0.0.1:9", good], [bad, good])):
+            asked = [[([3, 5, 7, 11 + run, question], 2), ([2, 4], 1)] for question in range(6)]
+            direct, client = _client(good), _client(*urls)
+            for question, future in zip(asked, [client.submit(states, question) for question in asked], strict=True):
+                expected = direct.submit(states, question).result()
+                assert expected.shape == (3, 64)
                 assert torch.equal(future.result(), expected)
+            direct.close()
             client.close()
             client.close()
+        assert len(answered) >= 6, "the one that stumbles was asked"
 
 
 def _fewer(number: int, metadata: dict[str, Any], body: bytes) -> tuple[int, dict[str, Any] | None, bytes]:
