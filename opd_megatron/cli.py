@@ -1,4 +1,4 @@
-"""`opd-megatron train | data | plan | evaluate | export | convert | report | doctor | config`."""
+"""`opd-megatron train | data | plan | evaluate | cache-teacher | export | convert | report | doctor | config`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,43 @@ def _on_newest_weights(
     return 0
 
 
+def _cache_teacher(argv: list[str]) -> int:
+    parser = run_parser(
+        "opd-megatron cache-teacher",
+        "Write the hidden states of a run's cached teachers (teachers.N.placement=cached) to disk, in a pass of their "
+        "own. What is there already is kept.",
+    )
+    parser.add_argument(
+        "--rollouts", action="append", default=[], metavar="PATH",
+        help="answers that a run has saved (logging.rollouts=true): its run directory, or files; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--answers", action="store_true", help="gold answers of the training data; the default without --rollouts"
+    )
+    parser.add_argument("--shard-mib", type=int, default=1024, metavar="N", help="size of a file (default 1024)")
+    words, _ = parser.parse_known_intermixed_args(argv)
+    arguments = parse_run(parser, argv)
+    from opd_megatron.run.cache_command import as_pass, cache_teachers
+
+    config, lines = settle_precision(arguments.config)
+    config, cached = as_pass(config)
+    models = check(config)
+    if arguments.dry_run:
+        print(describe(config, models), *lines, sep="\n")
+        return 0
+    if launcher.needs_launch(config):
+        return launcher.launch("opd_megatron.cli", ["cache-teacher", *argv], config.world_size)
+    launcher.tell(lines)
+    launcher.leave_cleanly_on_sigterm()
+    rollouts = [Path(path) for path in words.rollouts]
+    found = cache_teachers(
+        config, models, cached, rollouts=rollouts, answers=words.answers or not rollouts,
+        shard_bytes=max(1, words.shard_mib) * 2**20,
+    )  # fmt: skip
+    launcher.tell(found)
+    return 0
+
+
 def _data(argv: list[str]) -> int:
     parser = run_parser("opd-megatron data", "Show what student and teacher will see of a run's data, token by token.")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="prompts to show (default 3)")
@@ -157,6 +194,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "data": (_data, "show what student and teacher will see of the data, token by token"),
     "plan": (_plan, "check layout, memory, traffic and time of a run without its weights or machines"),
     "evaluate": (_evaluate, "score a student on held-out answers"),
+    "cache-teacher": (_cache_teacher, "write a teacher's hidden states to disk, for runs that need them again"),
     "export": (_export, "write a run's newest weights as a Hugging Face folder"),
     "convert": (_convert, "convert weights: Hugging Face <-> Megatron, GGUF -> Hugging Face"),
     "report": (_report, "draw the curves of a run again and print its table"),
@@ -167,7 +205,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 
 def _overview() -> str:
     lines = ["usage: opd-megatron COMMAND ...\n", "On-policy distillation on Megatron-Core and vLLM.\n", "commands:"]
-    lines += [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
+    lines += [f"  {name:<13} {what}" for name, (_, what) in _COMMANDS.items()]
     lines += ["\n`opd-megatron COMMAND --help` explains one. Start here: opd-megatron train configs/demo.yaml"]
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, decided
+from opd_megatron.data.saved_rollouts import save_rollouts
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
@@ -103,6 +104,7 @@ class OPDTrainer(RunParts):
         with timers.phase("sync"):
             self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
+        self._save_rollouts(rollouts)
         return self._metrics(rollouts, output, meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
@@ -134,6 +136,13 @@ class OPDTrainer(RunParts):
                 self.display.sample(readable_sample(rollouts[0], self.tokenizer))
             except Exception as error:  # a tokenizer that cannot decode what it encoded ends no run
                 self.display.note(f"sample: cannot be shown ({one_line(error)})")
+
+    def _save_rollouts(self, rollouts: list[Rollout]) -> None:
+        if self.config.logging.rollouts and dist.get_rank() == 0:
+            try:
+                save_rollouts(self.run_dir.rollouts, self.step_count, rollouts, self.tokenizer)
+            except Exception as error:  # a full disk, or a tokenizer that cannot decode, ends no run
+                self.display.note(f"warning: rollouts of step {self.step_count} are not saved ({one_line(error)})")
 
     def _metrics(self, rollouts: list[Rollout], output: StepOutput, of_teachers: dict[str, float]) -> StepMetrics:
         lengths = [len(rollout.response_ids) for rollout in rollouts]

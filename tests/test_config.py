@@ -309,7 +309,10 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     assert of_own_ranks <= defaults.keys()
     served = {f"teachers.0.{name}" for name in ("top_k", "api_key_env", "request_timeout", "retries")}
     assert served <= defaults.keys()
-    anywhere = {key: value for key, value in defaults.items() if key not in of_own_ranks | served}
+    cached = {"teachers.0.missing", "teachers.0.offload"}
+    assert cached <= defaults.keys()
+    of_places = of_own_ranks | served | {"teachers.0.missing"}
+    anywhere = {key: value for key, value in defaults.items() if key not in of_places}
     config = load_config(None, ["teachers.0.path=t", *(f"{key}={yaml.safe_dump(v)}" for key, v in anywhere.items())])
     assert config == load_config(None, ["teachers.0.path=t"])
     own = ["teachers.0.path=t", "teachers.0.placement=own"]
@@ -317,4 +320,7 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     assert load_config(None, [*own, *set_too]) == load_config(None, own)
     there = ["teachers.0.path=t", "teachers.0.placement=served", "teachers.0.urls=[http://a]"]
     set_too = [f"{key}={yaml.safe_dump(defaults[key])}" for key in sorted(served)]
+    on_disk = ["teachers.0.path=t", "teachers.0.placement=cached", "teachers.0.cache=c"]
+    of_disk = [f"{key}={yaml.safe_dump(defaults[key])}" for key in sorted(cached)]
+    assert load_config(None, [*on_disk, *of_disk]) == load_config(None, on_disk)
     assert load_config(None, [*there, *set_too]) == load_config(None, there)

@@ -24,6 +24,7 @@ from opd_megatron.config.sections import (
     StudentConfig,
 )
 from opd_megatron.config.teachers import (
+    CachedTeacherConfig,
     MegatronTeacherConfig,
     OwnRanksTeacherConfig,
     ServedTeacherConfig,
@@ -33,6 +34,7 @@ from opd_megatron.config.teachers import (
 
 __all__ = [
     "DEFAULT_ROUTE",
+    "CachedTeacherConfig",
     "CheckpointConfig",
     "DataConfig",
     "DataSourceConfig",

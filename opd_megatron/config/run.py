@@ -24,6 +24,7 @@ from opd_megatron.config.sections import (
 from opd_megatron.config.teachers import (
     STUDENT,
     AnyTeacherConfig,
+    MegatronTeacherConfig,
     OwnRanksTeacherConfig,
     StudentRanksTeacherConfig,
     TeacherConfig,
@@ -95,8 +96,9 @@ class RunConfig(Section):
 
     def without_teacher_ranks(self) -> RunConfig:
         """The same run for a command that asks no teacher: it needs the student's ranks alone."""
+        shared = set(MegatronTeacherConfig.model_fields)
         teachers = [
-            StudentRanksTeacherConfig(**teacher.model_dump(include={"path", "weight", "dtype"}), tensor=1, pipeline=1)
+            StudentRanksTeacherConfig(**teacher.model_dump(include=shared), tensor=1, pipeline=1)
             if isinstance(teacher, OwnRanksTeacherConfig) else teacher
             for teacher in self.teachers
         ]  # fmt: skip

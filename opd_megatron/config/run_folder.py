@@ -103,15 +103,13 @@ def anchored(path: str, folder: Path, record: RunRecord) -> str:
 def _paths(tree: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Lists the entries of a configuration that may be paths, as (section, key)."""
     teachers, data = tree.get("teachers"), tree.get("data")
-    others = [
-        teacher
-        for teacher in (teachers if isinstance(teachers, list) else [])
-        if isinstance(teacher, dict) and teacher.get("path") != STUDENT
-    ]
+    teachers = [each for each in (teachers if isinstance(teachers, list) else []) if isinstance(each, dict)]
+    others = [teacher for teacher in teachers if teacher.get("path") != STUDENT]
     sources = data.get("sources") if isinstance(data, dict) else None
     places = [
         (tree.get("student"), "path"), (tree.get("student"), "tokenizer"), (data, "source"), (data, "eval_source"),
         *((teacher, "path") for teacher in others),
+        *((teacher, "cache") for teacher in teachers),
         *((source, "source") for source in (sources if isinstance(sources, list) else [])),
     ]  # fmt: skip
     return [

@@ -244,6 +244,8 @@ class LoggingConfig(Section):
     """Write TensorBoard events into the run directory."""
     wandb_project: str | None = None
     """Weights & Biases project; off by default."""
+    rollouts: bool = False
+    """Save every step's prompts and answers, with their tokens, as rollouts/step-N.jsonl."""
     sample_every: NonNegativeInt = 5
     """Steps between readable samples on the terminal; 0 switches them off."""
     progress: bool = True

@@ -48,7 +48,7 @@ class StudentRanksTeacherConfig(MegatronTeacherConfig):
 
     placement: Literal["student"] = "student"
     """Where the teacher runs: `student` is on the student's ranks, `own` on ranks of its own, `served` on vLLM servers
-    elsewhere."""
+    elsewhere, `cached` in states on disk."""
     tensor: PositiveInt | None = None
     """Tensor-parallel size; the student's by default. `tensor * pipeline` divides the student's ranks."""
     pipeline: PositiveInt | None = None
@@ -103,6 +103,28 @@ class ServedTeacherConfig(MegatronTeacherConfig):
     """How often a request is sent again, to another server first, where one does not answer."""
 
 
+class CachedTeacherConfig(MegatronTeacherConfig):
+    """A teacher whose final hidden states `opd-megatron cache-teacher` has written to disk."""
+
+    placement: Literal["cached"] = "cached"
+    """As above."""
+    cache: UserPath
+    """Folder of the states, on storage that all ranks share."""
+    missing: Literal["error", "compute"] = "error"
+    """What becomes of a sequence that is not there: `compute` keeps the teacher on the student's ranks for it."""
+    tensor: PositiveInt | None = None
+    """Tensor-parallel size of a teacher that computes; the student's by default."""
+    pipeline: PositiveInt | None = None
+    """Its pipeline-parallel size; the student's by default."""
+    offload: bool = False
+    """Let its weights wait in pinned host memory while the rollout engine is awake; as `student.offload`."""
+
+    def computing(self) -> StudentRanksTeacherConfig:
+        """The same teacher on the student's ranks: of the pass that writes states, and of what is missing."""
+        shared = self.model_dump(include=set(StudentRanksTeacherConfig.model_fields) - {"placement"})
+        return StudentRanksTeacherConfig(**shared)
+
+
 def by_placement(*classes: type[TeacherConfig]) -> Any:
     """Builds the annotation of one teacher: the class that its `placement` names, the first class by default."""
     if len(classes) == 1:
@@ -120,4 +142,6 @@ def by_placement(*classes: type[TeacherConfig]) -> Any:
 if TYPE_CHECKING:
     AnyTeacherConfig = TeacherConfig
 else:
-    AnyTeacherConfig = by_placement(StudentRanksTeacherConfig, OwnRanksTeacherConfig, ServedTeacherConfig)
+    AnyTeacherConfig = by_placement(
+        StudentRanksTeacherConfig, OwnRanksTeacherConfig, ServedTeacherConfig, CachedTeacherConfig
+    )

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -81,13 +82,24 @@ class HiddenStatesModel(GPTModel):
         None without sequence parallelism, where every rank has all rows in order."""
         if not self.config.sequence_parallel:
             return None
-        ranks = self.pg_collection.tp.size()
-        masks = _by_sequence_shard(mask, ranks)
-        counts = masks.cumsum(1)
-        most = counts[:, -1].max()
-        places = counts - 1 + most * torch.arange(ranks, device=mask.device).unsqueeze(1)
-        batch, length = mask.shape
-        return places.view(ranks, batch, length // ranks).transpose(0, 1).reshape(batch, length)[mask]
+        return _gather_index(mask, self.pg_collection.tp.size())
+
+
+def _gather_index(mask: torch.Tensor, ranks: int) -> torch.Tensor:
+    masks = _by_sequence_shard(mask, ranks)
+    counts = masks.cumsum(1)
+    most = counts[:, -1].max()
+    places = counts - 1 + most * torch.arange(ranks, device=mask.device).unsqueeze(1)
+    batch, length = mask.shape
+    return places.view(ranks, batch, length // ranks).transpose(0, 1).reshape(batch, length)[mask]
+
+
+def gathered_rows(shard: torch.Tensor, mask: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Joins what `response_rows` or `sequence_shards` gave each sequence-parallel rank of `group`, [R, h], to all rows
+    [T, h] in the order of `mask.nonzero()`. Collective; no gradient."""
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(parts, shard.contiguous(), group=group)
+    return torch.cat(parts)[_gather_index(mask, group.size())]
 
 
 def sequence_shards(rows: torch.Tensor, mask: torch.Tensor, ranks: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from opd_megatron.config import MegatronTeacherConfig, ServedTeacherConfig, deci
 from opd_megatron.errors import WeightsError, one_line
 from opd_megatron.mcore.cpu.platform import release_memory
 from opd_megatron.system.collectives import on_rank_0
+from opd_megatron.teacher import CachedTeacher, LiveTeacher
 from opd_megatron.types import Prompt, Rollout
 from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config
 from opd_megatron.weights.transformers_names import parameter_named
@@ -41,20 +43,24 @@ def check_agreement(run: RunParts, *, served_alone: bool = False) -> list[str]:
     Raises:
         WeightsError: on every rank, where they differ.
     """
-    sequence = _sequence(run)
+    sequence = agreement_sequence(run.prompts.dataset[0])
     ours: dict[str, float] = {}
-    found = []
+    found, notes = [], []
     for number, (teacher, (folder, _)) in enumerate(zip(run.config.teachers, run.models.teachers, strict=True)):
         if served_alone and not isinstance(teacher, ServedTeacherConfig):
             continue
-        ours = run.evaluator.likelihoods(run.student, sequence, number)
+        asked = run.teachers[number]
+        if isinstance(asked, CachedTeacher) and not asked.holds(sequence):
+            notes.append(f"teacher {teacher.path}: not compared with transformers (its cache is of other data)")
+            continue
+        ours = run.evaluator.likelihoods(run.student, sequence, asked)
         dtype = decided(teacher.dtype) if isinstance(teacher, MegatronTeacherConfig) else "bf16"
         found.append(("teacher", teacher.path, folder, dtype, ours["teacher_nll"]))
     student = run.config.student
     models = found
     if not served_alone:
+        ours = ours or run.evaluator.likelihoods(run.student, sequence, LiveTeacher(run.student, 1.0))
         models = [("student", student.path, run.models.student, decided(student.dtype), ours["nll"]), *found]
-    notes = []
     for kind, name, folder, dtype, nll in models:
         compare = _comparison(kind, name, folder, dtype, nll, sequence, run.models.vocab_size)
         notes += on_rank_0(compare, f"{kind} {name!r}", WeightsError)
@@ -89,12 +95,11 @@ def _comparison(
     return compare
 
 
-def _sequence(run: RunParts) -> Rollout:
-    """Takes the first prompt of the run and its gold answer, or its own second half, cut to a few tokens."""
-    prompt = run.prompts.dataset[0]
+def agreement_sequence(prompt: Prompt) -> Rollout:
+    """Takes the first prompt of a run and its gold answer, or its own second half, cut to a few tokens."""
     ids = [*prompt.token_ids, *(prompt.answer_ids or ())][:TOKENS]
     half = max(1, len(ids) // 2)
-    context = Prompt(prompt.id, tuple(ids[:half]), prompt.text)
+    context = replace(prompt, token_ids=tuple(ids[:half]), contexts={})
     return Rollout(context, torch.tensor(ids[half:] or ids[:1]), None, policy_version=-1)
 
 

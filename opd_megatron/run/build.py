@@ -122,7 +122,7 @@ def build_run(
         student, teachers = _models(config, models, grid, links, scoring)
         views = Views(Routing.of(config))
         batches = _batches(config, grid, views)
-        scored = inputs.held_out or _some(inputs.prompts)
+        scored = scored_prompts(inputs)
         display = _display(config, resume_from)
         for note in [*teacher_lines(config, models), *inputs.notes] if scoring else inputs.notes:
             display.note(note)
@@ -298,8 +298,10 @@ def _batches(config: RunConfig, grid: ParallelGrid, views: Views) -> MicroBatchB
     )
 
 
-def _some(prompts: PromptStream) -> list[Prompt]:
-    return [prompts.dataset[row] for row in range(min(len(prompts.dataset), _EVALUATED_WITHOUT_DATA))]
+def scored_prompts(inputs: RunInputs) -> list[Prompt]:
+    """Held-out prompts, or some to train on where there are none."""
+    dataset = inputs.prompts.dataset
+    return inputs.held_out or [dataset[row] for row in range(min(len(dataset), _EVALUATED_WITHOUT_DATA))]
 
 
 def _display(config: RunConfig, resume_from: FoundCheckpoint | None) -> NullDisplay:

@@ -38,8 +38,7 @@ class Evaluator:
         self._teachers, self._views, self._vocab_size = teachers, views, vocab_size
         # Likelihoods and their distance are reported at temperature 1, whatever the objective trains at.
         self._objective = ObjectiveConfig(type="forward_kl", combine=config.objective.combine)
-        rows = config.evaluation.prompts if config.evaluation.every else _SANITY_ROWS
-        answers = [_gold(prompt) for prompt in prompts[:rows]]
+        answers = evaluated(config, prompts)
         self.num_sequences = len(answers)
         self._batches = batches
         self._micro_batches = batches.build_any_number(answers)
@@ -66,11 +65,11 @@ class Evaluator:
                 )
         return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
 
-    def likelihoods(self, student: Student, sequence: Rollout, teacher: int) -> dict[str, float]:
+    def likelihoods(self, student: Student, sequence: Rollout, teacher: Teacher) -> dict[str, float]:
         """Measures `nll` and one teacher's `teacher_nll` of one sequence, in nats per token of its response.
         Collective."""
         batches = self._batches.build_any_number([sequence])
-        inputs = ask_teachers([self._teachers[teacher]], batches)
+        inputs = ask_teachers([teacher], batches)
         return student.evaluate(batches, inputs, self._objective, self._vocab_size)
 
     def teacher_summary(self, metrics: dict[str, float], names: Sequence[str]) -> list[str]:
@@ -87,10 +86,17 @@ class Evaluator:
         return lines
 
 
-def _gold(prompt: Prompt) -> Rollout:
+def evaluated(config: RunConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
+    """Selects what is scored of `prompts`: the held-out ones, or such as stand in for them."""
+    return [
+        gold(prompt) for prompt in prompts[: config.evaluation.prompts if config.evaluation.every else _SANITY_ROWS]
+    ]
+
+
+def gold(prompt: Prompt) -> Rollout:
     """Treats the gold answer as if it had been sampled. Without one, the second half of the prompt is scored."""
     if prompt.answer_ids:
         return Rollout(prompt, torch.tensor(prompt.answer_ids), None, policy_version=-1)
     half = max(1, len(prompt.token_ids) // 2)
     context, scored = prompt.token_ids[:half], prompt.token_ids[half:]
-    return Rollout(Prompt(prompt.id, context, prompt.text), torch.tensor(scored), None, policy_version=-1)
+    return Rollout(replace(prompt, token_ids=context, contexts={}), torch.tensor(scored), None, policy_version=-1)

@@ -26,7 +26,7 @@ _PATH = re.compile(r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.(eval_)
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
 _WHERE = re.compile(
     r"student\.recompute|(student|teachers\.\d+)\.offload(\.\d+)?"
-    r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight|fingerprint|urls(\.\d+)?|api_key_env|request_timeout|retries)"
+    r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight|fingerprint|urls(\.\d+)?|api_key_env|request_timeout|retries|cache|missing)"
 )
 """Where models run and what trades memory for time, and what follows from other keys: no result depends on it."""
 _CHANGEABLE = {"teachers": ("teachers.", "routes"), "objective": ("objective.",)}

@@ -35,11 +35,14 @@ class RunLock:
 
     Args:
         note: is told when a lock was left behind, or has to be waited for.
+        key: of the configuration, that names the folder.
     """
 
     def __init__(
-        self, folder: Path, note: Callable[[str], None] = lambda _: None, pulse: float = PULSE_SECONDS
-    ) -> None:
+        self, folder: Path, note: Callable[[str], None] = lambda _: None, pulse: float = PULSE_SECONDS, *,
+        key: str = "output_dir",
+    ) -> None:  # fmt: skip
+        self._key = key
         self._folder, self._path, self._note, self._pulse = folder, folder / LOCK_FILE, note, pulse
         self._mine = json.dumps(_this_process())
         self._stop = threading.Event()
@@ -57,9 +60,9 @@ class RunLock:
                 continue  # it went away in between
             if not self._left_behind(theirs):
                 raise ConfigError(
-                    f"output_dir={str(self._folder)!r} is in use by process {theirs.get('pid')} on host "
+                    f"{self._key}={str(self._folder)!r} is in use by process {theirs.get('pid')} on host "
                     f"{theirs.get('host')} since {theirs.get('since')}: wait for it or end it, or choose another "
-                    "output_dir"
+                    f"{self._key}"
                 )
             self._note(f"took over from process {theirs.get('pid')} on host {theirs.get('host')}, which is gone")
             self._remove(theirs)

@@ -1,6 +1,7 @@
 """The run directory: what lies in it, and whether it belongs to this run.
 
-config.yaml   run.json   run.lock   metrics.jsonl   rollout-N.log   tensorboard/   checkpoints/   hf/   report/
+config.yaml   run.json   run.lock   metrics.jsonl   rollout-N.log   rollouts/   tensorboard/   checkpoints/   hf/
+report/
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from opd_megatron.config import RunConfig, dump_config
 from opd_megatron.config.run_folder import CONFIG_FILE, RunRecord, is_run, read_settings
+from opd_megatron.data.saved_rollouts import FOLDER
 from opd_megatron.errors import ConfigError, one_line
 from opd_megatron.run.identity import (
     allowance,
@@ -47,6 +49,11 @@ class RunDir:
     @property
     def hf_dir(self) -> Path:
         return self.root / "hf"
+
+    @property
+    def rollouts(self) -> Path:
+        """What was sampled, where that is saved."""
+        return self.root / FOLDER
 
     def rollout_log(self, engine: int) -> Path:
         """What the process of an engine of the fleet prints."""

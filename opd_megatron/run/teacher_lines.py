@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opd_megatron.config import RunConfig, decided
 from opd_megatron.config.teachers import (
+    CachedTeacherConfig,
     MegatronTeacherConfig,
     OwnRanksTeacherConfig,
     ServedTeacherConfig,
@@ -41,6 +42,9 @@ def _place(teacher: object) -> str:
         return "on the student's ranks" + (f" ({', '.join(layout)})" if layout else "")
     if isinstance(teacher, ServedTeacherConfig):
         return f"served at {', '.join(teacher.urls)}"
+    if isinstance(teacher, CachedTeacherConfig):
+        rest = ", the rest on the student's ranks" if teacher.missing == "compute" else ""
+        return f"cached in {teacher.cache}{rest}"
     return ""
 
 

@@ -6,6 +6,7 @@ student_ranks.py   on the student's own ranks: colocated.py in its layout, relai
                    self_distillation.py the student itself
 own_ranks.py       on ranks of its own: states micro batch by micro batch, while the student trains
 served.py          on vLLM servers elsewhere; served_client.py what they are asked, and by whom
+cached.py          nowhere: a pass before has written its states to disk, as states_cache.py says
 source.py          a model in another layout than the student's; route.py says which rank sends what to which
 wire.py            bounded messages between ranks; links.py the groups that they go over
 heads.py           LM heads at the student's side, whatever layout their teacher has
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.config import (
+    CachedTeacherConfig,
     OwnRanksTeacherConfig,
     RunConfig,
     ServedTeacherConfig,
@@ -35,15 +37,19 @@ from opd_megatron.mcore.student import Student
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import RunSizes
 from opd_megatron.teacher.base import Placement, Surroundings, Teacher, TeacherCost
+from opd_megatron.teacher.cached import Cached, CachedTeacher
 from opd_megatron.teacher.heads import Heads
 from opd_megatron.teacher.links import TeacherLink, join_teachers
 from opd_megatron.teacher.own_ranks import OwnRanks, build_host
 from opd_megatron.teacher.routing import Routing, Views, check_tasks
+from opd_megatron.teacher.self_distillation import LiveTeacher
 from opd_megatron.teacher.served import Served
 from opd_megatron.teacher.student_ranks import StudentRanks
 from opd_megatron.types import Batch, TeacherInputs, TeacherView
 
 __all__ = [
+    "CachedTeacher",
+    "LiveTeacher",
     "Routing",
     "Teacher",
     "TeacherCost",
@@ -63,6 +69,7 @@ PLACEMENTS: dict[type[TeacherConfig], Placement[Any]] = {
     StudentRanksTeacherConfig: StudentRanks(),
     OwnRanksTeacherConfig: OwnRanks(),
     ServedTeacherConfig: Served(),
+    CachedTeacherConfig: Cached(),
 }
 """Config class of an entry of `teachers:` -> what runs it."""
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from opd_megatron.config import OwnRanksTeacherConfig, RunConfig, StudentRanksTeacherConfig, TeacherConfig
+from opd_megatron.config import (
+    CachedTeacherConfig,
+    OwnRanksTeacherConfig,
+    RunConfig,
+    StudentRanksTeacherConfig,
+    TeacherConfig,
+)
 from opd_megatron.mcore.cpu.platform import start_store
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.models import ResolvedModels
@@ -44,6 +50,8 @@ def own_grid(teacher: TeacherConfig, number: int, student: Grid, places: Places)
     """A teacher's layout; None where it is the student's."""
     if isinstance(teacher, OwnRanksTeacherConfig):
         return Grid(places.teachers[number].first, teacher.tensor, teacher.pipeline, teacher.data)
+    if isinstance(teacher, CachedTeacherConfig) and teacher.missing == "compute":
+        teacher = teacher.computing()
     if isinstance(teacher, StudentRanksTeacherConfig):
         tensor, pipeline = teacher.tensor or student.tensor, teacher.pipeline or student.pipeline
         if (tensor, pipeline) != (student.tensor, student.pipeline):
