@@ -143,5 +143,8 @@ if TYPE_CHECKING:
     AnyTeacherConfig = TeacherConfig
 else:
     AnyTeacherConfig = by_placement(
-        StudentRanksTeacherConfig, OwnRanksTeacherConfig, ServedTeacherConfig, CachedTeacherConfig
+        StudentRanksTeacherConfig,
+        OwnRanksTeacherConfig,
+        ServedTeacherConfig,
+        CachedTeacherConfig,
     )
