@@ -27,11 +27,12 @@ from opd_megatron.losses.core.validation import (
 )
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm, check_policy
+from opd_megatron.losses.shared import SharedTeacher, check_shared, split_shared
 from opd_megatron.losses.topk import TopKTeacher, check_entries, split_topk
 
-TeacherOutput = tuple[torch.Tensor, torch.Tensor] | Projection | TopKTeacher
-"""What a teacher gives for a micro batch and the loss takes, unopened in between: hidden states and head, or its top-k
-entries."""
+TeacherOutput = tuple[torch.Tensor, torch.Tensor] | Projection | TopKTeacher | SharedTeacher
+"""What a teacher gives for a micro batch and the loss takes, unopened in between: hidden states and head, its top-k
+entries, or states and head of another vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def linear_divergence_terms(
         student_head: [v, h]; differentiable, and may be a tied embedding.
         teachers: (hidden [T, h_i], head [v, h_i]) of each; or one `TopKTeacher`, whose divergence and metrics are those
             of its entries and one tail that holds the rest (`student_entropy` is of the whole vocabulary; for a token
-            outside the top k, `teacher_logprob` assumes that the teacher's tail is shaped like the student's).
+            outside the top k, `teacher_logprob` assumes that the teacher's tail is shaped like the student's); or one
+            `SharedTeacher` of another vocabulary (both entropies are of the whole vocabularies).
         token_weights: [T]; ones by default, 0 masks a token.
         chunk_tokens: tokens whose logits exist at a time; must agree across the group. Chosen by memory by default.
         targets: [T] int64 global token ids whose log-probabilities are wanted.
@@ -128,10 +130,12 @@ def linear_divergence_terms(
         ConfigError: (a ValueError) arguments that are out of range or do not fit together, before any collective.
     """
     arguments = LossArguments.of(**loss)
-    pairs, topk = split_topk(teachers)
+    others, shared = split_shared(teachers)
+    pairs, topk = split_topk(others)
     projections = _projections(student_hidden, student_head, pairs, gather_index)
-    # The entries of a top-k teacher are of all columns, whatever the student's.
-    heads = [student_head, *([student_head] if topk is not None else [each.head for each in projections])]
+    # The entries of a top-k teacher are of all columns, whatever the student's; another vocabulary's are of none.
+    alone = topk is not None or shared is not None
+    heads = [student_head, *([student_head] if alone else [each.head for each in projections])]
     spec = make_spec(arguments, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
     check_gather_index(gather_index, student_hidden)
     tokens = len(student_hidden if gather_index is None else gather_index)
@@ -139,6 +143,8 @@ def linear_divergence_terms(
     check_per_token("token_weights", token_weights, rows)
     check_targets(targets, rows, spec.vocab_size)
     entries = None if topk is None else check_entries(topk, rows, spec)
+    if shared is not None:
+        check_shared(shared, rows, spec.columns)
     if policy is not None:
         check_policy(policy, rows)
         if targets is None:
@@ -149,7 +155,7 @@ def linear_divergence_terms(
     args = FusedLinearArgs(
         spec=spec, projections=projections, entries=entries,
         token_weights=token_weights, targets=targets, policy=policy,
-        chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy),
+        shared=shared, chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy),
         gather_index=gather_index, with_metrics=with_metrics,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm
+from opd_megatron.losses.shared import SharedRows
 from opd_megatron.losses.topk import TopKEntries
 
 
@@ -30,8 +31,8 @@ class LossInputs:
     """[T, n] to write d sum(weights * loss) / d student to; may be `student`."""
     with_metrics: bool = True
     """Whether the sums that only describe the pair (KLs, entropies) are wanted."""
-    entries: TopKEntries | None = None
-    """A top-k teacher, for `TopKLoss`; there are no `teachers` then."""
+    entries: TopKEntries | SharedRows | None = None
+    """A top-k teacher, for `TopKLoss`; there are no `teachers` then. Or one of another vocabulary, for `SharedLoss`."""
 
 
 @dataclass(frozen=True, slots=True)

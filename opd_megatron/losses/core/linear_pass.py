@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.core.buffers import chunk_memory, empty_huge_pages, gradient_memory
 from opd_megatron.losses.core.matmul import add_outer, times_head
+from opd_megatron.losses.core.shared_loss import SharedLoss, row_logprobs
 from opd_megatron.losses.core.topk_loss import TopKLoss
 from opd_megatron.losses.core.validation import LossSpec
 from opd_megatron.losses.core.vocab_parallel_loss import LossInputs, PerTokenLoss, VocabParallelLoss
 from opd_megatron.losses.kernels.base import SUMS
 from opd_megatron.losses.policy import PolicyResult, PolicyTerm
+from opd_megatron.losses.shared import SharedRows, SharedTeacher
 from opd_megatron.losses.topk import TopKEntries
 
 
@@ -39,6 +41,8 @@ class FusedLinearArgs:
     projections: Sequence[Projection]
     entries: TopKEntries | None
     """Those of a top-k teacher, which is then the only teacher."""
+    shared: SharedTeacher | None
+    """One of another vocabulary, which is then the only teacher."""
     token_weights: torch.Tensor | None
     targets: torch.Tensor | None
     policy: PolicyTerm | None
@@ -141,10 +145,9 @@ class _ChunkLoop:
             for states, weight, own in args.projections
         ]
         self.tokens = max((chunk.stop - chunk.start for chunk in args.chunks), default=0)
-        kind = VocabParallelLoss if args.entries is None else TopKLoss
-        self.engine = kind(
-            args.spec, max(self.tokens, 1), hidden.device, [states.dtype for states in self._all_hidden()]
-        )
+        self.entries: TopKEntries | SharedRows | None = args.entries
+        self.row_logprobs: torch.Tensor | None = None
+        self.engine = self._engine(hidden.device)
         weights = args.token_weights
         self.weights = None if weights is None else weights.to(args.spec.dtype)
         self.hidden_gradient = torch.empty_like(self.hidden) if args.hidden_grad else None
@@ -153,10 +156,39 @@ class _ChunkLoop:
     def run(self) -> PerTokenLoss:
         if not len(self.hidden):
             return self._nothing()
-        shape = self.tokens, self.columns
-        buffers = [chunk_memory.empty(shape, states.dtype, states.device) for states in self._all_hidden()]
+        widths = [self.columns, *(len(head) for _, head in self.teachers)]
+        buffers = [
+            chunk_memory.empty((self.tokens, width), states.dtype, states.device)
+            for states, width in zip(self._all_hidden(), widths, strict=True)
+        ]
         parts = [self._chunk(rows, buffers) for rows in self.args.chunks]
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        terms = parts[0] if len(parts) == 1 else _joined(parts)
+        if self.args.shared is not None and self.row_logprobs is not None and terms.logprobs is not None:
+            mine = terms.logprobs[0]
+            logprobs = torch.stack([mine, self.args.shared.spread(mine, self.row_logprobs)])
+            terms = replace(terms, logprobs=logprobs)
+        return terms
+
+    def _engine(self, device: torch.device) -> VocabParallelLoss:
+        args, tokens = self.args, max(self.tokens, 1)
+        if args.shared is not None:
+            return self._shared_engine(args.shared, tokens, device)
+        kind = VocabParallelLoss if args.entries is None else TopKLoss
+        return kind(args.spec, tokens, device, [states.dtype for states in self._all_hidden()])
+
+    def _shared_engine(self, teacher: SharedTeacher, tokens: int, device: torch.device) -> SharedLoss:
+        """Scores the teacher's own tokens, then picks the row of each of the student's."""
+        args, head = self.args, teacher.head.detach()
+        states = _gathered(teacher.hidden, teacher.gather_index, args.spec.group)
+        policy = args.policy
+        if args.targets is not None:
+            self.row_logprobs = row_logprobs(states, head, teacher.targets, args.spec, tokens)
+        spread = None
+        if policy is not None and self.row_logprobs is not None:
+            spread = teacher.spread(policy.rollout_logprobs, self.row_logprobs)
+        self.teachers = [(states.index_select(0, teacher.rows.clamp(min=0)), head)]
+        self.entries = SharedRows(teacher.rows >= 0, teacher.columns, spread)
+        return SharedLoss(args.spec, tokens, device, teacher.columns, len(head), teacher.conditional)
 
     def _all_hidden(self) -> list[torch.Tensor]:
         return [self.hidden, *(states for states, _ in self.teachers)]
@@ -184,7 +216,7 @@ class _ChunkLoop:
                 policy=None if args.policy is None else args.policy.rows(rows),
                 gradient=logits[0] if wanted else None,
                 with_metrics=args.with_metrics,
-                entries=None if args.entries is None else args.entries.rows(rows),
+                entries=None if self.entries is None else self.entries.rows(rows),
             )
         )
         if self.hidden_gradient is not None:

@@ -64,7 +64,7 @@ class TopKLoss(VocabParallelLoss):
 
     def _in_stages(self, inputs: LossInputs) -> PerTokenLoss:
         entries = inputs.entries
-        assert entries is not None
+        assert isinstance(entries, TopKEntries)
         owned = self._read(inputs, entries)
         best = entries.logprobs == entries.logprobs.amax(-1, keepdim=True)
         merged, of_rank = self._normalise(owned, best)
