@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from opd_megatron.data.alignment import AlignedTokens
 
 NamedTensor = tuple[str, torch.Tensor]
 """A Hugging Face parameter name and its value: whole, unless the text says shards."""
@@ -189,6 +192,10 @@ class TeacherView:
     """Number of a micro batch of the student's -> index in `batches`. Absent where it saw nothing of it."""
     routes: frozenset[int] | None
     """Values of `Batch.routes` that it scores; None for all."""
+    aligned: Sequence[AlignedTokens] | None = None
+    """Of each of `batches`, where they are in tokens of another tokenizer."""
+    aligned_share: float | None = None
+    """Of the student's tokens of all ranks, those that it has something to say about; None with the same tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)

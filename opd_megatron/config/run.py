@@ -30,6 +30,7 @@ from opd_megatron.config.teachers import (
     TeacherConfig,
 )
 from opd_megatron.errors import ConfigError, NotAvailableError
+from opd_megatron.losses.objectives import OBJECTIVES
 
 DEFAULT_ROUTE = "default"
 """Key of `routes` for the samples of every other task, and of none."""
@@ -145,6 +146,7 @@ class RunConfig(Section):
             )
         self._check_names()
         self._check_self_teachers()
+        self._check_aligned_teachers()
         best = self.checkpoint.best_metric
         if best is not None and best.startswith("eval/") and self.evaluation.every == 0:
             raise ValueError(
@@ -235,6 +237,36 @@ class RunConfig(Section):
         idle = [name for name in names if self.routes and name not in used]
         if idle:
             raise ValueError(f"teacher {idle[0]!r} is in no route: name it in routes, or leave it out of teachers")
+
+    def _check_aligned_teachers(self) -> None:
+        """Checks those with another tokenizer."""
+        sampled = bool(OBJECTIVES[self.objective.type].term(self.objective).policy)
+        fits = "spans" if sampled else "shared_vocabulary"
+        for number, teacher in enumerate(self.teachers):
+            key = f"teachers.{number}.alignment={teacher.alignment}"
+            if teacher.alignment is None:
+                continue
+            if teacher.is_student:
+                raise ValueError(f"{key} has no effect with teachers.{number}.path={STUDENT}: leave it out")
+            if teacher.alignment != fits:
+                raise ValueError(
+                    f"{key} does not go with objective.type={self.objective.type}, which "
+                    + ("scores sampled tokens" if sampled else "compares distributions")
+                    + f": set it to {fits}, or choose another objective"
+                )
+            if getattr(teacher, "top_k", None) is not None:
+                raise ValueError(f"{key} needs the hidden states of its teacher: leave teachers.{number}.top_k out")
+            if any(self.teacher_names[number] in names and len(names) > 1 for names in self.teacher_sets):
+                raise ValueError(
+                    f"{key} cannot be one of an ensemble of distributions over one vocabulary: give it a route of its "
+                    "own"
+                )
+
+    @property
+    def teacher_sets(self) -> list[list[str]]:
+        """Names of the teachers that score a sample together, for each route."""
+        sets = [[names] if isinstance(names, str) else names for names in self.routes.values()]
+        return sets or [self.teacher_names]
 
     def _check_self_teachers(self) -> None:
         for number, teacher in enumerate(self.teachers):

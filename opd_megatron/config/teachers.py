@@ -26,6 +26,10 @@ class TeacherConfig(Section):
     `{answer}` or `{reward_model.ground_truth}`, in the chat template as the user's message; a brace itself is written
     twice."""
 
+    alignment: Literal["spans", "shared_vocabulary"] | None = None
+    """For a teacher with another tokenizer, which is refused by default. `spans`, with a sampled-token objective:
+    log-probabilities of stretches of text that both tokenizations cut out alike. `shared_vocabulary`, with any other:
+    distributions over the tokens that both have and one event for all others, where both have read the same text."""
     fingerprint: str | None = None
     """What it must be: a hash of its configuration, weights and tokenizer, as the start of a run prints it. A run fills
     it in in its own config.yaml, and refuses another teacher under the same path."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.contexts import ContextTemplate, context_templates
+from opd_megatron.data.encoder import Encoder
 from opd_megatron.data.rows import Example
 from opd_megatron.data.sources import read_rows
 from opd_megatron.data.template import ChatTemplate
@@ -32,6 +33,7 @@ class PromptDataset:
         drop_long: leave rows over the limit out (`dropped` counts them) instead of raising.
         max_answer_tokens: `answer_ids` are cut to this length.
         contexts: prompts of teachers' own, by the teacher's number.
+        encoders: of teachers with another tokenizer, likewise.
 
     Raises:
         DataError: no rows, a row over the limit (here or when it is reached), or no chat template.
@@ -49,15 +51,16 @@ class PromptDataset:
         drop_long: bool = False,
         max_answer_tokens: int | None = None,
         contexts: Mapping[int, ContextTemplate] | None = None,
+        encoders: Mapping[int, Encoder] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.system_prompt = system_prompt
         self.template = ChatTemplate(tokenizer, system_prompt, template_kwargs or {}) if template == "chat" else None
+        self._encoder = Encoder(tokenizer, self.template, system_prompt)
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
-        self.contexts = contexts or {}
+        self.contexts, self.encoders = contexts or {}, encoders or {}
         self.dropped = 0
-        self._end_of_turn = tokenizer.eos_token_id if self.template is None else self.template.end_of_turn_id()
+        self._end_of_turn = self._encoder.end_of_turn
         self._rows = list(rows)
         if not self._rows:
             raise DataError("the data set has no rows: give a data.source that has some")
@@ -72,8 +75,18 @@ class PromptDataset:
         if self._is_long(len(token_ids)):
             raise self._too_long(row, len(token_ids))
         answer_ids = None if row.answer is None else self._encode_answer(row.answer)
-        contexts = {number: self._encode(template.applied_to(row)) for number, template in self.contexts.items()}
+        contexts = {number: encoder.prompt(shown) for number, encoder, shown in self._read_by_teachers(row)}
         return Prompt(row.id, token_ids, row.question, row.answer, answer_ids, row.task, contexts)
+
+    def _read_by_teachers(self, row: Example) -> Iterator[tuple[int, Encoder, Example]]:
+        """What teachers read that do not read what the student does: (number, by what, which row)."""
+        for number in sorted(self.contexts.keys() | self.encoders.keys()):
+            template = self.contexts.get(number)
+            yield (
+                number,
+                self.encoders.get(number, self._encoder),
+                row if template is None else template.applied_to(row),
+            )
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
@@ -95,16 +108,18 @@ class PromptDataset:
         Raises:
             DataError: names the first row for which it does not, or without what its template wants.
         """
-        around = self._around()
-        for number, template in self.contexts.items():
-            for row in self._rows:
-                shown = template.applied_to(row)
-                if self._bytes(shown, around) <= rooms[number]:
+        around: dict[int, int] = {}
+        for row in self._rows:
+            for number, encoder, shown in self._read_by_teachers(row):
+                around.setdefault(number, encoder.tokens_around())
+                if encoder.most_tokens(shown, around[number]) <= rooms[number]:
                     continue
-                length = len(self._encode(shown))
+                length = len(encoder.prompt(shown))
                 if length > rooms[number]:
+                    template = self.contexts.get(number)
+                    what = f"teacher {number}'s tokenizer" if template is None else template.key
                     raise DataError(
-                        f"{template.key} makes {length} tokens of prompt {row.id!r}, and its context has room "
+                        f"{what} makes {length} tokens of prompt {row.id!r}, and its context has room "
                         f"for {rooms[number]} before rollout.max_new_tokens of an answer: shorten it, or leave "
                         "long rows out"
                     )
@@ -118,18 +133,7 @@ class PromptDataset:
         return digest.hexdigest()[:32]
 
     def _encode(self, row: Example) -> tuple[int, ...]:
-        if self.template is not None:
-            text = self.template.prompt(row.messages or [("user", row.question)])
-            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)  # the template wrote them already
-        if row.messages:
-            raise DataError(f"prompt {row.id!r} is a list of messages, data.template=raw takes text: set it to chat")
-        text = row.question if self.system_prompt is None else f"{self.system_prompt}\n\n{row.question}"
-        ids = list(self.tokenizer(text).input_ids)
-        eos = self.tokenizer.eos_token_id
-        # Some tokenizers close every text. The student would continue after its own end.
-        while len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
-            ids.pop()
-        return tuple(ids)
+        return self._encoder.prompt(row)
 
     def _encode_answer(self, answer: str) -> tuple[int, ...]:
         ids = list(self.tokenizer(answer, add_special_tokens=False).input_ids)
@@ -141,10 +145,10 @@ class PromptDataset:
         return self.max_prompt_tokens is not None and length > self.max_prompt_tokens
 
     def _check_lengths(self, drop: bool) -> None:
-        around = self._around()
+        around = self._encoder.tokens_around()
         kept = []
         for row in self._rows:
-            size = self._bytes(row, around)
+            size = self._encoder.most_tokens(row, around)
             length = len(self._encode(row)) if self._is_long(size) else 0
             if not self._is_long(length):
                 kept.append(row)
@@ -156,16 +160,6 @@ class PromptDataset:
             raise DataError(
                 f"all {self.dropped} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: raise it"
             )
-
-    def _around(self) -> int:
-        """Tokens that the template puts around a text, at most."""
-        return len(self._encode(Example("", "?"))) + 16  # BPE may merge differently at the template boundary
-
-    @staticmethod
-    def _bytes(row: Example, around: int) -> int:
-        """Tokens of a row, at most."""
-        texts = [content for _, content in row.messages] or [row.question]
-        return sum(len(text.encode("utf-8", "surrogatepass")) + around for text in texts)
 
     def _too_long(self, row: Example, length: int) -> DataError:
         return DataError(
@@ -267,12 +261,16 @@ class PromptStream:
 
 
 def build_train_and_eval(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str] | None = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    notes: list[str] | None = None,
+    encoders: Mapping[int, Encoder] | None = None,
 ) -> tuple[PromptStream, list[Prompt]]:
     """Builds the stream of training prompts, and the held-out prompts, each with `answer_ids`.
 
     The held-out list is empty when evaluation is off or there are no gold answers. Held-out answers are cut to
     `rollout.max_new_tokens`, the length that training sees. `notes` gets lines on what was found otherwise than named.
+    `encoders`: of teachers with another tokenizer, by their number.
 
     Raises:
         MissingPathError, DataError: see `read_rows` and `PromptDataset`.
@@ -280,13 +278,15 @@ def build_train_and_eval(
     rows = read_rows(config)
     if notes is not None:
         notes.extend(rows.notes)
-    train = _dataset(config, tokenizer, rows.train)
-    held_out: Iterable[Prompt] = _dataset(config, tokenizer, rows.held_out) if rows.held_out else ()
+    train = _dataset(config, tokenizer, rows.train, encoders)
+    held_out: Iterable[Prompt] = _dataset(config, tokenizer, rows.held_out, encoders) if rows.held_out else ()
     weights = rows.weights if len(rows.weights) > 1 else None
     return PromptStream(train, config.rollout.prompts_per_step, config.seed, weights), list(held_out)
 
 
-def _dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> PromptDataset:
+def _dataset(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: list[Example], encoders: Mapping[int, Encoder] | None
+) -> PromptDataset:
     data = config.data
     return PromptDataset(
         rows,
@@ -298,4 +298,5 @@ def _dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: list[E
         drop_long=data.drop_long_prompts,
         max_answer_tokens=config.rollout.max_new_tokens,
         contexts=context_templates(config),
+        encoders=encoders,
     )

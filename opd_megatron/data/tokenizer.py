@@ -76,7 +76,7 @@ def check_same_tokenizer(
         raise TokenizerMismatchError(
             f"token id {token_id} is {_meaning(mine)} to the student ({student_path}) but {_meaning(other)} to the "
             f"teacher ({teacher_path}): distillation compares distributions id by id, so use two models of one "
-            f"tokenizer family ({len(ours)} and {len(theirs)} tokens)"
+            f"tokenizer family ({len(ours)} and {len(theirs)} tokens), or set teachers.N.alignment (docs/teachers.md)"
             + (
                 "; where it is a special token that does not matter, set data.allow_missing_tokens=true"
                 if None in (mine, other) and _SPECIAL.search(mine or other or "")

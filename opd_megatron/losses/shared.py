@@ -31,6 +31,21 @@ from opd_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class TranslatedHead:
+    """The LM head of such a teacher, cut over the student's tensor-parallel ranks."""
+
+    weight: torch.Tensor
+    """[n + m, h] rows of the LM head: of this rank's `columns`, in their order, and a share of all others. Each row of
+    the model's head is on one rank."""
+    columns: torch.Tensor
+    """[n] int64, rising: columns of this rank of the student, from 0, whose token the teacher has too."""
+    places: torch.Tensor
+    """[the teacher's vocabulary] int64: row of each token in `weight`; -1 where it is another rank's."""
+    conditional: bool = False
+    """Whether one of the vocabularies has no token that the other lacks."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class SharedTeacher:
     """Hidden states and head of such a teacher for T tokens of the student, which are T' of its own.
 
@@ -41,10 +56,9 @@ class SharedTeacher:
     hidden: torch.Tensor
     """[T', h]"""
     head: torch.Tensor
-    """[n + m, h] rows of the LM head: of this rank's `columns`, in their order, and a share of all others. Each row of
-    the model's head is on one rank."""
+    """[n + m, h] as in `TranslatedHead`."""
     columns: torch.Tensor
-    """[n] int64, rising: columns of this rank of the student, from 0, whose token the teacher has too."""
+    """[n]"""
     rows: torch.Tensor
     """[T] int64: which of the T' rows reads the same text as the student's token does; -1 for none."""
     spans: torch.Tensor

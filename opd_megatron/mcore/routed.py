@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from opd_megatron.data.alignment import AlignedTokens
+from opd_megatron.losses.shared import SharedTeacher, TranslatedHead
 from opd_megatron.losses.topk import TopKTeacher
 from opd_megatron.types import Batch, TeacherInputs, TeacherView
 
@@ -82,6 +84,9 @@ def _rows(
     """Selects a teacher's rows for the tokens of a route: it has them in its own order of the micro batch it saw."""
     seen = batch if view is None else view.batches[view.places[index]]
     mask = seen.weights > 0
+    if view is not None and view.aligned is not None:
+        tokens = _aligned(view, view.aligned[view.places[index]], batch, route)
+        return _of_another_vocabulary(output, tokens, gather_index(mask))
     kept = None
     if seen.routes is not None and route is not None:
         places = _places(seen, mask, route)
@@ -95,3 +100,21 @@ def _rows(
     if rows is not None:
         return states, head, rows if kept is None else rows[kept]
     return states if kept is None else states.index_select(0, kept), head
+
+
+def _aligned(view: TeacherView, tokens: AlignedTokens, batch: Batch, route: int | None) -> AlignedTokens:
+    """Selects the tokens of a route among the student's tokens that the teacher saw."""
+    if batch.routes is None or route is None or view.routes is None:
+        return tokens
+    routes = batch.routes[batch.weights > 0]
+    seen = torch.isin(routes, torch.tensor(sorted(view.routes), device=routes.device))
+    return tokens.of_tokens(torch.nonzero(routes[seen] == route).squeeze(1))
+
+
+def _of_another_vocabulary(output: Any, tokens: AlignedTokens, gather_index: torch.Tensor | None) -> SharedTeacher:
+    states, head = output
+    assert isinstance(head, TranslatedHead)
+    return SharedTeacher(
+        states, head.weight, head.columns, tokens.rows, tokens.spans, tokens.spans_of_rows,
+        head.places[tokens.targets], gather_index, head.conditional,
+    )  # fmt: skip

@@ -25,19 +25,30 @@ class ResolvedModels:
     teachers: list[tuple[Path, PretrainedConfig]]
     tokenizer: Path
     data_parallel: int
+    aligned: frozenset[int] = frozenset()
+    """Numbers of the teachers with another vocabulary."""
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary columns that every model has; anything past them is padding to one of them."""
-        return min(hf_config.vocab_size for hf_config in self.configs)
+        """Vocabulary columns that every model of the student's vocabulary has; anything past them is padding to one of
+        them."""
+        return min(hf_config.vocab_size for hf_config in self._of_one_vocabulary)
+
+    @property
+    def _of_one_vocabulary(self) -> list[PretrainedConfig]:
+        others = [hf_config for number, (_, hf_config) in enumerate(self.teachers) if number not in self.aligned]
+        return [self.student_config, *others]
 
     @property
     def configs(self) -> list[PretrainedConfig]:
         return [self.student_config, *(hf_config for _, hf_config in self.teachers)]
 
-    def padded_vocab(self, tensor: int) -> int:
-        """Pads the vocabulary: one number for every embedding and head in the run, so that all heads shard alike."""
-        return pad_vocab(max(hf_config.vocab_size for hf_config in self.configs), tensor)
+    def padded_vocab(self, tensor: int, of: PretrainedConfig | None = None) -> int:
+        """Pads the vocabulary: one number for every embedding and head of the student's vocabulary, so that all heads
+        shard alike, and another `of` a teacher that has its own."""
+        if of is not None and any(self.teachers[number][1] is of for number in self.aligned):
+            return pad_vocab(of.vocab_size, tensor)
+        return pad_vocab(max(hf_config.vocab_size for hf_config in self._of_one_vocabulary), tensor)
 
 
 def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_model) -> ResolvedModels:
@@ -61,6 +72,7 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
         [(path, load_hf_config(path)) for path in teachers],
         tokenizer,
         data_parallel,
+        frozenset(number for number, teacher in enumerate(config.teachers) if teacher.alignment is not None),
     )
     for hf_config in models.configs:
         family_of(hf_config)

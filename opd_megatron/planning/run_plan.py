@@ -137,7 +137,6 @@ def make_plan(
 
 
 def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Coverage]:
-    padded = models.padded_vocab(config.parallel.tensor)
     named = [(config.student.path, models.student, models.student_config)]
     named += [(teacher.path, *found) for teacher, found in zip(config.teachers, models.teachers, strict=True)]
     costs = teacher_costs(RunSizes(config, models), stage=0)
@@ -145,9 +144,8 @@ def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Covera
     found = {}
     for (path, folder, hf_config), layout in zip(named, layouts, strict=True):
         same = layout is config.parallel
-        data, columns = (
-            (models.data_parallel, padded) if same else (layout.data or 1, models.padded_vocab(layout.tensor))
-        )
+        data = models.data_parallel if same else layout.data or 1
+        columns = models.padded_vocab(layout.tensor, hf_config)
         found[path] = build_and_check(hf_config, layout, data, columns, known_tensors(path, folder))
     return found
 

@@ -21,7 +21,7 @@ from opd_megatron.config import MegatronTeacherConfig, ServedTeacherConfig, deci
 from opd_megatron.errors import WeightsError, one_line
 from opd_megatron.mcore.cpu.platform import release_memory
 from opd_megatron.system.collectives import on_rank_0
-from opd_megatron.teacher import CachedTeacher, LiveTeacher
+from opd_megatron.teacher import AlignedTeacher, CachedTeacher, LiveTeacher
 from opd_megatron.types import Prompt, Rollout
 from opd_megatron.weights.hf_reader import SafetensorsSource, load_hf_config
 from opd_megatron.weights.transformers_names import parameter_named
@@ -44,31 +44,47 @@ def check_agreement(run: RunParts, *, served_alone: bool = False) -> list[str]:
         WeightsError: on every rank, where they differ.
     """
     sequence = agreement_sequence(run.prompts.dataset[0])
-    ours: dict[str, float] = {}
     found, notes = [], []
     for number, (teacher, (folder, _)) in enumerate(zip(run.config.teachers, run.models.teachers, strict=True)):
         if served_alone and not isinstance(teacher, ServedTeacherConfig):
             continue
-        asked = run.teachers[number]
-        if isinstance(asked, CachedTeacher) and not asked.holds(sequence):
-            notes.append(f"teacher {teacher.path}: not compared with transformers (its cache is of other data)")
+        scored = _scored_by(run, number, sequence)
+        if isinstance(scored, str):
+            notes.append(f"teacher {teacher.path}: not compared with transformers ({scored})")
             continue
-        ours = run.evaluator.likelihoods(run.student, sequence, asked)
         dtype = decided(teacher.dtype) if isinstance(teacher, MegatronTeacherConfig) else "bf16"
-        found.append(("teacher", teacher.path, folder, dtype, ours["teacher_nll"]))
-    student = run.config.student
-    models = found
+        found.append(("teacher", teacher.path, folder, dtype, *scored))
     if not served_alone:
-        ours = ours or run.evaluator.likelihoods(run.student, sequence, LiveTeacher(run.student, 1.0))
-        models = [("student", student.path, run.models.student, decided(student.dtype), ours["nll"]), *found]
-    for kind, name, folder, dtype, nll in models:
-        compare = _comparison(kind, name, folder, dtype, nll, sequence, run.models.vocab_size)
+        student, itself = run.config.student, LiveTeacher(run.student, 1.0)
+        nll = run.evaluator.likelihoods(run.student, sequence, itself)["nll"]
+        columns: int | None = run.models.vocab_size
+        found.insert(0, ("student", student.path, run.models.student, decided(student.dtype), nll, sequence, columns))
+    for kind, name, folder, dtype, nll, read, columns in found:
+        compare = _comparison(kind, name, folder, dtype, nll, read, columns)
         notes += on_rank_0(compare, f"{kind} {name!r}", WeightsError)
     return notes
 
 
+def _scored_by(run: RunParts, number: int, sequence: Rollout) -> tuple[float, Rollout, int | None] | str:
+    """What a teacher gives the sequence in nats a token, the sequence as it reads it, and how many columns of its
+    vocabulary count; or why it cannot be asked. Collective."""
+    teacher, read, columns = run.teachers[number], sequence, run.models.vocab_size
+    translation = None
+    if isinstance(teacher, AlignedTeacher):
+        read, translation = run.views.translated(number, sequence)
+        if min(*translation.spans, *translation.of_teacher) < 0:
+            return "the first prompt is not whole in both tokenizations"
+    held = teacher.teacher if isinstance(teacher, AlignedTeacher) else teacher
+    if isinstance(held, CachedTeacher) and not held.holds(read):
+        return "its cache is of other data"
+    nll = run.evaluator.likelihoods(run.student, sequence, teacher, number)["teacher_nll"]
+    if translation is None:
+        return nll, read, columns
+    return nll * len(sequence.response_ids) / len(translation.ids), read, None
+
+
 def _comparison(
-    kind: str, name: str, folder: Path, dtype: str, nll: float, sequence: Rollout, columns: int
+    kind: str, name: str, folder: Path, dtype: str, nll: float, sequence: Rollout, columns: int | None
 ) -> Callable[[], list[str]]:
     def compare() -> list[str]:
         ids = [*sequence.prompt.token_ids, *sequence.response_ids.tolist()]

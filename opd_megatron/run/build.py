@@ -34,7 +34,7 @@ from opd_megatron.run.run_dir import RunDir
 from opd_megatron.run.teacher_lines import teacher_lines
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.ranks import launched
-from opd_megatron.teacher import Routing, Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
+from opd_megatron.teacher import Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
 
@@ -119,8 +119,8 @@ def build_run(
         fleet, links = _places(config, models)
         _launch(fleet, config, models, run_dir, inputs, resume_from if sampling else None, launch=sampling)
         grid = _grid(config, models)
-        student, teachers = _models(config, models, grid, links, scoring)
-        views = Views(Routing.of(config))
+        student, teachers = _models(config, models, grid, links, inputs, scoring)
+        views = Views.of_run(config, models, inputs.pairs)
         batches = _batches(config, grid, views)
         scored = scored_prompts(inputs)
         display = _display(config, resume_from)
@@ -277,11 +277,16 @@ def _grid(config: RunConfig, models: ResolvedModels) -> ParallelGrid:
 
 
 def _models(
-    config: RunConfig, models: ResolvedModels, grid: ParallelGrid, links: list[TeacherLink | None], scoring: bool
+    config: RunConfig,
+    models: ResolvedModels,
+    grid: ParallelGrid,
+    links: list[TeacherLink | None],
+    inputs: RunInputs,
+    scoring: bool,
 ) -> tuple[Student, list[Teacher]]:
     padded_vocab = models.padded_vocab(grid.tp_size)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
-    return student, build_teachers(config, models, grid, links, student) if scoring else []
+    return student, build_teachers(config, models, grid, links, student, inputs.pairs) if scoring else []
 
 
 def _batches(config: RunConfig, grid: ParallelGrid, views: Views) -> MicroBatchBuilder:

@@ -35,7 +35,7 @@ from opd_megatron.run.identity import run_identity, teacher_fingerprints
 from opd_megatron.run.inputs import RunInputs, read_inputs
 from opd_megatron.run.lock import RunLock
 from opd_megatron.system.collectives import on_all_ranks
-from opd_megatron.teacher import Routing, Views
+from opd_megatron.teacher import Views
 from opd_megatron.teacher.source import load_teacher
 from opd_megatron.teacher.states_cache import CacheWriter, StatesCache, remove_partial, sequence_key
 from opd_megatron.types import Rollout
@@ -90,7 +90,7 @@ def cache_teachers(
     init_distributed()
     try:
         return [
-            _Pass(config, models, number, entry, fingerprints[number]).run(
+            _Pass(config, models, inputs, number, entry, fingerprints[number]).run(
                 sequences, agreement_sequence(inputs.prompts.dataset[0]), shard_bytes
             )
             for number, entry in cached.items()
@@ -106,7 +106,7 @@ def _sequences(config: RunConfig, inputs: RunInputs, paths: Sequence[Path], *, a
     if answers:
         found += [gold(dataset[row]) for row in range(len(dataset)) if dataset[row].answer_ids]
     if paths:
-        own_prompts = any(teacher.prompt is not None for teacher in config.teachers)
+        own_prompts = any((teacher.prompt, teacher.alignment) != (None, None) for teacher in config.teachers)
         known = {dataset[row].id: dataset[row] for row in range(len(dataset))} if own_prompts else {}
         for path in paths:
             for rollout in read_rollouts(path):
@@ -125,8 +125,9 @@ class _Pass:
     """One teacher's."""
 
     def __init__(
-        self, config: RunConfig, models: ResolvedModels, number: int, entry: CachedTeacherConfig, fingerprint: str
-    ) -> None:
+        self, config: RunConfig, models: ResolvedModels, inputs: RunInputs, number: int, entry: CachedTeacherConfig,
+        fingerprint: str,
+    ) -> None:  # fmt: skip
         self._config, self._models, self._number, self._entry = config, models, number, entry
         self._fingerprint, self._folder = fingerprint, Path(entry.cache)
         self._name = repr(entry.path)
@@ -134,7 +135,7 @@ class _Pass:
         tensor, pipeline = entry.tensor or parallel.tensor, entry.pipeline or parallel.pipeline
         replicas = dist.get_world_size() // (tensor * pipeline)
         self._grid = ParallelGrid.build(tensor, pipeline, replicas, ep_size=parallel.expert)
-        self._views = Views(Routing.of(config))
+        self._views = Views.of_run(config, models, inputs.pairs)
 
     def run(self, sequences: Sequence[Rollout], agreement: Rollout, shard_bytes: int) -> str:
         """Writes what is missing; returns a line on it."""
@@ -161,7 +162,8 @@ class _Pass:
         described = {"fingerprint": self._fingerprint, "teacher": self._entry.path}
         writer = CacheWriter(self._folder, dist.get_rank(), described, shard_bytes)
         builder = self._builder()
-        self._score(model, builder.build_any_number([agreement]), cache, writer)
+        shown = self._views.of(self._number, builder.build_any_number([agreement]), routed=False)[0]
+        self._score(model, shown, cache, writer)
         size = self._grid.dp_size * builder.size * _MICRO_BATCHES
         with Progress(console=Console(stderr=True), disable=dist.get_rank() > 0) as progress:
             bar = progress.add_task(f"teacher {self._entry.path}", total=len(sequences))

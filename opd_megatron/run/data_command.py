@@ -21,8 +21,9 @@ def show_data(config: RunConfig, count: int) -> Iterator[str]:
         for source, rows in zip(config.data.sources, stream.dataset.sources(), strict=True):
             yield f"  {source.source}: {len(rows)} prompts, weight {source.weight:g}"
     first = [stream.dataset[index] for index in range(min(count, len(stream.dataset)))]
-    yield from describe_prompts(first, tokenizer, stops, config.rollout.max_new_tokens)
+    encoders = stream.dataset.encoders
+    yield from describe_prompts(first, tokenizer, stops, config.rollout.max_new_tokens, encoders)
     for prompt in held_out[:1]:
         yield ""
         yield "the first that is held out:"
-        yield from list(describe_prompts([prompt], tokenizer, stops, config.rollout.max_new_tokens))[1:]
+        yield from list(describe_prompts([prompt], tokenizer, stops, config.rollout.max_new_tokens, encoders))[1:]

@@ -65,11 +65,19 @@ class Evaluator:
                 )
         return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
 
-    def likelihoods(self, student: Student, sequence: Rollout, teacher: Teacher) -> dict[str, float]:
+    def likelihoods(
+        self, student: Student, sequence: Rollout, teacher: Teacher, number: int | None = None
+    ) -> dict[str, float]:
         """Measures `nll` and one teacher's `teacher_nll` of one sequence, in nats per token of its response.
-        Collective."""
+        Collective.
+
+        `number`: of the teacher, which reads the sequence in its own tokens where its tokenizer is another.
+        """
         batches = self._batches.build_any_number([sequence])
-        inputs = ask_teachers([teacher], batches)
+        shown, view = batches, None
+        if number is not None and number in self._views.pairs:
+            shown, view = self._views.of(number, batches, routed=False)
+        inputs = [replace(each, view=view) for each in ask_teachers([teacher], shown)]
         return student.evaluate(batches, inputs, self._objective, self._vocab_size)
 
     def teacher_summary(self, metrics: dict[str, float], names: Sequence[str]) -> list[str]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.alignment import TokenizerPair
+from opd_megatron.data.encoder import Encoder
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.template import ChatTemplate
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids, tokenizer_fingerprint
@@ -35,6 +37,8 @@ class RunInputs:
     """A fingerprint of each teacher's."""
     notes: list[str] = field(default_factory=list)
     """What a user should know, though it is no error."""
+    pairs: dict[int, TokenizerPair] = field(default_factory=dict)
+    """Of the student's tokenizer and that of each teacher with another one, by the teacher's number."""
 
 
 def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
@@ -46,25 +50,55 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     tokenizer = load_tokenizer(str(models.tokenizer), config.trust_remote_code)
     notes: list[str] = []
     theirs, fingerprints = [], []
-    for teacher, (path, _) in zip(config.teachers, models.teachers, strict=True):
+    encoders: dict[int, Encoder] = {}
+    for number, (teacher, (path, _)) in enumerate(zip(config.teachers, models.teachers, strict=True)):
         if teacher.is_student:
             fingerprints.append(tokenizer_fingerprint(tokenizer))
             continue
         other = load_tokenizer(str(path), config.trust_remote_code)
-        theirs.append((teacher.path, other))
         fingerprints.append(tokenizer_fingerprint(other))
+        if number in models.aligned:
+            encoders[number] = Encoder.of(other, config.data)
+            continue
+        theirs.append((teacher.path, other))
         notes += check_same_tokenizer(
             tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
         )
-    prompts, held_out = build_train_and_eval(config, tokenizer, notes)
+    prompts, held_out = build_train_and_eval(config, tokenizer, notes, encoders)
     prompts.dataset.check_contexts(_rooms(config, models))
     notes += check_tasks(config, prompts.dataset.tasks())
     check_tasks(config, [prompt.task for prompt in held_out])
     stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
     for name, other in theirs:
         notes += _other_end(name, ChatTemplate.of(other, config.data), tokenizer, stops)
+    pairs = {
+        number: _pair(config, models, number, Encoder.of(tokenizer, config.data), encoder, stops, notes)
+        for number, encoder in encoders.items()
+    }
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
-    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes)
+    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes, pairs)
+
+
+def _pair(
+    config: RunConfig, models: ResolvedModels, number: int, mine: Encoder, other: Encoder, stops: tuple[int, ...],
+    notes: list[str],
+) -> TokenizerPair:  # fmt: skip
+    """Lays the two tokenizers side by side, and says how much they share: never silently."""
+    teacher = config.teachers[number]
+    pair = TokenizerPair(
+        mine.tokenizer, other.tokenizer, stops=stops, ends=(mine.end_of_turn, other.end_of_turn),
+        names=(f"the student ({models.tokenizer})", f"teacher {teacher.path!r}"),
+    )  # fmt: skip
+    how = {
+        "spans": "log-probabilities are compared over spans of text that both cut out alike",
+        "shared_vocabulary": "distributions are compared over these and one event for all others, where both have read "
+        "the same text",
+    }
+    notes.append(
+        f"teacher {teacher.path} has another tokenizer ({len(other.tokenizer)} tokens), {len(pair.shared[0])} of the "
+        f"student's {len(mine.tokenizer)} are in it: {how[str(teacher.alignment)]}"
+    )
+    return pair
 
 
 def _rooms(config: RunConfig, models: ResolvedModels) -> dict[int, int]:

@@ -21,7 +21,8 @@ def check_ids(
     prompts: Iterable[Prompt],
     stop_ids: Sequence[int],
 ) -> tuple[int, ...]:
-    """Checks the ids of prompts, gold answers, template and stop list against every model's rows.
+    """Checks the ids of prompts, gold answers, template and stop list against the rows of every model of the student's
+    vocabulary.
 
     Args:
         prompts: all of the run. They are tokenized only where the tokenizer has ids that some model does not.
@@ -42,7 +43,8 @@ def check_ids(
     if max(known, default=0) >= rows:
         for prompt in prompts:
             read = [("prompt", prompt.token_ids), ("gold answer of prompt", prompt.answer_ids or ())]
-            read += [(f"teacher {number}'s form of prompt", ids) for number, ids in prompt.contexts.items()]
+            contexts = [(number, ids) for number, ids in prompt.contexts.items() if number not in models.aligned]
+            read += [(f"teacher {number}'s form of prompt", ids) for number, ids in contexts]
             for what, ids in read:
                 highest = max(ids, default=0)
                 if highest >= rows:
@@ -55,10 +57,14 @@ def check_ids(
 
 
 def _rows_of(config: RunConfig, models: ResolvedModels) -> list[tuple[str, int]]:
-    teachers = zip(config.teachers, models.teachers, strict=True)
+    teachers = enumerate(zip(config.teachers, models.teachers, strict=True))
     return [
         (f"student {config.student.path!r}", models.student_config.vocab_size),
-        *((f"teacher {teacher.path!r}", hf_config.vocab_size) for teacher, (_, hf_config) in teachers),
+        *(
+            (f"teacher {teacher.path!r}", hf_config.vocab_size)
+            for number, (teacher, (_, hf_config)) in teachers
+            if number not in models.aligned
+        ),
     ]
 
 

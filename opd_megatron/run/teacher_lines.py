@@ -26,6 +26,7 @@ def teacher_lines(config: RunConfig, models: ResolvedModels) -> list[str]:
             _place(teacher),
             *_tasks(config, name),
             *(["a prompt of its own"] if teacher.prompt is not None else []),
+            *([f"another tokenizer ({teacher.alignment.replace('_', ' ')})"] if teacher.alignment is not None else []),
             f"fingerprint {teacher.fingerprint}",
         ]
         lines.append("teacher " + ", ".join(fact for fact in facts if fact))

@@ -6,6 +6,7 @@ student_ranks.py   on the student's own ranks: colocated.py in its layout, relai
                    self_distillation.py the student itself
 own_ranks.py       on ranks of its own: states micro batch by micro batch, while the student trains
 served.py          on vLLM servers elsewhere; served_client.py what they are asked, and by whom
+aligned.py         anywhere, with another tokenizer than the student's
 cached.py          nowhere: a pass before has written its states to disk, as states_cache.py says
 source.py          a model in another layout than the student's; route.py says which rank sends what to which
 wire.py            bounded messages between ranks; links.py the groups that they go over
@@ -15,7 +16,7 @@ heads.py           LM heads at the student's side, whatever layout their teacher
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,17 +26,21 @@ import torch.distributed as dist
 
 from opd_megatron.config import (
     CachedTeacherConfig,
+    MegatronTeacherConfig,
     OwnRanksTeacherConfig,
     RunConfig,
     ServedTeacherConfig,
     StudentRanksTeacherConfig,
     TeacherConfig,
+    decided,
 )
+from opd_megatron.data.alignment import TokenizerPair
 from opd_megatron.data.batching import StepBatches
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import RunSizes
+from opd_megatron.teacher.aligned import AlignedTeacher, TranslatedHeads
 from opd_megatron.teacher.base import Placement, Surroundings, Teacher, TeacherCost
 from opd_megatron.teacher.cached import Cached, CachedTeacher
 from opd_megatron.teacher.heads import Heads
@@ -48,6 +53,7 @@ from opd_megatron.teacher.student_ranks import StudentRanks
 from opd_megatron.types import Batch, TeacherInputs, TeacherView
 
 __all__ = [
+    "AlignedTeacher",
     "CachedTeacher",
     "LiveTeacher",
     "Routing",
@@ -92,22 +98,27 @@ def build_teachers(
     grid: ParallelGrid,
     links: Sequence[TeacherLink | None] | None = None,
     student: Student | None = None,
+    pairs: Mapping[int, TokenizerPair] | None = None,
 ) -> list[Teacher]:
     """Loads one teacher for each entry of `teachers:`. Every rank of the student's calls it.
 
     `links`: what `join_teachers` made; none where every teacher has the student's own layout. `student`: whom a teacher
-    follows that is the student itself.
+    follows that is the student itself. `pairs`: of teachers with another tokenizer, by their number.
     """
     total = sum(teacher.weight for teacher in config.teachers)
     heads = Heads(grid, models.padded_vocab(grid.tp_size))
-    return [
-        PLACEMENTS[type(teacher)].build(
-            teacher, source, teacher.weight / total, Surroundings(config, models, grid, heads, student, number, link)
-        )
-        for number, (teacher, source, link) in enumerate(
-            zip(config.teachers, models.teachers, links or [None] * len(config.teachers), strict=True)
-        )
-    ]
+    built: list[Teacher] = []
+    for number, (teacher, source, link) in enumerate(
+        zip(config.teachers, models.teachers, links or [None] * len(config.teachers), strict=True)
+    ):
+        pair = (pairs or {}).get(number)
+        own = heads if pair is None else TranslatedHeads(grid, models, pair)
+        around = Surroundings(config, models, grid, own, student, number, link)
+        found: Teacher = PLACEMENTS[type(teacher)].build(teacher, source, teacher.weight / total, around)
+        if isinstance(own, TranslatedHeads) and isinstance(teacher, MegatronTeacherConfig):
+            found = AlignedTeacher(found, own.translated(*source, decided(teacher.dtype)))
+        built.append(found)
+    return built
 
 
 def ask_teachers(
@@ -148,7 +159,8 @@ def _timed(seconds: list[float], number: int) -> Iterator[None]:
 
 
 def meters(inputs: Sequence[TeacherInputs], names: Sequence[str]) -> dict[str, float]:
-    """Numbers of a step for each teacher: `teacher/NAME/tokens` scored by it, of all ranks; `/seconds` that it took
+    """Numbers of a step for each teacher: `teacher/NAME/tokens` scored by it, of all ranks; with another tokenizer the
+    share of the student's that is `/aligned` with them; `/seconds` that it took
     the student before its update; and of teachers elsewhere `/bytes` that came from it and seconds `/waited`
     for them in the update; times and bytes on the rank that has most. Collective over the student's ranks."""
     found = {
@@ -160,4 +172,7 @@ def meters(inputs: Sequence[TeacherInputs], names: Sequence[str]) -> dict[str, f
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     tokens = {f"teacher/{name}/tokens": float(each.tokens) for name, each in zip(names, inputs, strict=True)}
+    for name, each in zip(names, inputs, strict=True):
+        if each.view is not None and each.view.aligned_share is not None:
+            tokens[f"teacher/{name}/aligned"] = each.view.aligned_share
     return tokens | dict(zip(found, values.tolist(), strict=True))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
+import torch
+
 from opd_megatron.config import DEFAULT_ROUTE, RunConfig
+from opd_megatron.data.alignment import AlignedTokens, TokenizerPair, Translation
 from opd_megatron.data.batching import StepBatches
 from opd_megatron.errors import ConfigError
+from opd_megatron.models import ResolvedModels
 from opd_megatron.types import Rollout, TeacherView
 
 
@@ -88,25 +92,75 @@ class Views:
     """What every teacher sees of a step."""
 
     routing: Routing | None
+    pairs: Mapping[int, TokenizerPair] = field(default_factory=dict)
+    """Of teachers with another tokenizer, by their number."""
+    contexts: Mapping[int, int] = field(default_factory=dict)
+    """Tokens that these can read at once."""
+    spans: frozenset[int] = frozenset()
+    """Those of them that are compared over spans."""
 
-    def of(self, teacher: int, step: StepBatches) -> tuple[StepBatches, TeacherView | None]:
-        """Shows a step to teacher number `teacher`: its samples alone, and its own prompts. No view where that is the
-        step as it is."""
-        routes = None if self.routing is None else self.routing.routes_to(teacher)
-        everything = self.routing is None or routes == frozenset(range(len(self.routing.teachers)))
+    @staticmethod
+    def of_run(config: RunConfig, models: ResolvedModels, pairs: Mapping[int, TokenizerPair]) -> Views:
+        """Reads what a run's teachers see from its configuration."""
+        contexts = {n: getattr(models.teachers[n][1], "max_position_embeddings", None) or sys.maxsize for n in pairs}
+        spans = frozenset(n for n in pairs if config.teachers[n].alignment == "spans")
+        return Views(Routing.of(config), pairs, contexts, spans)
+
+    def of(self, teacher: int, step: StepBatches, *, routed: bool = True) -> tuple[StepBatches, TeacherView | None]:
+        """Shows a step to teacher number `teacher`: its samples alone (all of them where it is not `routed`), with its
+        own prompts and in its own tokens. No view where that is the step as it is."""
+        routing = self.routing if routed else None
+        routes = None if routing is None else routing.routes_to(teacher)
+        everything = routing is None or routes == frozenset(range(len(routing.teachers)))
         own_prompts = any(teacher in rollout.prompt.contexts for rollout in step.rollouts)
-        if everything and not own_prompts:
+        if everything and not own_prompts and teacher not in self.pairs:
             return step, None
+        translations: dict[int, Translation] = {}
 
         def seen(rollout: Rollout) -> Rollout | None:
-            if not everything and self.routing is not None and self.routing.route_of(rollout) not in (routes or ()):
+            if not everything and routing is not None and routing.route_of(rollout) not in (routes or ()):
                 return None
+            if teacher in self.pairs:
+                shown, translation = self.translated(teacher, rollout)
+                translations[id(shown)] = translation
+                return shown
             context = rollout.prompt.contexts.get(teacher)
             if context is None:
                 return rollout
-            return dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, token_ids=context))
+            return replace(rollout, prompt=replace(rollout.prompt, token_ids=context))
 
         shown = step.view(seen)
         numbers = shown.numbers(shown.builder.dp_rank)
         places = {number: place for place, number in enumerate(numbers)}
-        return shown, TeacherView(shown[: len(numbers)], places, None if everything else routes)
+        view = TeacherView(shown[: len(numbers)], places, None if everything else routes)
+        return shown, self._aligned(teacher, shown, translations, view) if teacher in self.pairs else view
+
+    def translated(self, teacher: int, rollout: Rollout) -> tuple[Rollout, Translation]:
+        """The same answer in the teacher's tokens, after its own prompt or, without one, a translation of the
+        student's."""
+        pair = self.pairs[teacher]
+        context = rollout.prompt.contexts.get(teacher)
+        if context is None:
+            context = tuple(pair.translated(rollout.prompt.token_ids).ids)
+        room = max(1, self.contexts.get(teacher, sys.maxsize) - len(context))
+        translation = pair.translated(rollout.response_ids.tolist(), room)
+        shown = replace(
+            rollout, prompt=replace(rollout.prompt, token_ids=context), response_ids=torch.tensor(translation.ids),
+            logprobs=None, advantage=None,
+        )  # fmt: skip
+        return shown, translation
+
+    def _aligned(
+        self, teacher: int, shown: StepBatches, translations: Mapping[int, Translation], view: TeacherView
+    ) -> TeacherView:
+        """Adds where the answers of this rank's micro batches meet, and how often those of all ranks do."""
+        builder = shown.builder
+        aligned = [
+            AlignedTokens.joined([translations[id(shown.rollouts[i])] for i in portion.rollouts], builder.device)
+            for portion in shown.deal[builder.dp_rank]
+            if portion.number >= 0
+        ]
+        dealt = [translations[id(shown.rollouts[i])] for i in shown.dealt]
+        met = [each.spans if teacher in self.spans else each.rows for each in dealt]
+        share = sum(int((places >= 0).sum()) for places in met) / max(1, sum(len(places) for places in met))
+        return replace(view, aligned=aligned, aligned_share=share)

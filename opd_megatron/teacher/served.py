@@ -203,8 +203,8 @@ class Served:
                 f"objective.temperature={config.objective.temperature} must be 1 with teachers.{number}.top_k, whose "
                 "log-probabilities are at 1: set it, or serve hidden states"
             )
-        name, sets = config.teacher_names[number], list(config.routes.values()) or [config.teacher_names]
-        if any(isinstance(names, list) and name in names and len(names) > 1 for names in sets):
+        name = config.teacher_names[number]
+        if any(name in names and len(names) > 1 for names in config.teacher_sets):
             raise ConfigError(
                 f"teachers.{number}.top_k={teacher.top_k} cannot be one of an ensemble of whole distributions: "
                 "serve its hidden states, or give it a route of its own"

@@ -34,7 +34,7 @@ def load_teacher(
 ) -> HiddenStatesModel:
     """Builds this rank's shard of a frozen teacher. Raises WeightsError."""
     folder, hf_config = source
-    padded_vocab = models.padded_vocab(grid.tp_size)
+    padded_vocab = models.padded_vocab(grid.tp_size, hf_config)
     model = build_gpt_model(
         hf_config,
         grid,

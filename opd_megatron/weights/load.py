@@ -71,6 +71,27 @@ def load_head(
         _fill(tensor, param, table, layout, source)
 
 
+_HEAD_ROWS = 8192
+
+
+@torch.no_grad()
+def load_head_rows(source_dir: Path, hf_config: PretrainedConfig, ids: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Fills `tensor` [n, h] with the rows of some tokens, `ids` [n], of a model's LM head (its embedding where tied),
+    cast to its dtype.
+
+    Raises:
+        WeightsError: as `load_head`.
+    """
+    table = sharding_table(hf_config, ShardLayout(hf_config.vocab_size, 0, hf_config.num_hidden_layers))
+    with SafetensorsSource(source_dir) as source:
+        name = EMBEDDING if table.tied and EMBEDDING in source.names else HEAD
+        source.expect_shape(name, (hf_config.vocab_size, hf_config.hidden_size))
+        for first in range(0, hf_config.vocab_size, _HEAD_ROWS):
+            rows = source.get_slice(name, (slice(first, first + _HEAD_ROWS),))
+            wanted = ((ids >= first) & (ids < first + _HEAD_ROWS)).nonzero().squeeze(1)
+            tensor[wanted.to(tensor.device)] = rows[ids[wanted] - first].to(tensor)
+
+
 def _fill(
     tensor: torch.Tensor, param: StageParameter, table: ShardingTable, layout: ShardLayout, source: SafetensorsSource
 ) -> None:
