@@ -257,9 +257,9 @@ def row_logprobs(
         return torch.empty(0, dtype=spec.dtype, device=hidden.device)
     log_sum, at = torch.cat(parts, dim=1)
     if spec.group is not None:
-        everyone = log_sum.new_empty(dist.get_world_size(spec.group), len(log_sum))
+        everyone = log_sum.new_empty(dist.get_world_size(spec.group) * len(log_sum))
         dist.all_gather_into_tensor(everyone, log_sum.contiguous(), group=spec.group)
-        log_sum = everyone.logsumexp(0)
+        log_sum = everyone.view(-1, len(log_sum)).logsumexp(0)
         at = at.contiguous()
         dist.all_reduce(at, group=spec.group)
     return at - log_sum
