@@ -152,6 +152,10 @@ class RunSizes:
         """Vocabulary columns on each tensor-parallel rank."""
         return self.models.padded_vocab(self.tp_size) // self.tp_size
 
+    def head_columns(self, hf_config: PretrainedConfig) -> int:
+        """The same of a teacher's head at the student's side; another vocabulary's are dealt to the ranks."""
+        return self.models.padded_vocab(self.tp_size, hf_config) // self.tp_size
+
     @property
     def bytes_per_element(self) -> int:
         """Bytes of one element of the student's weights."""
@@ -178,7 +182,7 @@ class RunSizes:
 
     def _stages(self, hf_config: PretrainedConfig, tensor: int, pipeline: int) -> list[StageShard]:
         first = ShardLayout(
-            self.models.padded_vocab(tensor), 0, hf_config.num_hidden_layers // pipeline,
+            self.models.padded_vocab(tensor, hf_config), 0, hf_config.num_hidden_layers // pipeline,
             tp_size=tensor, pp_size=pipeline, ep_size=self.ep_size,
         )  # fmt: skip
         if (id(hf_config), first) not in self.shards:

@@ -238,10 +238,10 @@ class Cached:
         the weights to be there where they compute what is not."""
         element, last = BYTES_PER_ELEMENT[decided(teacher.dtype)], stage == sizes.pp_size - 1
         states = sizes.response_tokens * hf_config.hidden_size * element if last else 0.0
-        head = sizes.vocab_per_rank * hf_config.hidden_size * element if last else 0.0
+        head = sizes.head_columns(hf_config) * hf_config.hidden_size * element if last else 0.0
         alone = TeacherCost(
             memory={"teachers": 0.0, "teacher heads": head, "teacher states": states},
-            logits_bytes=sizes.vocab_per_rank * element,
+            logits_bytes=sizes.head_columns(hf_config) * element,
             flops=sizes.head_flops(hf_config),
             states_bytes=states * sizes.micro_batches,
         )

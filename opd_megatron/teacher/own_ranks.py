@@ -187,10 +187,10 @@ class OwnRanks:
         return TeacherCost(
             memory={
                 "teachers": 0.0,
-                "teacher heads": sizes.vocab_per_rank * hf_config.hidden_size * element if last else 0.0,
+                "teacher heads": sizes.head_columns(hf_config) * hf_config.hidden_size * element if last else 0.0,
                 "teacher states": states / sizes.sequence_shards if last else 0.0,
             },
-            logits_bytes=sizes.vocab_per_rank * element,
+            logits_bytes=sizes.head_columns(hf_config) * element,
             flops=sizes.head_flops(hf_config),
             layout=ParallelConfig(**teacher.model_dump(include={"tensor", "pipeline", "data", "expert"})),
             own_ranks=teacher.ranks,

@@ -238,10 +238,10 @@ class Served:
         return TeacherCost(
             memory={
                 "teachers": 0.0,
-                "teacher heads": sizes.vocab_per_rank * hf_config.hidden_size * element if last else 0.0,
+                "teacher heads": sizes.head_columns(hf_config) * hf_config.hidden_size * element if last else 0.0,
                 "teacher states": states if last else 0.0,
             },
-            logits_bytes=sizes.vocab_per_rank * element,
+            logits_bytes=sizes.head_columns(hf_config) * element,
             flops=sizes.head_flops(hf_config),
             states_bytes=states * sizes.micro_batches if last else 0.0,
         )

@@ -83,13 +83,16 @@ class StudentRanks:
         last = stage == sizes.pp_size - 1
         head = 0 if shard.tied else shard.head
         if not same:
-            head = sizes.vocab_per_rank * hf_config.hidden_size if last else 0
+            head = sizes.head_columns(hf_config) * hf_config.hidden_size if last else 0
         states = sizes.response_tokens * sizes.micro_batches * hf_config.hidden_size * element if last else 0
         held = (shard.parameters - (head if same else 0)) * element
         if teacher.update == "live":
             held = head = 0
         elif teacher.update == "ema" and element < AVERAGE_BYTES:
             held += shard.parameters * AVERAGE_BYTES
+        translated = 0  # of a teacher with another tokenizer, beside the model's own
+        if teacher.alignment is not None and same and last:
+            translated = sizes.head_columns(hf_config) * hf_config.hidden_size
         layout = ParallelConfig(
             tensor=tensor, pipeline=pipeline, expert=sizes.ep_size, data=sizes.ranks // (tensor * pipeline)
         )
@@ -97,10 +100,10 @@ class StudentRanks:
         return TeacherCost(
             memory={
                 "teachers": held,
-                "teacher heads": head * element,
+                "teacher heads": (head + translated) * element,
                 "teacher states": states,
             },
-            logits_bytes=sizes.vocab_per_rank * element,
+            logits_bytes=sizes.head_columns(hf_config) * element,
             tensor_bytes=2 * hf_config.num_hidden_layers * hf_config.hidden_size * element,
             pipeline_bytes=hf_config.hidden_size * element,
             expert_bytes=to_experts,

@@ -182,7 +182,8 @@ class _ChunkLoop:
         states = _gathered(teacher.hidden, teacher.gather_index, args.spec.group)
         policy = args.policy
         if args.targets is not None:
-            self.row_logprobs = row_logprobs(states, head, teacher.targets, args.spec, tokens)
+            chunk = max(1, tokens * self.columns // max(1, len(head)))  # of as many logits as the student's
+            self.row_logprobs = row_logprobs(states, head, teacher.targets, args.spec, chunk)
         spread = None
         if policy is not None and self.row_logprobs is not None:
             spread = teacher.spread(policy.rollout_logprobs, self.row_logprobs)
