@@ -6,6 +6,7 @@ linear            the divergence from hidden states and LM heads, chunk by chunk
 vocab_parallel    the same from logits that are already there
 policy            policy-gradient terms on the sampled tokens
 topk              teachers that give only their k best log-probabilities
+shared            teachers of another vocabulary
 verl_style        the same under verl's names: `compute_on_policy_distillation_loss`
 reduction         from per-token terms to a step's means over all ranks
 reference         all of it written densely from the formulae: read this first
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opd_megatron.losses.linear import DivergenceTerms, linear_divergence, linear_divergence_terms
     from opd_megatron.losses.policy import PolicyTerm
+    from opd_megatron.losses.shared import SharedTeacher
     from opd_megatron.losses.topk import TopKTeacher
     from opd_megatron.losses.verl_style import (
         compute_forward_kl_loss,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DivergenceTerms",
     "PolicyTerm",
+    "SharedTeacher",
     "TopKTeacher",
     "compute_forward_kl_loss",
     "compute_generalized_jsd_loss",
@@ -48,6 +51,7 @@ __all__ = [
 _MODULES = {
     "DivergenceTerms": "linear",
     "PolicyTerm": "policy",
+    "SharedTeacher": "shared",
     "TopKTeacher": "topk",
     **dict.fromkeys(
         (
