@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from opd_megatron.data.alignment import AlignedTokens
 
 NamedTensor = tuple[str, torch.Tensor]
 """A Hugging Face parameter name and its value: whole, unless the text says shards."""
@@ -180,6 +177,25 @@ class TeacherInputs:
     """Response tokens that it scored, of all ranks."""
     seconds: float = 0.0
     """That the student stood still for it before the update."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlignedTokens:
+    """The response tokens of a micro batch in two tokenizations, T of the student's and T' of the teacher's, in the
+    order of the batches."""
+
+    rows: torch.Tensor
+    """[T] int64: row of the teacher's T' that predicts what follows the same text; -1 for none."""
+    spans: torch.Tensor
+    """[T] int64, numbered through the micro batch; -1 for none."""
+    spans_of_rows: torch.Tensor
+    """[T'] int64."""
+    targets: torch.Tensor
+    """[T'] int64: the teacher's tokens."""
+
+    def of_tokens(self, kept: torch.Tensor) -> AlignedTokens:
+        """Selects some of the student's tokens, whole answers of them; the teacher's stay."""
+        return AlignedTokens(self.rows[kept], self.spans[kept], self.spans_of_rows, self.targets)
 
 
 @dataclass(frozen=True, slots=True)

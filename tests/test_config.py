@@ -273,13 +273,13 @@ def test_a_placement_selects_the_keys_of_a_teacher() -> None:
     assert {name for name, *_ in config_keys(Run)} == {
         "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.offload",
         "teachers.0.tensor", "teachers.0.pipeline", "teachers.0.url", "teachers.0.name", "teachers.0.prompt",
-        "teachers.0.fingerprint", "teachers.0.update", "teachers.0.decay",
+        "teachers.0.fingerprint", "teachers.0.alignment", "teachers.0.update", "teachers.0.decay",
     }  # fmt: skip
     for entry, message in (
         (
             {"path": "a", "url": "x"},
-            "unknown config key 'teachers.0.url': known keys: name, path, weight, prompt, fingerprint, dtype, "
-            "placement, tensor, pipeline, offload, update, decay",
+            "unknown config key 'teachers.0.url': known keys: name, path, weight, prompt, alignment, fingerprint, "
+            "dtype, placement, tensor, pipeline, offload, update, decay",
         ),
         ({"path": "a", "placement": "elsewhere", "ur": "x"}, "unknown config key 'teachers.0.ur': did you mean 'url'?"),
         ({"path": "a", "placement": "nowhere"}, "teachers.0.placement='nowhere' is not one: use student or elsewhere"),

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.data.token_bytes import TokenBytes
 from opd_megatron.errors import TokenizerMismatchError
+from opd_megatron.types import AlignedTokens
 
 UNALIGNED = -1
 
@@ -162,34 +163,16 @@ def _half_a_character(data: bytes) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AlignedTokens:
-    """The response tokens of a micro batch, T of the student's and T' of the teacher's, in the order of the batches."""
-
-    rows: torch.Tensor
-    """[T] int64: row of the teacher's T' that predicts what follows the same text; -1 for none."""
-    spans: torch.Tensor
-    """[T] int64, numbered through the micro batch; -1 for none."""
-    spans_of_rows: torch.Tensor
-    """[T'] int64."""
-    targets: torch.Tensor
-    """[T'] int64: the teacher's tokens."""
-
-    @staticmethod
-    def joined(translations: Sequence[Translation], device: torch.device) -> AlignedTokens:
-        """Puts the answers of a micro batch one after another."""
-        rows, spans, of_rows = [], [], []
-        first_row = first_span = 0
-        for each in translations:
-            rows.append(np.where(each.rows == UNALIGNED, UNALIGNED, each.rows + first_row))
-            spans.append(np.where(each.spans == UNALIGNED, UNALIGNED, each.spans + first_span))
-            of_rows.append(np.where(each.of_teacher == UNALIGNED, UNALIGNED, each.of_teacher + first_span))
-            first_row += len(each.ids)
-            first_span += 1 + max(each.spans.max(initial=UNALIGNED), each.of_teacher.max(initial=UNALIGNED))
-        ids = [np.asarray(each.ids, dtype=np.int64) for each in translations]
-        parts = (np.concatenate(part) for part in (rows, spans, of_rows, ids))
-        return AlignedTokens(*(torch.from_numpy(part).to(device) for part in parts))
-
-    def of_tokens(self, kept: torch.Tensor) -> AlignedTokens:
-        """Selects some of the student's tokens, whole answers of them; the teacher's stay."""
-        return AlignedTokens(self.rows[kept], self.spans[kept], self.spans_of_rows, self.targets)
+def aligned_tokens(translations: Sequence[Translation], device: torch.device) -> AlignedTokens:
+    """Puts the answers of a micro batch one after another."""
+    rows, spans, of_rows = [], [], []
+    first_row = first_span = 0
+    for each in translations:
+        rows.append(np.where(each.rows == UNALIGNED, UNALIGNED, each.rows + first_row))
+        spans.append(np.where(each.spans == UNALIGNED, UNALIGNED, each.spans + first_span))
+        of_rows.append(np.where(each.of_teacher == UNALIGNED, UNALIGNED, each.of_teacher + first_span))
+        first_row += len(each.ids)
+        first_span += 1 + max(each.spans.max(initial=UNALIGNED), each.of_teacher.max(initial=UNALIGNED))
+    ids = [np.asarray(each.ids, dtype=np.int64) for each in translations]
+    parts = (np.concatenate(part) for part in (rows, spans, of_rows, ids))
+    return AlignedTokens(*(torch.from_numpy(part).to(device) for part in parts))

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from opd_megatron.data.alignment import AlignedTokens
 from opd_megatron.losses.shared import SharedTeacher, TranslatedHead
 from opd_megatron.losses.topk import TopKTeacher
-from opd_megatron.types import Batch, TeacherInputs, TeacherView
+from opd_megatron.types import AlignedTokens, Batch, TeacherInputs, TeacherView
 
 GatherIndex = Callable[[torch.Tensor], torch.Tensor | None]
 """`HiddenStatesModel.gather_index`."""

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 import torch
 
 from opd_megatron.config import DEFAULT_ROUTE, RunConfig
-from opd_megatron.data.alignment import AlignedTokens, TokenizerPair, Translation
+from opd_megatron.data.alignment import TokenizerPair, Translation, aligned_tokens
 from opd_megatron.data.batching import StepBatches
 from opd_megatron.errors import ConfigError
 from opd_megatron.models import ResolvedModels
@@ -156,7 +156,7 @@ class Views:
         """Adds where the answers of this rank's micro batches meet, and how often those of all ranks do."""
         builder = shown.builder
         aligned = [
-            AlignedTokens.joined([translations[id(shown.rollouts[i])] for i in portion.rollouts], builder.device)
+            aligned_tokens([translations[id(shown.rollouts[i])] for i in portion.rollouts], builder.device)
             for portion in shown.deal[builder.dp_rank]
             if portion.number >= 0
         ]

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd_megatron.data.alignment import AlignedTokens, TokenizerPair
+from opd_megatron.data.alignment import TokenizerPair, aligned_tokens
 from opd_megatron.data.token_bytes import TokenBytes
 from opd_megatron.errors import TokenizerMismatchError
 from tests.byte_tokenizer import save_byte_tokenizer
@@ -182,7 +182,7 @@ def test_an_answer_without_anything_in_common_still_has_a_token(tokenizers: Any)
 def test_the_answers_of_a_micro_batch_are_numbered_through(tokenizers: Any) -> None:
     pair = _pair(tokenizers, "sums", "words")
     each = [pair.translated(_ids(tokenizers["sums"], text)) for text in ("It is", "the answer", "🙂")]
-    joined = AlignedTokens.joined(each, torch.device("cpu"))
+    joined = aligned_tokens(each, torch.device("cpu"))
     rows = spans = 0
     for n, one in enumerate(each):
         begin = sum(len(other.rows) for other in each[:n])
