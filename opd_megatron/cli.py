@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from opd_megatron import __version__
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import Parser, config_reference, parse_run, run_parser
+from opd_megatron.config import GOLD
 from opd_megatron.errors import ConfigError
 from opd_megatron.train import check, describe, settle_precision, train
 
@@ -108,7 +109,9 @@ def _cache_teacher(argv: list[str]) -> int:
         help="answers that a run has saved (logging.rollouts=true): its run directory, or files; may be given again",
     )  # fmt: skip
     parser.add_argument(
-        "--answers", action="store_true", help="gold answers of the training data; the default without --rollouts"
+        "--answers",
+        action="store_true",
+        help="gold answers of the training data; the default without --rollouts, where data.answers names no others",
     )
     parser.add_argument("--shard-mib", type=int, default=1024, metavar="N", help="size of a file (default 1024)")
     words, _ = parser.parse_known_intermixed_args(argv)
@@ -126,8 +129,9 @@ def _cache_teacher(argv: list[str]) -> int:
     launcher.tell(lines)
     launcher.leave_cleanly_on_sigterm()
     rollouts = [Path(path) for path in words.rollouts]
+    gold = words.answers or (not rollouts and config.data.answers == GOLD)
     found = cache_teachers(
-        config, models, cached, rollouts=rollouts, answers=words.answers or not rollouts,
+        config, models, cached, rollouts=rollouts, answers=gold,
         shard_bytes=max(1, words.shard_mib) * 2**20,
     )  # fmt: skip
     launcher.tell(found)

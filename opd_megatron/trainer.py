@@ -33,10 +33,11 @@ from opd_megatron.run.build import RunParts, build_run
 from opd_megatron.run.export import export_hf
 from opd_megatron.run.identity import check_identity, student_only, unchanged_part
 from opd_megatron.run.report import write_report
+from opd_megatron.run.step_plan import StepPlanner
 from opd_megatron.system.collectives import all_ranks_max
 from opd_megatron.system.signals import stop_requested
 from opd_megatron.teacher import ask_teachers, meters
-from opd_megatron.types import Rollout, SampleRequest, Sampling, StepMetrics, StepOutput
+from opd_megatron.types import Rollout, Sampling, StepMetrics, StepOutput
 
 
 @dataclass(kw_only=True)
@@ -51,8 +52,9 @@ class OPDTrainer(RunParts):
 
     def __post_init__(self) -> None:
         rollout = self.config.rollout
+        planner = StepPlanner(self.config, self.prompts, self.given)
         self.rollouts = StepRollouts(
-            self.rollout_client, self.prompts, self._requests_of, self._sampling(), rollout.steps_ahead,
+            self.rollout_client, self.prompts, planner.plan, self._sampling(), rollout.steps_ahead,
             self.config.steps,
         )  # fmt: skip
         taken = BYTES_PER_ELEMENT[decided(rollout.dtype)]
@@ -88,7 +90,8 @@ class OPDTrainer(RunParts):
         """Makes one optimizer step on fresh samples of the student."""
         timers = self.timers
         with timers.phase("sync"):
-            self.rollout_client.wake()
+            if self.config.samples:
+                self.rollout_client.wake()
         with timers.phase("rollout"):
             rollouts = self.rollouts.take(self.step_count)
         micro_batches = self.batches.build(apply_stages(rollouts, self.stages))
@@ -102,23 +105,13 @@ class OPDTrainer(RunParts):
         with timers.phase("rollout"):
             self.rollouts.collect()
         with timers.phase("sync"):
-            self.rollout_client.sync_weights(self.step_count)
+            if self.config.samples:
+                self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
         self._save_rollouts(rollouts)
         return self._metrics(rollouts, output, meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
-
-    def _requests_of(self, step: int) -> list[SampleRequest]:
-        """Takes the next prompts for the samples of a step. Every sequence of a run has a seed of its own, so that an
-        answer depends neither on the engine nor on the order of requests, and a resumed run draws the same one."""
-        answers = self.config.rollout.samples_per_prompt
-        first = self.config.seed * 1_000_003 + step * self.config.sequences_per_step
-        return [
-            SampleRequest(prompt, seed=first + group * answers + answer, group=group)
-            for group, prompt in enumerate(self.prompts.next_prompts())
-            for answer in range(answers)
-        ]
 
     def _sampling(self) -> Sampling:
         rollout = self.config.rollout
@@ -133,7 +126,8 @@ class OPDTrainer(RunParts):
         every = self.config.logging.sample_every
         if every and (self.step_count == 1 or self.step_count % every == 0):
             try:
-                self.display.sample(readable_sample(rollouts[0], self.tokenizer))
+                own = next((rollout for rollout in rollouts if rollout.policy_version >= 0), rollouts[0])
+                self.display.sample(readable_sample(own, self.tokenizer))
             except Exception as error:  # a tokenizer that cannot decode what it encoded ends no run
                 self.display.note(f"sample: cannot be shown ({one_line(error)})")
 
@@ -145,13 +139,13 @@ class OPDTrainer(RunParts):
                 self.display.note(f"warning: rollouts of step {self.step_count} are not saved ({one_line(error)})")
 
     def _metrics(self, rollouts: list[Rollout], output: StepOutput, of_teachers: dict[str, float]) -> StepMetrics:
-        lengths = [len(rollout.response_ids) for rollout in rollouts]
-        finished = sum(rollout.finish_reason == "stop" for rollout in rollouts)
+        own = [rollout for rollout in rollouts if rollout.policy_version >= 0]
+        version = min((rollout.policy_version for rollout in own), default=self.step_count - 1)
         means, seconds = dict(output.metrics), self.timers.collect()
         return StepMetrics(
             step=self.step_count,
             tokens=output.tokens,
-            policy_version=min(rollout.policy_version for rollout in rollouts),
+            policy_version=version,
             grad_norm=output.grad_norm,
             lr=output.lr,
             loss=means.pop("loss"),
@@ -160,10 +154,9 @@ class OPDTrainer(RunParts):
             extra={
                 **means,
                 **of_teachers,
-                "policy_lag": self.step_count - 1 - min(rollout.policy_version for rollout in rollouts),
-                "rollout/mean_length": sum(lengths) / len(lengths),
-                "rollout/finished": finished / len(rollouts),
-                "rollout/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+                "policy_lag": self.step_count - 1 - version,
+                **_of_rollouts(own),
+                **({"rollout/on_policy": len(own) / len(rollouts)} if self.given is not None else {}),
                 **seconds,
                 "sync/bytes": self._weights_bytes,
                 "sync/gb_per_second": _rate(self._weights_bytes / 1e9, seconds["time/sync"]),
@@ -190,7 +183,8 @@ class OPDTrainer(RunParts):
                 if self.step_count < self.config.steps and not self._between_steps():
                     if self.step_count == 0:
                         self.student.make_optimizer_state()  # before the engine takes its share
-                    self.rollout_client.start(self.step_count)
+                    if self.config.samples:
+                        self.rollout_client.start(self.step_count)
                     while self.step_count < self.config.steps:
                         self._train_step(log)
                         if self._between_steps():
@@ -328,3 +322,15 @@ def _rates(tokens: int, seconds: float, ranks: int) -> dict[str, float]:
 
 def _rate(amount: float, seconds: float) -> float:
     return amount / seconds if seconds else 0.0
+
+
+def _of_rollouts(sampled: list[Rollout]) -> dict[str, float]:
+    """Of what the student has sampled; nothing where it has not."""
+    if not sampled:
+        return {}
+    count = len(sampled)
+    return {
+        "rollout/mean_length": sum(len(rollout.response_ids) for rollout in sampled) / count,
+        "rollout/finished": sum(rollout.finish_reason == "stop" for rollout in sampled) / count,
+        "rollout/truncated": sum(rollout.finish_reason == "length" for rollout in sampled) / count,
+    }

@@ -76,6 +76,7 @@ def value_at(config: RunConfig, key: str) -> object:
 
 
 SAMPLE = {
+    "data.on_policy_fraction": 0.5,
     "student.path": "s", "teachers.0.path": "t", "data.source": "d", "objective.type": "gkd", "objective.beta": 0.25,
     "objective.temperature": 2.0, "objective.lambda_rl": 0.5, "objective.lambda_distill": 0.75, "output_dir": "o",
     "objective.alpha": 0.2, "objective.lambda_coef": 0.3, "objective.kl_coef": 0.4,
@@ -95,7 +96,7 @@ def test_every_spelling_of_an_alias_sets_its_key(key: str, name: str, dashes: bo
 def test_the_published_flags_are_all_aliases() -> None:
     published = """student_model_path teacher_model_path dataset_path distillation_type distillation_beta
     distillation_temperature lambda_rl lambda_distill output_dir student_model teacher_model dataset temperature
-    distillation_alpha skew_alpha lambda_coef kl_coef"""
+    distillation_alpha skew_alpha lambda_coef kl_coef lmbda on_policy_fraction"""
     assert {name for names in ALIASES.values() for name in names} == set(published.split())
 
 

@@ -24,6 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "student.path": ("student_model_path", "student_model"),
     "teachers.0.path": ("teacher_model_path", "teacher_model"),
     "data.source": ("dataset_path", "dataset"),
+    "data.on_policy_fraction": ("lmbda", "on_policy_fraction"),
     "objective.type": ("distillation_type",),
     "objective.beta": ("distillation_beta",),
     "objective.temperature": ("distillation_temperature", "temperature"),

@@ -10,6 +10,7 @@ from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.precision import decide_precision, decided, take_precision
 from opd_megatron.config.run import DEFAULT_ROUTE, RunConfig
 from opd_megatron.config.sections import (
+    GOLD,
     CheckpointConfig,
     DataConfig,
     DataSourceConfig,
@@ -34,6 +35,7 @@ from opd_megatron.config.teachers import (
 
 __all__ = [
     "DEFAULT_ROUTE",
+    "GOLD",
     "CachedTeacherConfig",
     "CheckpointConfig",
     "DataConfig",

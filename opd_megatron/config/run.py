@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.sections import (
+    GOLD,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
@@ -78,6 +79,11 @@ class RunConfig(Section):
     @property
     def sequences_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student samples answers."""
+        return self.data.on_policy_fraction > 0
 
     @property
     def world_size(self) -> int:
@@ -179,6 +185,18 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.placement={self.rollout.placement} with rollout.hosts={self.rollout.hosts}: engines on ranks "
                 "of their own need both rollout.placement=own and rollout.hosts, their number of ranks"
+            )
+        given = self.data.on_policy_fraction < 1
+        if given and objective.is_sampled:
+            raise ValueError(
+                f"data.on_policy_fraction={self.data.on_policy_fraction} needs an objective over whole distributions: "
+                f"objective.type={objective.type} scores what the student has sampled; set it to reverse_kl, or the "
+                "fraction to 1"
+            )
+        if not given and self.data.answers != GOLD:
+            raise ValueError(
+                f"data.answers={self.data.answers!r} has no effect with data.on_policy_fraction=1: lower it, or leave "
+                "the answers out"
             )
         self.micro_batch_size(parallel.data or 1)
         return self

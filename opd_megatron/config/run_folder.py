@@ -108,6 +108,7 @@ def _paths(tree: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     sources = data.get("sources") if isinstance(data, dict) else None
     places = [
         (tree.get("student"), "path"), (tree.get("student"), "tokenizer"), (data, "source"), (data, "eval_source"),
+        (data, "answers"),
         *((teacher, "path") for teacher in others),
         *((teacher, "cache") for teacher in teachers),
         *((source, "source") for source in (sources if isinstance(sources, list) else [])),

@@ -69,6 +69,10 @@ class DataSourceConfig(Section):
     """Share of the prompts that come from here, relative to the other sources' weights."""
 
 
+GOLD = "gold"
+"""`data.answers` of the data's own answers."""
+
+
 class DataConfig(Section):
     source: UserPath = "gsm_symbolic"
     """`gsm_symbolic` (made offline); a .jsonl, .json, .csv, .tsv or .parquet file; a folder of such; or the hub id of a
@@ -101,6 +105,12 @@ class DataConfig(Section):
     """Leave out prompts over `max_prompt_tokens` instead of stopping."""
     limit: PositiveInt | None = None
     """Use only the first N rows."""
+    on_policy_fraction: Fraction = 1.0
+    """Share of a step's prompts whose answers the student samples (GKD's lambda); the others have `answers`. With 0
+    nothing is sampled and no engine starts."""
+    answers: UserPath = GOLD
+    """Answers that are not sampled: `gold` for those of the data; or what a run has saved (`logging.rollouts`): its
+    directory, a folder of such files, or one."""
     eval_source: UserPath | None = None
     """Where held-out rows come from; by default the same source (its test split, or rows kept apart)."""
     eval_split: str = "test"

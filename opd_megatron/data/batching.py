@@ -82,6 +82,7 @@ class StepBatches(list[Batch]):
     ) -> None:
         self.builder, self.rollouts, self.deal = builder, rollouts, deal
         self._scales = token_scales(rollouts, balance)
+        self._sampled = all(rollout.logprobs is not None for rollout in rollouts)
         super().__init__(self._made(builder))
 
     def of(self, dp_rank: int, **changes: Any) -> list[Batch]:
@@ -141,6 +142,7 @@ class StepBatches(list[Batch]):
                 multiple_of=builder.multiple_of,
                 length=length,
                 scales=[self._scales[i] for i in portion.rollouts] or [0.0],
+                sampled=self._sampled,
                 routes=None if builder.route_of is None else [builder.route_of(each) for each in rollouts or [some]],
             )
             made.append(batch.with_rows(rows or len(batch.tokens)).to(builder.device))
@@ -155,6 +157,7 @@ def make_batch(
     pad_id: int = 0,
     scales: Sequence[float] | None = None,
     routes: Sequence[int] | None = None,
+    sampled: bool | None = None,
 ) -> Batch:
     """Pads the rollouts on the right to one batch, in their order.
 
@@ -166,6 +169,8 @@ def make_batch(
         length: S before rounding; the longest sequence by default.
         scales: the weight of each rollout's tokens instead of 1.
         routes: which teachers each rollout is for; `Batch.routes`.
+        sampled: whether the batch has their log-probabilities, which are left out where some of a step have none; by
+            default whether they do.
     """
     assert rollouts, "a batch needs at least one sequence"
     longest = max(_length(rollout) for rollout in rollouts)
@@ -188,8 +193,10 @@ def make_batch(
             logprobs[row, start - 1 : end - 1] = rollout.logprobs
         if rollout.advantage is not None:
             advantages[row, start - 1 : end - 1] = rollout.advantage
-    sampled, scored = rollouts[0].logprobs is not None, rollouts[0].advantage is not None
-    assert all((rollout.logprobs is not None) == sampled for rollout in rollouts), "some were sampled, some were not"
+    if sampled is None:
+        sampled = rollouts[0].logprobs is not None
+        assert all((rollout.logprobs is not None) == sampled for rollout in rollouts), "some were sampled, some not"
+    scored = rollouts[0].advantage is not None
     assert all((rollout.advantage is not None) == scored for rollout in rollouts), "some have an advantage, some none"
     return Batch(
         tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_megatron.config import RunConfig
 from opd_megatron.data.contexts import ContextTemplate, context_templates
 from opd_megatron.data.encoder import Encoder
+from opd_megatron.data.given_answers import GivenAnswers
 from opd_megatron.data.rows import Example
 from opd_megatron.data.sources import read_rows
 from opd_megatron.data.template import ChatTemplate
@@ -97,6 +98,10 @@ class PromptDataset:
         for index, row in enumerate(self._rows):
             found.setdefault(row.source, []).append(index)
         return [found[source] for source in sorted(found)]
+
+    def rows_of(self, ids: Container[str]) -> list[int]:
+        """Finds the rows with one of these names, by index."""
+        return [index for index, row in enumerate(self._rows) if row.id in ids]
 
     def tasks(self) -> list[str | None]:
         """The task of each row."""
@@ -265,12 +270,14 @@ def build_train_and_eval(
     tokenizer: PreTrainedTokenizerBase,
     notes: list[str] | None = None,
     encoders: Mapping[int, Encoder] | None = None,
+    given: GivenAnswers | None = None,
 ) -> tuple[PromptStream, list[Prompt]]:
     """Builds the stream of training prompts, and the held-out prompts, each with `answer_ids`.
 
     The held-out list is empty when evaluation is off or there are no gold answers. Held-out answers are cut to
     `rollout.max_new_tokens`, the length that training sees. `notes` gets lines on what was found otherwise than named.
-    `encoders`: of teachers with another tokenizer, by their number.
+    `encoders`: of teachers with another tokenizer, by their number. `given`: answers that are not sampled; where all
+    are given, rows without one are left out.
 
     Raises:
         MissingPathError, DataError: see `read_rows` and `PromptDataset`.
@@ -278,7 +285,17 @@ def build_train_and_eval(
     rows = read_rows(config)
     if notes is not None:
         notes.extend(rows.notes)
-    train = _dataset(config, tokenizer, rows.train, encoders)
+    kept = rows.train
+    if given is not None and config.data.on_policy_fraction == 0:
+        kept = [row for row in rows.train if given.has(row)]
+        if not kept:
+            raise DataError(
+                f"none of {len(rows.train)} prompts has an answer in data.answers={config.data.answers!r}: use the "
+                "data of the run that saved them, or set data.on_policy_fraction above 0"
+            )
+        if notes is not None and len(kept) < len(rows.train):
+            notes.append(f"{len(rows.train) - len(kept)} of {len(rows.train)} prompts have no answer and are left out")
+    train = _dataset(config, tokenizer, kept, encoders)
     held_out: Iterable[Prompt] = _dataset(config, tokenizer, rows.held_out, encoders) if rows.held_out else ()
     weights = rows.weights if len(rows.weights) > 1 else None
     return PromptStream(train, config.rollout.prompts_per_step, config.seed, weights), list(held_out)

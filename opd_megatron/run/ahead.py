@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from opd_megatron.data.prompts import PromptStream
 from opd_megatron.errors import CheckpointError, StalePolicyError
 from opd_megatron.rollout.client import RolloutClient
+from opd_megatron.run.step_plan import StepPlan
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 
 
@@ -28,42 +29,45 @@ class StepRollouts:
 
     client: RolloutClient
     prompts: PromptStream
-    requests: Callable[[int], list[SampleRequest]]
-    """Takes the next prompts and makes the requests of a step."""
+    plan: Callable[[int], StepPlan]
+    """Takes the next prompts and plans a step with them."""
     sampling: Sampling
     steps_ahead: int
     last: int
     """Steps of the run: nothing is sampled for one that does not come."""
-    _ahead: list[Rollout] = field(default_factory=list)
+    _ahead: tuple[StepPlan, list[Rollout]] | None = None
     _cursor: Any = None
     """Where the prompts of `_ahead` begin."""
-    _begun: bool = False
+    _begun: StepPlan | None = None
 
     def take(self, step: int) -> list[Rollout]:
         """The rollouts that a step trains on; begins with those of the next one where they are sampled ahead.
 
         Raises StalePolicyError when one was sampled by weights that are older than `steps_ahead`.
         """
-        rollouts, self._ahead = self._ahead or self.client.sample(self.requests(step), self.sampling), []
-        _check_age(rollouts, step, self.steps_ahead)
+        plan, sampled = self._ahead or self._sample(self.plan(step))
+        self._ahead = None
+        _check_age(sampled, step, self.steps_ahead)
         if self.steps_ahead and step + 1 < self.last:
-            self._cursor, self._begun = self.prompts.state_dict(), True
-            self.client.begin(self.requests(step + 1), self.sampling)
-        return rollouts
+            self._cursor = self.prompts.state_dict()
+            self._begun = self.plan(step + 1)
+            if self._begun.requests:
+                self.client.begin(self._begun.requests, self.sampling)
+        return plan.whole(sampled)
 
     def collect(self) -> None:
         """Waits for what is sampled ahead: before the weights are synced."""
-        if self._begun:
-            self._begun = False
-            self._ahead = self.client.collect()
+        if self._begun is not None:
+            plan, self._begun = self._begun, None
+            self._ahead = plan, self.client.collect() if plan.requests else []
 
     def cursor(self) -> Any:
         """Where the prompts of the next step begin, between two steps."""
-        return self._cursor if self._ahead else self.prompts.state_dict()
+        return self.prompts.state_dict() if self._ahead is None else self._cursor
 
     def state(self) -> list[dict[str, Any]] | None:
         """The answers that the next step trains on, in JSON; None where they are not sampled yet."""
-        return [_packed(rollout) for rollout in self._ahead] or None
+        return None if self._ahead is None else [_packed(rollout) for rollout in self._ahead[1]] or None
 
     def restore(self, step: int, state: Sequence[dict[str, Any]] | None) -> None:
         """Takes `state` up again, with the prompts at `cursor`. A run that samples in each step needs none of it.
@@ -73,18 +77,22 @@ class StepRollouts:
         if not state or not self.steps_ahead or step >= self.last:
             return
         self._cursor = self.prompts.state_dict()
-        requests = self.requests(step)
-        if len(requests) != len(state):
+        plan = self.plan(step)
+        if len(plan.requests) != len(state):
             raise CheckpointError(
                 f"the checkpoint of step {step} holds {len(state)} answers for the next step, which now has "
-                f"{len(requests)}: keep rollout.prompts_per_step and samples_per_prompt, or set rollout.steps_ahead=0"
+                f"{len(plan.requests)}: keep rollout.prompts_per_step and samples_per_prompt, or set "
+                "rollout.steps_ahead=0"
             )
-        self._ahead = [_unpacked(request, answer) for request, answer in zip(requests, state, strict=True)]
+        self._ahead = plan, [_unpacked(request, answer) for request, answer in zip(plan.requests, state, strict=True)]
+
+    def _sample(self, plan: StepPlan) -> tuple[StepPlan, list[Rollout]]:
+        return plan, self.client.sample(plan.requests, self.sampling) if plan.requests else []
 
 
 def _check_age(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:
-    oldest = min(rollouts, key=lambda rollout: rollout.policy_version)
-    if version - oldest.policy_version > allowed:
+    oldest = min(rollouts, key=lambda rollout: rollout.policy_version, default=None)
+    if oldest is not None and version - oldest.policy_version > allowed:
         raise StalePolicyError(
             f"the answer to prompt {oldest.prompt.id!r} was sampled by policy version {oldest.policy_version}, but "
             f"version {version} is being trained and rollout.steps_ahead={allowed}: sync the weights before sampling"

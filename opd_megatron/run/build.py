@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, decide_precision, take_precision
 from opd_megatron.data.batching import MicroBatchBuilder
+from opd_megatron.data.given_answers import GivenAnswers
 from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.stages import RolloutStage
 from opd_megatron.errors import ConfigError
@@ -56,6 +57,8 @@ class RunParts:
     """Endless; knows where it is, so that a run resumes at the right prompt."""
     rollout_client: RolloutClient
     """Samples from the student's current weights; looks the same on every rank."""
+    given: GivenAnswers | None = None
+    """Answers that are not sampled; None where all are."""
     stages: tuple[RolloutStage, ...] = ()
     """What happens to rollouts between sampling and batching; nothing today."""
     batches: MicroBatchBuilder
@@ -132,6 +135,7 @@ def build_run(
             run_dir=run_dir,
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
+            given=inputs.given,
             rollout_client=_rollout_client(config, fleet, student, teachers, display),
             batches=batches,
             student=student,
@@ -212,7 +216,7 @@ def _launch(
     resume_from: FoundCheckpoint | None, *, launch: bool,
 ) -> None:  # fmt: skip
     """Launches this rank's engines, unless the run is finished. Collective over the ranks that sample."""
-    unfinished = resume_from is None or resume_from.step < config.steps
+    unfinished = config.samples and (resume_from is None or resume_from.step < config.steps)
     try:
         fleet.build(config, models, run_dir, inputs.banned_ids, launch=launch and unfinished)
     except BaseException:
@@ -231,7 +235,7 @@ def _checked(
     run_dir.check(config, training=sampling)
     inputs = read_inputs(config, models)
     identity = run_identity(
-        config, models, inputs.tokenizer, inputs.prompts, inputs.teacher_tokenizers, scoring=scoring
+        config, models, inputs.tokenizer, inputs.prompts, inputs.teacher_tokenizers, given=inputs.given, scoring=scoring
     )
     if scoring:
         config = with_fingerprints(config, teacher_fingerprints(config, models, identity))

@@ -101,10 +101,17 @@ def cache_teachers(
 
 def _sequences(config: RunConfig, inputs: RunInputs, paths: Sequence[Path], *, answers: bool) -> list[Rollout]:
     """What a run can ask of a teacher, the longest first: they need most memory."""
-    dataset = inputs.prompts.dataset
+    dataset, longest = inputs.prompts.dataset, config.rollout.max_new_tokens
     found = evaluated(config, scored_prompts(inputs))
     if answers:
         found += [gold(dataset[row]) for row in range(len(dataset)) if dataset[row].answer_ids]
+    given = inputs.given.saved if inputs.given is not None else None
+    if given:
+        known = {dataset[row].id: dataset[row] for row in dataset.rows_of(given)}
+        found += [
+            replace(each, prompt=known[name], response_ids=each.response_ids[:longest], logprobs=None)
+            for name, rollouts in given.items() if name in known for each in rollouts
+        ]  # fmt: skip
     if paths:
         own_prompts = any((teacher.prompt, teacher.alignment) != (None, None) for teacher in config.teachers)
         known = {dataset[row].id: dataset[row] for row in range(len(dataset))} if own_prompts else {}
@@ -117,7 +124,8 @@ def _sequences(config: RunConfig, inputs: RunInputs, paths: Sequence[Path], *, a
                         "another template than this run's, so that a teacher's own prompt cannot be made: use the "
                         "configuration of the run that saved it"
                     )
-                found.append(replace(rollout, prompt=prompt or rollout.prompt, logprobs=None))  # gold ones have none
+                ids = rollout.response_ids[:longest]
+                found.append(replace(rollout, prompt=prompt or rollout.prompt, response_ids=ids, logprobs=None))
     return sorted(found, key=lambda each: -len(each.prompt.token_ids) - len(each.response_ids))
 
 

@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 from opd_megatron.config import RunConfig
+from opd_megatron.data.given_answers import GivenAnswers
 from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.tokenizer import tokenizer_fingerprint
 from opd_megatron.errors import CheckpointError, ConfigError
@@ -22,7 +23,9 @@ _ARCHITECTURE = (
 """Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
 # What a run may not change when it is resumed: another value would make the curves those of two different runs.
 _IDENTITY = ("seed", "student", "teachers", "routes", "data", "objective")
-_PATH = re.compile(r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.(eval_)?source|data\.sources\.\d+\.source")
+_PATH = re.compile(
+    r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.((eval_)?source|answers)|data\.sources\.\d+\.source"
+)
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
 _WHERE = re.compile(
     r"student\.recompute|(student|teachers\.\d+)\.offload(\.\d+)?"
@@ -33,7 +36,7 @@ _CHANGEABLE = {"teachers": ("teachers.", "routes"), "objective": ("objective.",)
 """Entry of `checkpoint.allow_changed` -> beginnings of the keys that it lets change."""
 _CONTENT = {
     "student.path": "student.weights", "student.tokenizer": "tokenizer", "data.source": "data.rows",
-    "data.eval_source": "data.rows",
+    "data.eval_source": "data.rows", "data.answers": "data.given",
 }  # fmt: skip
 
 
@@ -49,12 +52,13 @@ def run_identity(
     prompts: PromptStream,
     teacher_tokenizers: Sequence[str] = (),
     *,
+    given: GivenAnswers | None = None,
     scoring: bool = True,
 ) -> dict[str, Any]:
     """Collects what a run is: its settings, its models' shapes and weights, its tokenizer and its rows.
 
     Paths are in it too, under `paths`, for a note where they have changed. Without `scoring` teachers' weights are left
-    out. `teacher_tokenizers` are their fingerprints.
+    out. `teacher_tokenizers` are their fingerprints. `given`: answers that are not sampled.
     """
     tree = config.model_dump(mode="json")
     identity = settings_identity(tree) | {
@@ -68,6 +72,8 @@ def run_identity(
             identity[f"teachers.{index}.tokenizer"] = found
     identity["tokenizer"] = tokenizer_fingerprint(tokenizer)
     identity["data.rows"] = prompts.dataset.fingerprint()
+    if given is not None and given.saved is not None:
+        identity["data.given"] = given.fingerprint()
     identity["paths"] = {key: value for key, value in _flat(tree).items() if _PATH.fullmatch(key)}
     return identity
 
@@ -140,7 +146,7 @@ def check_identity(theirs: dict[str, Any], ours: dict[str, Any], what: str) -> l
     return _moved(_old_paths(theirs), ours["paths"], theirs)
 
 
-_WORDS = {"tokenizer": "tokenizer", "data.rows": "rows of data"}
+_WORDS = {"tokenizer": "tokenizer", "data.rows": "rows of data", "data.given": "answers"}
 
 
 def _word_of(key: str) -> str:

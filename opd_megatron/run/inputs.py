@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_megatron.config import RunConfig
 from opd_megatron.data.alignment import TokenizerPair
 from opd_megatron.data.encoder import Encoder
+from opd_megatron.data.given_answers import GivenAnswers
 from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.template import ChatTemplate
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids, tokenizer_fingerprint
@@ -39,6 +40,8 @@ class RunInputs:
     """What a user should know, though it is no error."""
     pairs: dict[int, TokenizerPair] = field(default_factory=dict)
     """Of the student's tokenizer and that of each teacher with another one, by the teacher's number."""
+    given: GivenAnswers | None = None
+    """Answers that are not sampled; None where all are."""
 
 
 def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
@@ -64,7 +67,10 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
         notes += check_same_tokenizer(
             tokenizer, other, str(models.tokenizer), teacher.path, allow_missing=config.data.allow_missing_tokens
         )
-    prompts, held_out = build_train_and_eval(config, tokenizer, notes, encoders)
+    given = GivenAnswers.of(config.data, seed=config.seed, longest=config.rollout.max_new_tokens)
+    prompts, held_out = build_train_and_eval(config, tokenizer, notes, encoders, given)
+    if given is not None:
+        given.check([prompts.dataset[row] for row in prompts.dataset.rows_of(given.saved or ())])
     prompts.dataset.check_contexts(_rooms(config, models))
     notes += check_tasks(config, prompts.dataset.tasks())
     check_tasks(config, [prompt.task for prompt in held_out])
@@ -76,7 +82,7 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
         for number, encoder in encoders.items()
     }
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
-    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes, pairs)
+    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes, pairs, given)
 
 
 def _pair(
