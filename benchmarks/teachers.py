@@ -172,7 +172,7 @@ def measure_ensemble(
     }  # fmt: skip
     rows, nll = [], {}
     for name, settings in runs.items():
-        values = common | settings | {"steps": 1, "evaluation.every": 1}
+        values = common | settings | {"steps": 1, "optimizer.warmup_steps": 0, "evaluation.every": 1}
         run = processes.train(config, folder / name.replace(" ", "-").replace(",", ""), values)
         nll[name] = run.rows[0]["eval/teacher_nll"]
         kl = run.rows[0]["reverse_kl"]
