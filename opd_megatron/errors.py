@@ -49,6 +49,10 @@ class TeacherError(OPDError, RuntimeError):
     """A teacher could not be asked, or is gone."""
 
 
+class RewardError(OPDError, RuntimeError):
+    """Answers could not be judged."""
+
+
 class StopRequestedError(OPDError):
     """A signal asked the run to stop; what was waited for was given up."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, decided
+from opd_megatron.data.batching import StepBatches
 from opd_megatron.data.saved_rollouts import save_rollouts
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
@@ -94,9 +95,13 @@ class OPDTrainer(RunParts):
                 self.rollout_client.wake()
         with timers.phase("rollout"):
             rollouts = self.rollouts.take(self.step_count)
-        micro_batches = self.batches.build(apply_stages(rollouts, self.stages))
+        rollouts = apply_stages(rollouts, self.stages)
+        if self.rewards is not None:
+            self.rewards.begin(rollouts)
+        micro_batches = self.batches.build(rollouts)
         with timers.phase("teacher"):
             teachers = ask_teachers(self.teachers, micro_batches, self.views)
+        rewards = self._rewards(micro_batches)
         with timers.phase("train"):
             output = self.student.update(micro_batches, teachers, self.config.objective, self.models.vocab_size)
             for teacher in self.teachers:
@@ -109,7 +114,7 @@ class OPDTrainer(RunParts):
                 self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
         self._save_rollouts(rollouts)
-        return self._metrics(rollouts, output, meters(teachers, self.config.teacher_names))
+        return self._metrics(rollouts, output, rewards | meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
 
@@ -121,6 +126,16 @@ class OPDTrainer(RunParts):
             top_p=rollout.top_p,
             stop_token_ids=self.stop_token_ids,
         )
+
+    def _rewards(self, micro_batches: StepBatches) -> dict[str, float]:
+        """Waits for what the answers are worth, and gives every token its advantage where that is trained on."""
+        if self.rewards is None:
+            return {}
+        with self.timers.phase("reward"):
+            found = self.rewards.finish()
+        if self.config.objective.lambda_rl > 0:
+            micro_batches.score(found.advantages)
+        return found.metrics
 
     def _show_sample(self, rollouts: list[Rollout]) -> None:
         every = self.config.logging.sample_every
@@ -138,7 +153,7 @@ class OPDTrainer(RunParts):
             except Exception as error:  # a full disk, or a tokenizer that cannot decode, ends no run
                 self.display.note(f"warning: rollouts of step {self.step_count} are not saved ({one_line(error)})")
 
-    def _metrics(self, rollouts: list[Rollout], output: StepOutput, of_teachers: dict[str, float]) -> StepMetrics:
+    def _metrics(self, rollouts: list[Rollout], output: StepOutput, others: dict[str, float]) -> StepMetrics:
         own = [rollout for rollout in rollouts if rollout.policy_version >= 0]
         version = min((rollout.policy_version for rollout in own), default=self.step_count - 1)
         means, seconds = dict(output.metrics), self.timers.collect()
@@ -153,7 +168,7 @@ class OPDTrainer(RunParts):
             forward_kl=means.pop("forward_kl"),
             extra={
                 **means,
-                **of_teachers,
+                **others,
                 "policy_lag": self.step_count - 1 - version,
                 **_of_rollouts(own),
                 **({"rollout/on_policy": len(own) / len(rollouts)} if self.given is not None else {}),

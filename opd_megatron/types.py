@@ -38,6 +38,8 @@ class Prompt:
     """The gold answer as response tokens (end-of-turn included); held-out evaluation scores them."""
     task: str | None = None
     """Which task it belongs to, where the data say so."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of the row that its task wants."""
     contexts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """What teachers with a `prompt` of their own read in this one's place: their number -> its tokens."""
 

@@ -154,7 +154,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
         (["plan", "--gpu", "H1000", "steps=3"], "use one of A100-80G, H100"),
         (["report", "nowhere"], "nowhere"),
         (["train", "--distillation_type", "jsd", "--temperature", "2"], "must equal rollout.temperature=1.0"),
-        (["train", "--lambda_rl", "0.5"], "objective.lambda_rl=0.5 is not available yet"),
+        (["train", "--lambda_rl", "0.5"], "objective.lambda_rl=0.5 needs rewards.task"),
         (["train", "--student_model", "no/such/folder"], "no/such/folder"),
     ],
 )

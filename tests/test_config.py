@@ -190,9 +190,8 @@ def test_the_default_micro_batch_is_the_largest_divisor_up_to_8(sequences: int, 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["objective.lambda_rl=0.1"], "no rewards"),
-        (["objective.lambda_rl=0.1", "objective.lambda_distill=0"], "no rewards"),
-        (["objective.type=jsd", "objective.lambda_rl=0.1"], "no rewards"),
+        (["rewards.task=ifeval"], "rewards.task=ifeval"),
+        (["rewards.tasks={a: code}"], "rewards.task=code"),
     ],
 )
 def test_what_this_release_cannot_do_is_refused_and_never_replaced(overrides: list[str], reason: str) -> None:

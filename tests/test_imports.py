@@ -13,10 +13,10 @@ import opd_megatron
 PACKAGE = Path(opd_megatron.__file__).parent
 LEVELS = [
     {"errors"},
-    {"types", "system"},
+    {"types", "system", "tasks"},
     {"losses"},
     {"config"},
-    {"data", "metrics", "command", "weights"},
+    {"data", "metrics", "command", "weights", "rewards"},
     {"models", "places", "weight_sync"},
     {"mcore", "rollout"},
     {"teacher", "doctor"},

@@ -8,6 +8,7 @@ own `config.json` (heads, layers, vocabulary) live in `models.rules`, checked be
 from opd_megatron.config.loading import build_config, dump_config, load_config, sections_of, set_by_path
 from opd_megatron.config.objective import ObjectiveConfig
 from opd_megatron.config.precision import decide_precision, decided, take_precision
+from opd_megatron.config.rewards import RewardsConfig
 from opd_megatron.config.run import DEFAULT_ROUTE, RunConfig
 from opd_megatron.config.sections import (
     GOLD,
@@ -49,6 +50,7 @@ __all__ = [
     "OwnRanksTeacherConfig",
     "ParallelConfig",
     "Precision",
+    "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
     "Section",

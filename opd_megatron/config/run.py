@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from opd_megatron.config.objective import ObjectiveConfig
+from opd_megatron.config.rewards import RewardsConfig
 from opd_megatron.config.sections import (
     GOLD,
     CheckpointConfig,
@@ -33,6 +34,7 @@ from opd_megatron.config.teachers import (
 from opd_megatron.errors import ConfigError, NotAvailableError
 from opd_megatron.losses.objectives import OBJECTIVES
 
+LATER_TASKS = ("code", "ifeval")
 DEFAULT_ROUTE = "default"
 """Key of `routes` for the samples of every other task, and of none."""
 
@@ -65,6 +67,8 @@ class RunConfig(Section):
     """How the student samples answers."""
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     """What is minimised."""
+    rewards: RewardsConfig = Field(default_factory=RewardsConfig)
+    """Who judges answers, and what becomes of the scores."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -317,10 +321,25 @@ class RunConfig(Section):
         per_rank = total // data_parallel
         return size or max(n for n in range(1, min(per_rank, 8) + 1) if per_rank % n == 0)
 
+    def check_rewards(self) -> None:
+        """Raises ConfigError unless there is somebody to judge what a policy gradient is to be made of."""
+        rewards, weight = self.rewards, self.objective.lambda_rl
+        if weight > 0 and not rewards.judges:
+            raise ConfigError(
+                f"objective.lambda_rl={weight} needs rewards.task, which judges the answers (gsm8k, math, or "
+                "module:function): set it, or set objective.lambda_rl=0 to distil alone"
+            )
+        if weight > 0 and self.rollout.samples_per_prompt == 1:
+            raise ConfigError(
+                f"objective.lambda_rl={weight} with rollout.samples_per_prompt=1: an answer's advantage is over the "
+                "others to its prompt, so that it would always be 0; set it to 4 or more"
+            )
+
     def require_available(self) -> None:
         """Raises NotAvailableError for what the configuration can name but this release does not do."""
-        if self.objective.lambda_rl > 0:
-            raise NotAvailableError(
-                f"objective.lambda_rl={self.objective.lambda_rl} is not available yet: there are no rewards for its "
-                "policy gradient; set objective.lambda_rl=0 to distil alone"
-            )
+        for name in (self.rewards.task, *self.rewards.tasks.values()):
+            if name in LATER_TASKS:
+                raise NotAvailableError(
+                    f"rewards.task={name} is not available yet: use gsm8k, math or a module:function of yours, or set "
+                    "objective.lambda_rl=0 and rewards.task=null to distil alone"
+                )

@@ -111,6 +111,14 @@ class StepBatches(list[Batch]):
         rollouts = [mine if new is None else new for mine, new in zip(self.rollouts, shown, strict=True)]
         return StepBatches(self.builder, rollouts, deal)
 
+    def score(self, advantages: Sequence[float]) -> None:
+        """Gives every token the advantage of its answer, in the order of the rollouts."""
+        for place, portion in enumerate(self.deal[self.builder.dp_rank]):
+            batch = self[place]
+            rows = torch.zeros(len(batch.tokens), 1, device=batch.tokens.device)
+            rows[: len(portion.rollouts), 0] = torch.tensor([advantages[i] for i in portion.rollouts])
+            self[place] = replace(batch, advantages=(batch.weights > 0) * rows)
+
     def numbers(self, dp_rank: int) -> list[int]:
         """The student's numbers of a rank's micro batches, without the empty ones at their end."""
         return [portion.number for portion in self.deal[dp_rank] if portion.number >= 0]

@@ -77,7 +77,7 @@ class PromptDataset:
             raise self._too_long(row, len(token_ids))
         answer_ids = None if row.answer is None else self._encode_answer(row.answer)
         contexts = {number: encoder.prompt(shown) for number, encoder, shown in self._read_by_teachers(row)}
-        return Prompt(row.id, token_ids, row.question, row.answer, answer_ids, row.task, contexts)
+        return Prompt(row.id, token_ids, row.question, row.answer, answer_ids, row.task, row.fields, contexts)
 
     def _read_by_teachers(self, row: Example) -> Iterator[tuple[int, Encoder, Example]]:
         """What teachers read that do not read what the student does: (number, by what, which row)."""
@@ -134,6 +134,7 @@ class PromptDataset:
         digest = sha256()
         for row in self._rows:
             content = (row.question, row.answer, row.messages, *([dict(row.columns)] if row.columns else []))
+            content += (dict(row.fields),) if row.fields else ()
             digest.update(repr(content).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
 

@@ -39,6 +39,8 @@ class Example:
     """Which of the run's sources it comes from."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Further columns that teachers' prompts want (`data.contexts`)."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns that tasks want, as they are (`data.task_rows`)."""
 
     @property
     def key(self) -> Any:
@@ -55,6 +57,8 @@ class Columns:
     task: str | None = None
     others: tuple[str, ...] = ()
     """Further ones that teachers' prompts want."""
+    fields: tuple[str, ...] = ()
+    """Further ones that tasks want."""
 
     def found_in(self, record: Mapping[str, Any]) -> tuple[Columns, list[str]]:
         """Replaces default names that the record does not have by the usual other ones, and says so in notes."""
@@ -119,7 +123,18 @@ def make_example(
             raise DataError(f"{where}: column {columns.task!r} must hold text, got {_shown(value)}: correct the row")
         task = value
     others = {name: _other_text(_column(record, name, "", where), name, where) for name in columns.others}
-    return Example(row_id, question, answer, messages, task, source, others)
+    fields = {name: _field(record, name, where) for name in columns.fields}
+    return Example(row_id, question, answer, messages, task, source, others, fields)
+
+
+def _field(record: Mapping[str, Any], path: str, where: str) -> Any:
+    value = value_at(record, path)
+    if value is _MISSING:
+        raise DataError(
+            f"{where} has no column {path!r}, which the run's task wants (it has: {', '.join(map(str, record))}): use "
+            "data of that task, or another rewards.task"
+        )
+    return value
 
 
 def _column(record: Mapping[str, Any], path: str, key: str, where: str) -> Any:

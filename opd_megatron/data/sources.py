@@ -17,6 +17,7 @@ from opd_megatron.config import DataConfig, RunConfig
 from opd_megatron.data.contexts import context_templates
 from opd_megatron.data.files import Record, is_file, name_of, read_records
 from opd_megatron.data.rows import DEFAULT_ANSWER, Columns, Example, make_example
+from opd_megatron.data.task_rows import columns_of, instructed
 from opd_megatron.errors import DataError, MissingPathError, one_line
 from opd_megatron.system.reading import user_path
 
@@ -73,7 +74,7 @@ def read_rows(config: RunConfig) -> Rows:
     """
     data, rows = config.data, Rows()
     others = tuple(dict.fromkeys(name for each in context_templates(config).values() for name in each.columns))
-    sources = _sources(data, others)
+    sources = _sources(data, others, columns_of(config.rewards))
     rows.weights = [source.weight for source in sources]
     wanted = config.evaluation.prompts if config.evaluation.every else 0
     own = wanted if data.eval_source is None else 0
@@ -90,6 +91,8 @@ def read_rows(config: RunConfig) -> Rows:
             raise DataError(
                 f"every row of {source.name!r} is also held out for evaluation: give another data.eval_source"
             )
+    for part in (rows.train, rows.held_out):
+        part[:] = [instructed(config.rewards, row) for row in part]
     return rows
 
 
@@ -102,9 +105,9 @@ def _shares(count: int, weights: list[float]) -> list[int]:
     return shares
 
 
-def _sources(data: DataConfig, others: tuple[str, ...]) -> list[Source]:
+def _sources(data: DataConfig, others: tuple[str, ...], fields: tuple[str, ...]) -> list[Source]:
     if not data.sources:
-        columns = Columns(data.prompt_column, data.answer_column, data.task_column, others)
+        columns = Columns(data.prompt_column, data.answer_column, data.task_column, others, fields)
         return [Source(data.source, data.subset, data.split, columns, None, 1.0, 0, data.answer_column is not None)]
     return [
         Source(
@@ -116,6 +119,7 @@ def _sources(data: DataConfig, others: tuple[str, ...]) -> list[Source]:
                 one.answer_column or data.answer_column,
                 data.task_column,
                 others,
+                fields,
             ),
             one.source if one.task is None else one.task,
             one.weight,

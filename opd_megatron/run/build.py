@@ -22,6 +22,7 @@ from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
 from opd_megatron.places import cut_places, ranks_per_node
+from opd_megatron.rewards import Rewards
 from opd_megatron.rollout import weight_format
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.rollout.turns import sleeps
@@ -59,6 +60,8 @@ class RunParts:
     """Samples from the student's current weights; looks the same on every rank."""
     given: GivenAnswers | None = None
     """Answers that are not sampled; None where all are."""
+    rewards: Rewards | None = None
+    """Judges answers; None where nobody does."""
     stages: tuple[RolloutStage, ...] = ()
     """What happens to rollouts between sampling and batching; nothing today."""
     batches: MicroBatchBuilder
@@ -87,6 +90,8 @@ class RunParts:
         self.rollout_client.close()
         for teacher in self.teachers:
             teacher.close()
+        if self.rewards is not None:
+            self.rewards.close()
         self.display.close()
         if self.lock is not None:
             self.lock.release()
@@ -136,6 +141,7 @@ def build_run(
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
             given=inputs.given,
+            rewards=Rewards.of(config.rewards, inputs.tokenizer, config.rollout.max_new_tokens) if sampling else None,
             rollout_client=_rollout_client(config, fleet, student, teachers, display),
             batches=batches,
             student=student,

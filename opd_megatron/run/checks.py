@@ -21,6 +21,7 @@ def check_run(config: RunConfig, resolve: Callable[[str], Path] = resolve_model)
             size that does not fit, MissingPathError and UnsupportedModelError for a model.
     """
     config.require_available()
+    config.check_rewards()
     models = resolve_models(config, resolve)
     check_teachers(config, models)
     return models

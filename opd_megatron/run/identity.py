@@ -22,13 +22,14 @@ _ARCHITECTURE = (
 )  # fmt: skip
 """Keys of an HF config.json that tell one model from another; a folder's content may change under its name."""
 # What a run may not change when it is resumed: another value would make the curves those of two different runs.
-_IDENTITY = ("seed", "student", "teachers", "routes", "data", "objective")
+_IDENTITY = ("seed", "student", "teachers", "routes", "data", "objective", "rewards")
 _PATH = re.compile(
     r"student\.(path|tokenizer)|teachers\.\d+\.path|data\.((eval_)?source|answers)|data\.sources\.\d+\.source"
 )
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
 _WHERE = re.compile(
     r"student\.recompute|(student|teachers\.\d+)\.offload(\.\d+)?"
+    r"|rewards\.(time_limit|workers)"
     r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight|fingerprint|urls(\.\d+)?|api_key_env|request_timeout|retries|cache|missing)"
 )
 """Where models run and what trades memory for time, and what follows from other keys: no result depends on it."""
@@ -194,7 +195,8 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if prefix in ("data.template_kwargs", "routes"):  # any keys: a whole, or one only the older run had would be missed
+    # Any keys: they are a whole, or one that only the older run had would be missed.
+    if prefix in ("data.template_kwargs", "routes", "rewards.tasks"):
         return [(prefix, tree)]
     if isinstance(tree, dict):
         items = tree.items()

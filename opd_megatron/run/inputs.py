@@ -17,6 +17,7 @@ from opd_megatron.data.prompts import PromptStream, build_train_and_eval
 from opd_megatron.data.template import ChatTemplate
 from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids, tokenizer_fingerprint
 from opd_megatron.models import ResolvedModels
+from opd_megatron.rewards import check_rewards
 from opd_megatron.run.preflight import check_ids
 from opd_megatron.teacher import check_tasks
 from opd_megatron.types import Prompt
@@ -73,6 +74,7 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
         given.check([prompts.dataset[row] for row in prompts.dataset.rows_of(given.saved or ())])
     prompts.dataset.check_contexts(_rooms(config, models))
     notes += check_tasks(config, prompts.dataset.tasks())
+    check_rewards(config.rewards, prompts.dataset)
     check_tasks(config, [prompt.task for prompt in held_out])
     stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
     for name, other in theirs:

@@ -1,0 +1,30 @@
+"""What a task is: how an answer to one of its rows is judged.
+
+A task module has a `TASK`. It imports neither torch nor transformers: verifiers run in small processes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+"""Of the data: `answer`, the gold one, and the task's `columns`."""
+Verifier = Callable[[str, Row], float]
+"""(answer as text, row) -> score in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One kind of question."""
+
+    verify: Verifier
+    instruction: str = ""
+    """What a user's message needs after it, so that answers can be judged."""
+    columns: tuple[str, ...] = ()
+    """Of the data that the verifier wants besides the gold answer, as they are."""
+    extract: Callable[[str], str | None] | None = None
+    """Finds the final answer in a text; None where there is no such thing."""
+    needs_answer: bool = True
+    """Whether rows must have a gold answer."""
