@@ -50,7 +50,8 @@ def test_a_fitting_layout_resolves_both_models(pair: tuple[Path, Path]) -> None:
         ({"parallel.pipeline": 4}, ConfigError, ["parallel.pipeline=4", "6 layers", "teacher"]),
         ({"rollout.max_new_tokens": 500}, ConfigError, ["max_new_tokens 500", "512"]),
         ({"student.path": "/nowhere/model"}, MissingPathError, ["/nowhere/model"]),
-        ({"objective.lambda_rl": 0.5}, NotAvailableError, ["objective.lambda_rl=0.5", "not available yet"]),
+        ({"objective.lambda_rl": 0.5}, ConfigError, ["objective.lambda_rl=0.5", "rewards.task"]),
+        ({"rewards.task": "ifeval"}, NotAvailableError, ["rewards.task=ifeval", "not available yet"]),
     ],
 )
 def test_a_broken_rule_is_one_line_with_value_and_remedy(
