@@ -19,7 +19,6 @@ from typing import Any
 import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, decided
-from opd_megatron.data.batching import StepBatches
 from opd_megatron.data.saved_rollouts import save_rollouts
 from opd_megatron.data.stages import apply_stages
 from opd_megatron.data.transcript import readable_sample
@@ -28,6 +27,7 @@ from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, nam
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, parameters
+from opd_megatron.rewards import StepRewards
 from opd_megatron.run.agreement import check_agreement
 from opd_megatron.run.ahead import StepRollouts
 from opd_megatron.run.build import RunParts, build_run
@@ -98,10 +98,18 @@ class OPDTrainer(RunParts):
         rollouts = apply_stages(rollouts, self.stages)
         if self.rewards is not None:
             self.rewards.begin(rollouts)
+        scored: StepRewards | None = None
+        of_siblings: dict[str, float] = {}
+        if self.siblings is not None:  # who read a right answer wait until it is known to be one
+            scored = self._scores()
+            assert scored is not None
+            rollouts, of_siblings = self.siblings.shown(rollouts, scored)
         micro_batches = self.batches.build(rollouts)
         with timers.phase("teacher"):
             teachers = ask_teachers(self.teachers, micro_batches, self.views)
-        rewards = self._rewards(micro_batches)
+        scored = scored or self._scores()
+        if scored is not None and self.config.objective.lambda_rl > 0:
+            micro_batches.score(scored.advantages)
         with timers.phase("train"):
             output = self.student.update(micro_batches, teachers, self.config.objective, self.models.vocab_size)
             for teacher in self.teachers:
@@ -114,7 +122,8 @@ class OPDTrainer(RunParts):
                 self.rollout_client.sync_weights(self.step_count)
         self._show_sample(rollouts)
         self._save_rollouts(rollouts)
-        return self._metrics(rollouts, output, rewards | meters(teachers, self.config.teacher_names))
+        others = {} if scored is None else scored.metrics | of_siblings
+        return self._metrics(rollouts, output, others | meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
 
@@ -127,15 +136,12 @@ class OPDTrainer(RunParts):
             stop_token_ids=self.stop_token_ids,
         )
 
-    def _rewards(self, micro_batches: StepBatches) -> dict[str, float]:
-        """Waits for what the answers are worth, and gives every token its advantage where that is trained on."""
+    def _scores(self) -> StepRewards | None:
+        """Waits for what the answers are worth; None where nobody judges."""
         if self.rewards is None:
-            return {}
+            return None
         with self.timers.phase("reward"):
-            found = self.rewards.finish()
-        if self.config.objective.lambda_rl > 0:
-            micro_batches.score(found.advantages)
-        return found.metrics
+            return self.rewards.finish()
 
     def _show_sample(self, rollouts: list[Rollout]) -> None:
         every = self.config.logging.sample_every

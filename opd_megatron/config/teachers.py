@@ -23,8 +23,8 @@ class TeacherConfig(Section):
     """Share among the teachers that score a sample; their shares are normalised to sum to one."""
     prompt: str | None = None
     """What it reads in the place of the student's prompt: a text with columns of the row in braces, such as `{prompt}`,
-    `{answer}` or `{reward_model.ground_truth}`, in the chat template as the user's message; a brace itself is written
-    twice."""
+    `{answer}` or `{reward_model.ground_truth}`, in the chat template as the user's message; `{sibling}` is another
+    right answer of the student's. A brace itself is written twice."""
 
     alignment: Literal["spans", "shared_vocabulary"] | None = None
     """For a teacher with another tokenizer, which is refused by default. `spans`, with a sampled-token objective:

@@ -12,7 +12,7 @@ from string import Formatter
 
 from opd_megatron.config import RunConfig
 from opd_megatron.data.rows import Example
-from opd_megatron.errors import ConfigError, DataError, NotAvailableError
+from opd_megatron.errors import ConfigError, DataError
 
 PROMPT, ANSWER, SIBLING = "prompt", "answer", "sibling"
 
@@ -39,25 +39,29 @@ class ContextTemplate:
                     f"{key}={text!r} has a field {'{' + name + (':' + spec if spec else '') + '}'!r} that is not the "
                     "name of a column: write {prompt}, {answer} or another column, and a brace itself twice"
                 )
-        if any(name == SIBLING for _, name, _, _ in parsed):
-            raise NotAvailableError(
-                f"{key} uses {{{SIBLING}}}, a successful answer of the same group, which is not available yet: there "
-                "are no rewards to tell which answer is one"
-            )
         return ContextTemplate(key, tuple((literal, name) for literal, name, _, _ in parsed))
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns that it takes besides prompt and gold answer."""
-        return [name for _, name in self.parts if name not in (None, PROMPT, ANSWER)]
+        return [name for _, name in self.parts if name not in (None, PROMPT, ANSWER, SIBLING)]
 
-    def applied_to(self, row: Example) -> Example:
-        """The row with this text in the place of the user's (last) message.
+    @property
+    def has_sibling(self) -> bool:
+        """Whether it takes another answer of the same group."""
+        return any(name == SIBLING for _, name in self.parts)
+
+    def applied_to(self, row: Example, sibling: str | None = None) -> Example:
+        """The row with this text in the place of the user's (last) message; as it is where the template wants a
+        `sibling` and there is none.
 
         Raises:
             DataError: the row has no gold answer and the template wants one.
         """
-        text = "".join(literal + ("" if name is None else self._value(row, name)) for literal, name in self.parts)
+        if self.has_sibling and sibling is None:
+            return row
+        values = {name: sibling if name == SIBLING else self._value(row, name) for _, name in self.parts if name}
+        text = "".join(literal + ("" if name is None else str(values[name])) for literal, name in self.parts)
         messages = list(row.messages)
         for place in reversed(range(len(messages))):
             if messages[place][0] == "user":
@@ -80,8 +84,15 @@ class ContextTemplate:
 
 def context_templates(config: RunConfig) -> dict[int, ContextTemplate]:
     """Reads the templates of the teachers that have one, by the teacher's number. Raises ConfigError."""
-    return {
+    found = {
         number: ContextTemplate.read(f"teachers.{number}.prompt", teacher.prompt)
         for number, teacher in enumerate(config.teachers)
         if teacher.prompt is not None
     }
+    for template in found.values():
+        if template.has_sibling and (not config.rewards.judges or config.rollout.samples_per_prompt == 1):
+            raise ConfigError(
+                f"{template.key} uses {{{SIBLING}}}, another answer to the same prompt that is right: it needs "
+                "rewards.task to judge them, and rollout.samples_per_prompt of 2 or more"
+            )
+    return found

@@ -66,6 +66,7 @@ class PromptDataset:
         if not self._rows:
             raise DataError("the data set has no rows: give a data.source that has some")
         self._check_lengths(drop_long)
+        self._index_of = {row.id: index for index, row in enumerate(self._rows)}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,11 +84,22 @@ class PromptDataset:
         """What teachers read that do not read what the student does: (number, by what, which row)."""
         for number in sorted(self.contexts.keys() | self.encoders.keys()):
             template = self.contexts.get(number)
+            if template is not None and template.has_sibling and number not in self.encoders:
+                continue  # known when there is one
             yield (
                 number,
                 self.encoders.get(number, self._encoder),
                 row if template is None else template.applied_to(row),
             )
+
+    def contexts_with(self, name: str, sibling: str) -> dict[int, tuple[int, ...]]:
+        """What teachers whose prompt has a `{sibling}` read of a row with that one, by their number."""
+        row = self._rows[self._index_of[name]]
+        return {
+            number: self.encoders.get(number, self._encoder).prompt(template.applied_to(row, sibling))
+            for number, template in self.contexts.items()
+            if template.has_sibling
+        }
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))

@@ -27,6 +27,8 @@ class StepRewards:
 
     rewards: list[float]
     """After penalties. 0 for an answer that nobody judges."""
+    scores: list[float]
+    """Before."""
     advantages: list[float]
     metrics: dict[str, float]
 
@@ -75,7 +77,8 @@ class Rewards:
         found = advantages(
             rewards, groups, lengths, self.config.advantage, drop_equal=self.config.equal_groups == "drop"
         )
-        return StepRewards(rewards, found, _metrics(scores, rewards, groups, list(verdicts.values())))
+        before = [scores.get(i, 0.0) for i in range(len(rollouts))]
+        return StepRewards(rewards, before, found, _metrics(scores, rewards, groups, list(verdicts.values())))
 
     def close(self) -> None:
         """Ends the processes that judge. Safe to call twice."""

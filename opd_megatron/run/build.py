@@ -33,6 +33,7 @@ from opd_megatron.run.identity import run_identity, settings_identity, teacher_f
 from opd_megatron.run.inputs import RunInputs, read_inputs
 from opd_megatron.run.lock import RunLock
 from opd_megatron.run.run_dir import RunDir
+from opd_megatron.run.siblings import Siblings
 from opd_megatron.run.teacher_lines import teacher_lines
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.ranks import launched
@@ -62,6 +63,8 @@ class RunParts:
     """Answers that are not sampled; None where all are."""
     rewards: Rewards | None = None
     """Judges answers; None where nobody does."""
+    siblings: Siblings | None = None
+    """For teachers that read another answer; None where none does."""
     stages: tuple[RolloutStage, ...] = ()
     """What happens to rollouts between sampling and batching; nothing today."""
     batches: MicroBatchBuilder
@@ -141,6 +144,7 @@ def build_run(
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
             given=inputs.given,
+            siblings=_siblings(inputs) if sampling else None,
             rewards=Rewards.of(config.rewards, inputs.tokenizer, config.rollout.max_new_tokens) if sampling else None,
             rollout_client=_rollout_client(config, fleet, student, teachers, display),
             batches=batches,
@@ -297,6 +301,13 @@ def _models(
     padded_vocab = models.padded_vocab(grid.tp_size)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
     return student, build_teachers(config, models, grid, links, student, inputs.pairs) if scoring else []
+
+
+def _siblings(inputs: RunInputs) -> Siblings | None:
+    dataset = inputs.prompts.dataset
+    if not any(template.has_sibling for template in dataset.contexts.values()):
+        return None
+    return Siblings(dataset, inputs.tokenizer, inputs.rooms)
 
 
 def _batches(config: RunConfig, grid: ParallelGrid, views: Views) -> MicroBatchBuilder:

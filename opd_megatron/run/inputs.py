@@ -41,6 +41,8 @@ class RunInputs:
     """What a user should know, though it is no error."""
     pairs: dict[int, TokenizerPair] = field(default_factory=dict)
     """Of the student's tokenizer and that of each teacher with another one, by the teacher's number."""
+    rooms: dict[int, int] = field(default_factory=dict)
+    """Tokens that a prompt may have in the context of each teacher, by its number."""
     given: GivenAnswers | None = None
     """Answers that are not sampled; None where all are."""
 
@@ -72,7 +74,8 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     prompts, held_out = build_train_and_eval(config, tokenizer, notes, encoders, given)
     if given is not None:
         given.check([prompts.dataset[row] for row in prompts.dataset.rows_of(given.saved or ())])
-    prompts.dataset.check_contexts(_rooms(config, models))
+    rooms = _rooms(config, models)
+    prompts.dataset.check_contexts(rooms)
     notes += check_tasks(config, prompts.dataset.tasks())
     check_rewards(config.rewards, prompts.dataset)
     check_tasks(config, [prompt.task for prompt in held_out])
@@ -84,7 +87,7 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
         for number, encoder in encoders.items()
     }
     banned = check_ids(config, models, tokenizer, itertools.chain(prompts.dataset, held_out), stops)
-    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes, pairs, given)
+    return RunInputs(tokenizer, prompts, held_out, stops, banned, fingerprints, notes, pairs, rooms, given)
 
 
 def _pair(

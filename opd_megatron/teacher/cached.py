@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import CachedTeacherConfig, RunConfig, decided
 from opd_megatron.data.batching import StepBatches
-from opd_megatron.errors import TeacherError
+from opd_megatron.errors import ConfigError, TeacherError
 from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import gathered_rows, sequence_shards
@@ -210,6 +210,11 @@ class Cached:
         data_parallel: int,
     ) -> None:  # fmt: skip
         """Requires of one that computes what is missing what its layout requires."""
+        if "{sibling}" in (teacher.prompt or ""):
+            raise ConfigError(
+                f"teachers.{number}.prompt uses {{sibling}}, which is known in the run alone, so that there is nothing "
+                "to cache: choose another placement"
+            )
         if teacher.missing == "compute":
             StudentRanks().check(number, teacher.computing(), hf_config, config, data_parallel)
 

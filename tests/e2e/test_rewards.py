@@ -22,6 +22,8 @@ from tests.teacher.test_placements import STUDENTS, _agree
 from tests.teacher.test_routing import _run
 
 OF = "tests.rewards.verifiers:"
+STOPS = json.dumps({"eos_token_id": [256, 258, *range(0, 256, 5)]})
+"""A generation_config.json whose stops an untrained model comes to."""
 HYBRID = {
     "objective.lambda_rl": 0.7, "objective.lambda_distill": 0.4, "rewards.task": OF + "even",
     "rollout.samples_per_prompt": 4, "rollout.prompts_per_step": 2, "parallel.micro_batch_size": 2,
@@ -31,10 +33,9 @@ HYBRID = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Answers may end early: the student's most likely tokens are made stops."""
+    """Answers may end early: a fifth of all bytes are stops."""
     found = make_inputs(tmp_path_factory.mktemp("rewards"))
-    stops = json.dumps({"eos_token_id": [256, 258, *range(0, 256, 5)]})
-    (Path(found["student.path"]) / "generation_config.json").write_text(stops)
+    (Path(found["student.path"]) / "generation_config.json").write_text(STOPS)
     return found
 
 

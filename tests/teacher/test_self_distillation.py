@@ -177,7 +177,7 @@ def test_self_distillation_that_makes_no_sense_is_one_line(
         ({"teachers.0.prompt": "{prompt"}, "teachers.0.prompt=.* is no template .*brace itself twice"),
         ({"teachers.0.prompt": "{}"}, "not the name of a column"),
         ({"teachers.0.prompt": "{prompt!r}"}, "not the name of a column"),
-        ({"teachers.0.prompt": "{prompt} {sibling}"}, "sibling.* not available yet"),
+        ({"teachers.0.prompt": "{prompt} {sibling}"}, "sibling.* needs rewards"),
         ({"teachers.0.prompt": "{prompt}" * 30}, "teachers.0.prompt makes .* tokens of prompt .*room for 504"),
         ({"data.answer_column": None, "evaluation.every": 0}, "uses {answer}, but prompt .* has no gold answer"),
         ({"data.source": "gsm_symbolic"}, "gsm_symbolic have no column 'note'"),
