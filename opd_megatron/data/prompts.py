@@ -111,6 +111,11 @@ class PromptDataset:
             found.setdefault(row.source, []).append(index)
         return [found[source] for source in sorted(found)]
 
+    @property
+    def rows(self) -> Sequence[Example]:
+        """All rows, before they are tokenized."""
+        return self._rows
+
     def rows_of(self, ids: Container[str]) -> list[int]:
         """Finds the rows with one of these names, by index."""
         return [index for index, row in enumerate(self._rows) if row.id in ids]

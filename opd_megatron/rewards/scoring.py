@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -16,7 +16,7 @@ from opd_megatron.rewards.advantages import advantages
 from opd_megatron.system.collectives import on_rank_0
 from opd_megatron.tasks import task_named
 from opd_megatron.tasks.pool import Question, Verdict, VerifierPool
-from opd_megatron.types import Prompt, Rollout
+from opd_megatron.types import Rollout
 
 _MOST_WORKERS = 8
 
@@ -126,7 +126,18 @@ def _metrics(
     }
 
 
-def check_rewards(config: RewardsConfig, prompts: Iterable[Prompt]) -> None:
+class JudgedRow(Protocol):
+    """What of a row decides whether it can be judged."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def task(self) -> str | None: ...
+    @property
+    def answer(self) -> str | None: ...
+
+
+def check_rewards(config: RewardsConfig, rows: Iterable[JudgedRow]) -> None:
     """Makes sure that there are such tasks, and that rows have what these want.
 
     Raises:
@@ -137,10 +148,10 @@ def check_rewards(config: RewardsConfig, prompts: Iterable[Prompt]) -> None:
         task_named(str(name))
     if not config.judges:
         return
-    for prompt in prompts:
-        name = config.task_of(prompt.task)
-        if name is not None and prompt.answer is None and task_named(name).needs_answer:
+    for row in rows:
+        name = config.task_of(row.task)
+        if name is not None and row.answer is None and task_named(name).needs_answer:
             raise DataError(
-                f"task {name!r} compares with a gold answer, but prompt {prompt.id!r} has none: set "
+                f"task {name!r} compares with a gold answer, but prompt {row.id!r} has none: set "
                 "data.answer_column, or give the row a task of its own (rewards.tasks)"
             )

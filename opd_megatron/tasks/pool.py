@@ -25,6 +25,8 @@ from opd_megatron.tasks.base import Row
 
 _START_SECONDS = 60.0
 """That a process may take to start and import what a task needs."""
+_END_SECONDS = 5.0
+"""That a process may take from closing its pipe to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +112,13 @@ class _Worker:
         return self._asked({"task": question.task, "answer": question.answer, "row": dict(question.row)}, time_limit)
 
     def _asked(self, question: dict[str, Any], seconds: float) -> Verdict:
-        answer = self._exchange((json.dumps(question) + "\n").encode(), time.monotonic() + seconds)
+        try:
+            answer = self._exchange((json.dumps(question) + "\n").encode(), time.monotonic() + seconds)
+        except OSError:
+            return Verdict(0.0, f"the verifier's process ended with {self._ended()}")
         if answer is None:
-            code = None if self._process is None else self._process.poll()
             self.kill()
-            return Verdict(0.0, "timeout" if code is None else f"the verifier's process ended with {code}")
+            return Verdict(0.0, "timeout")
         found: dict[str, Any] = json.loads(answer)
         return Verdict(float(found["score"]), found.get("error"), bool(found.get("found")))
 
@@ -134,6 +138,16 @@ class _Worker:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
+    def _ended(self) -> int | str:
+        """Ends a process whose pipe is closed; returns its exit code."""
+        process = self._process
+        code: int | str = "its pipe closed"
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(_END_SECONDS)
+        self.kill()
+        return code
+
     def _start(self) -> None:
         theirs_in, self._write = os.pipe()
         self._read, theirs_out = os.pipe()
@@ -148,21 +162,18 @@ class _Worker:
         self._prepared, self._rest = set(), b""
 
     def _exchange(self, line: bytes, deadline: float) -> bytes | None:
-        """Sends a line and waits for one; None where the process is too slow or gone."""
+        """Sends a line and waits for one; None where the process is too slow. Raises OSError when it is gone."""
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
             readable, writable, _ = select.select([self._read], [self._write] if line else [], [], left)
-            try:
-                if writable:
-                    line = line[os.write(self._write, line[:65536]) :]
-                if readable:
-                    found = os.read(self._read, 65536)
-                    if not found:
-                        return None
-                    self._rest += found
-            except OSError:  # it is gone
-                return None
+            if writable:
+                line = line[os.write(self._write, line[:65536]) :]
+            if readable:
+                found = os.read(self._read, 65536)
+                if not found:
+                    raise BrokenPipeError("the process has closed its end")
+                self._rest += found
         answer, _, self._rest = self._rest.partition(b"\n")
         return answer

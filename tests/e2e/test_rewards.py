@@ -107,9 +107,13 @@ def _train(config: RunConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "counted"), [("hangs", "reward/timeouts"), ("raises", "reward/errors")])
-def test_a_verifier_that_fails_ends_no_run(inputs: dict[str, Any], tmp_path: Path, name: str, counted: str) -> None:
-    settings = HYBRID | {"rewards.task": f"tests.tasks.verifiers:{name}", "rewards.time_limit": 0.2, "steps": 2}
+@pytest.mark.parametrize(
+    ("name", "counted", "limit"), [("hangs", "reward/timeouts", 0.2), ("raises", "reward/errors", 10.0)]
+)
+def test_a_verifier_that_fails_ends_no_run(
+    inputs: dict[str, Any], tmp_path: Path, name: str, counted: str, limit: float
+) -> None:
+    settings = HYBRID | {"rewards.task": f"tests.tasks.verifiers:{name}", "rewards.time_limit": limit, "steps": 2}
     for row in _train(small_config(inputs, tmp_path / "run", **settings))[1:]:
         assert row["reward"] == 0
         assert row[counted] > 0

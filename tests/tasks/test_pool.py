@@ -18,7 +18,7 @@ OF = "tests.tasks.verifiers:"
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    found = VerifierPool(2, time_limit=1.5)
+    found = VerifierPool(2, time_limit=3.0)
     yield found
     found.close()
 
@@ -51,7 +51,7 @@ def test_a_verifier_that_fails_scores_0_and_says_why(pool: VerifierPool, name: s
     assert found is not None
     assert found.startswith(problem)
     assert (other, none) == (1.0, None), "the next answer is judged as ever"
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
 
 
 def test_what_a_verifier_prints_is_not_taken_for_a_score(pool: VerifierPool) -> None:
