@@ -12,6 +12,7 @@ from opd_megatron.config import RunConfig, load_config
 from opd_megatron.train import check, run_training
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.e2e.runs import make_inputs
+from tests.other_tokenizers import save_bpe_tokenizer
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
 
@@ -63,3 +64,13 @@ def test_opsd_brings_the_student_near_to_itself_with_the_solution(inputs: dict[s
     rows = _run("opsd_gsm8k", tmp_path, **overrides, **{"steps": 12, "optimizer.decay": "constant"})
     kl = [row["reverse_kl"] for row in rows[1:]]
     assert sum(kl[-3:]) < 0.9 * sum(kl[:3])
+
+
+def test_a_teacher_of_another_tokenizer_scores_spans_of_the_students_text(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    for seed, (name, texts, size) in enumerate((("student", "sums", 350), ("teacher", "words", 420))):
+        tokenizer = save_bpe_tokenizer(tmp_path / name, texts, size)
+        save_tiny(tmp_path / name, head_dim=32, seed=seed, vocab_size=len(tokenizer) + 6)
+    rows = _run("opd_other_tokenizer", tmp_path, **inputs)
+    assert all(0.5 < row["teacher/0/aligned"] <= 1 for row in rows[1:])
+    assert all("policy_loss" in row for row in rows[1:])
