@@ -35,7 +35,7 @@ from opd_megatron.run.identity import run_identity, teacher_fingerprints
 from opd_megatron.run.inputs import RunInputs, read_inputs
 from opd_megatron.run.lock import RunLock
 from opd_megatron.system.collectives import on_all_ranks
-from opd_megatron.teacher import Views
+from opd_megatron.teacher import Views, check_tasks
 from opd_megatron.teacher.source import load_teacher
 from opd_megatron.teacher.states_cache import CacheWriter, StatesCache, remove_partial, sequence_key
 from opd_megatron.types import Rollout
@@ -104,17 +104,17 @@ def _sequences(config: RunConfig, inputs: RunInputs, paths: Sequence[Path], *, a
     dataset, longest = inputs.prompts.dataset, config.rollout.max_new_tokens
     found = evaluated(config, scored_prompts(inputs))
     if answers:
-        found += [gold(dataset[row]) for row in range(len(dataset)) if dataset[row].answer_ids]
+        found += [gold(prompt) for prompt in dataset if prompt.answer_ids]
     given = inputs.given.saved if inputs.given is not None else None
     if given:
-        known = {dataset[row].id: dataset[row] for row in dataset.rows_of(given)}
+        known = {prompt.id: prompt for prompt in (dataset[row] for row in dataset.rows_of(given))}
         found += [
             replace(each, prompt=known[name], response_ids=each.response_ids[:longest], logprobs=None)
             for name, rollouts in given.items() if name in known for each in rollouts
         ]  # fmt: skip
     if paths:
         own_prompts = any((teacher.prompt, teacher.alignment) != (None, None) for teacher in config.teachers)
-        known = {dataset[row].id: dataset[row] for row in range(len(dataset))} if own_prompts else {}
+        known = {prompt.id: prompt for prompt in dataset} if own_prompts else {}
         for path in paths:
             for rollout in read_rollouts(path):
                 prompt = known.get(rollout.prompt.id)
@@ -126,6 +126,7 @@ def _sequences(config: RunConfig, inputs: RunInputs, paths: Sequence[Path], *, a
                     )
                 ids = rollout.response_ids[:longest]
                 found.append(replace(rollout, prompt=prompt or rollout.prompt, response_ids=ids, logprobs=None))
+    check_tasks(config, [each.prompt.task for each in found])  # saved ones may be of other data
     return sorted(found, key=lambda each: -len(each.prompt.token_ids) - len(each.response_ids))
 
 

@@ -12,10 +12,9 @@ import torch
 
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError, DataError
-from opd_megatron.run.checks import check_run
 from opd_megatron.train import check
-from opd_megatron.trainer import OPDTrainer
 from tests.e2e.runs import make_inputs, small_config
+from tests.e2e.test_given_answers import _train
 from tests.ranks import run_ranks
 from tests.teacher.dense import DenseStep, one_step
 from tests.teacher.test_placements import STUDENTS, _agree
@@ -99,12 +98,6 @@ def test_a_hybrid_run_is_the_same_in_every_layout(inputs: dict[str, Any], tmp_pa
     found = _run(inputs, tmp_path / "run", 4, **HYBRID, **STUDENTS["TP2 PP2"])
     _agree(found, alone)
     assert [row["reward"] for row in found[1][1:]] == [row["reward"] for row in alone[1][1:]]
-
-
-def _train(config: RunConfig) -> list[dict[str, Any]]:
-    with OPDTrainer.from_config(config, check_run(config)) as trainer:
-        trainer.train()
-    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

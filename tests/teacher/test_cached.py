@@ -137,6 +137,10 @@ def test_one_of_several_teachers_is_cached_for_its_own_tasks(inputs: dict[str, A
     assert not any(
         sequence_key(each) in cache for each in read_rollouts(tmp_path / "expected") if each.prompt.task == "math"
     )
+    first = json.loads((tmp_path / "expected" / "rollouts" / "step-000001.jsonl").read_text().splitlines()[0])
+    (tmp_path / "of-others.jsonl").write_text(json.dumps(first | {"task": "chat"}))
+    with pytest.raises(RankError, match="task 'chat' of 1 rows has no route"):
+        run_ranks(1, _pass, config, {"answers": False, "rollouts": [tmp_path / "of-others.jsonl"]})
 
 
 def test_the_start_is_compared_with_transformers(

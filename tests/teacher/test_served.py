@@ -62,8 +62,7 @@ def test_a_real_vllm_server_teaches_the_same(inputs: dict[str, Any], alone: Any,
         assert torch.allclose(weights[name], tensor, rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.long  # half a minute of vLLM's start; what is read of its answers is tested below
-@pytest.mark.parametrize("student", ["TP2", "one", "SP2", "PP2"])
+@pytest.mark.parametrize("student", ["TP2", *_long(("one",), ("SP2",), ("PP2",))])
 def test_all_log_probabilities_of_a_real_server_teach_the_same(
     inputs: dict[str, Any], alone: Any, tmp_path: Path, student: str
 ) -> None:
