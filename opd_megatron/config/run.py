@@ -190,18 +190,7 @@ class RunConfig(Section):
                 f"rollout.placement={self.rollout.placement} with rollout.hosts={self.rollout.hosts}: engines on ranks "
                 "of their own need both rollout.placement=own and rollout.hosts, their number of ranks"
             )
-        given = self.data.on_policy_fraction < 1
-        if given and objective.is_sampled:
-            raise ValueError(
-                f"data.on_policy_fraction={self.data.on_policy_fraction} needs an objective over whole distributions: "
-                f"objective.type={objective.type} scores what the student has sampled; set it to reverse_kl, or the "
-                "fraction to 1"
-            )
-        if not given and self.data.answers != GOLD:
-            raise ValueError(
-                f"data.answers={self.data.answers!r} has no effect with data.on_policy_fraction=1: lower it, or leave "
-                "the answers out"
-            )
+        self._check_given_answers()
         self.micro_batch_size(parallel.data or 1)
         return self
 
@@ -320,6 +309,21 @@ class RunConfig(Section):
             )
         per_rank = total // data_parallel
         return size or max(n for n in range(1, min(per_rank, 8) + 1) if per_rank % n == 0)
+
+    def _check_given_answers(self) -> None:
+        objective = self.objective
+        given = self.data.on_policy_fraction < 1
+        if given and objective.is_sampled:
+            raise ValueError(
+                f"data.on_policy_fraction={self.data.on_policy_fraction} needs an objective over whole distributions: "
+                f"objective.type={objective.type} scores what the student has sampled; set it to reverse_kl, or the "
+                "fraction to 1"
+            )
+        if not given and self.data.answers != GOLD:
+            raise ValueError(
+                f"data.answers={self.data.answers!r} has no effect with data.on_policy_fraction=1: lower it, or leave "
+                "the answers out"
+            )
 
     def check_rewards(self) -> None:
         """Raises ConfigError unless there is somebody to judge what a policy gradient is to be made of."""

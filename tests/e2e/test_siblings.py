@@ -74,13 +74,15 @@ def test_a_right_answer_of_the_group_is_read_by_the_teacher(
 
 
 def test_the_student_learns_from_its_own_success(inputs: dict[str, Any], tmp_path: Path) -> None:
-    """Self-distillation (SDPO), evaluated and resumed like any run."""
+    """Self-distillation (SDPO), evaluated like any run."""
     settings = SIBLING | {
         "teachers.0.path": "student", "teachers.0.update": "live", "objective.lambda_distill": 1.0,
         "evaluation.every": 1,
     }  # fmt: skip
     rows = _run(inputs, tmp_path / "run", 1, **settings)[1]
-    assert all(row["reward/siblings"] >= 0 for row in rows[1:])
+    assert any(row["reward/siblings"] > 0 and row["reverse_kl"] > 0 for row in rows[1:]), (
+        "it reads more than the student"
+    )
     assert all("eval/forward_kl" in row for row in rows)
 
 
