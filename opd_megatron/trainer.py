@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from opd_megatron.config import RunConfig, decided
 from opd_megatron.data.saved_rollouts import save_rollouts
-from opd_megatron.data.stages import apply_stages
+from opd_megatron.data.stages import apply_stages, prefixes
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
@@ -98,20 +98,21 @@ class OPDTrainer(RunParts):
         rollouts = apply_stages(rollouts, self.stages)
         if self.rewards is not None:
             self.rewards.begin(rollouts)
+        objective = self.config.objective.at(self.step_count)
         scored: StepRewards | None = None
         of_siblings: dict[str, float] = {}
         if self.siblings is not None:  # who read a right answer wait until it is known to be one
             scored = self._scores()
             assert scored is not None
             rollouts, of_siblings = self.siblings.shown(rollouts, scored)
-        micro_batches = self.batches.build(rollouts)
+        micro_batches = self.batches.build(prefixes(rollouts, objective.prefix_tokens))
         with timers.phase("teacher"):
             teachers = ask_teachers(self.teachers, micro_batches, self.views)
         scored = scored or self._scores()
-        if scored is not None and self.config.objective.lambda_rl > 0:
+        if scored is not None and objective.uses_rewards:
             micro_batches.score(scored.advantages)
         with timers.phase("train"):
-            output = self.student.update(micro_batches, teachers, self.config.objective, self.models.vocab_size)
+            output = self.student.update(micro_batches, teachers, objective, self.models.vocab_size)
             for teacher in self.teachers:
                 teacher.after_step()
         self.step_count += 1
@@ -123,6 +124,7 @@ class OPDTrainer(RunParts):
         self._show_sample(rollouts)
         self._save_rollouts(rollouts)
         others = {} if scored is None else scored.metrics | of_siblings
+        others |= {name: getattr(objective, name) for name in objective.schedules}
         return self._metrics(rollouts, output, others | meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
@@ -170,8 +172,8 @@ class OPDTrainer(RunParts):
             grad_norm=output.grad_norm,
             lr=output.lr,
             loss=means.pop("loss"),
-            reverse_kl=means.pop("reverse_kl"),
-            forward_kl=means.pop("forward_kl"),
+            reverse_kl=means.pop("reverse_kl", None),
+            forward_kl=means.pop("forward_kl", None),
             extra={
                 **means,
                 **others,
@@ -324,7 +326,7 @@ class OPDTrainer(RunParts):
         teachers = zip(self.config.teacher_names, self.config.teachers, strict=True)
         named = {f"teacher/{name}/fingerprint": teacher.fingerprint for name, teacher in teachers}
         log.write({"step": 0, "policy_version": 0, **named, **metrics})
-        for line in self.evaluator.teacher_summary(metrics, [teacher.path for teacher in self.config.teachers]):
+        for line in self.evaluator.summary(metrics):
             self.display.note(line)
 
     def _evaluates(self, saves: bool) -> bool:

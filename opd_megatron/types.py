@@ -108,6 +108,8 @@ class Batch:
     """[B, S] float32: `Rollout.logprobs` of the targets, 0 where `weights` is; None where nothing was sampled."""
     advantages: torch.Tensor | None = None
     """[B, S] float32: `Rollout.advantage` at every target, 0 where `weights` is; None where nothing was scored."""
+    given: torch.Tensor | None = None
+    """[B, S] float32: 1 where the target is of an answer that was not sampled; None where none was sampled."""
     position_ids: torch.Tensor = field(default=None)  # type: ignore[assignment]  # derived below
     """[B, S] int64: each token's position in its sequence; 0, 1, .. along every row by default."""
     sequence_ids: torch.Tensor = field(default=None)  # type: ignore[assignment]
@@ -179,6 +181,8 @@ class TeacherInputs:
     """Response tokens that it scored, of all ranks."""
     seconds: float = 0.0
     """That the student stood still for it before the update."""
+    reference: bool = False
+    """Whether it is what `objective.reference_kl` is a distance from, and no teacher."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,8 +236,9 @@ class StepMetrics:
 
     step: int
     loss: float
-    reverse_kl: float
-    forward_kl: float
+    reverse_kl: float | None
+    """None without a teacher."""
+    forward_kl: float | None
     tokens: int
     policy_version: int
     grad_norm: float
@@ -244,4 +249,5 @@ class StepMetrics:
 
     def as_dict(self) -> dict[str, float | int]:
         names = ("step", "loss", "reverse_kl", "forward_kl", "tokens", "policy_version", "grad_norm", "lr")
-        return {name: getattr(self, name) for name in names} | self.extra
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None} | self.extra

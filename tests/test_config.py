@@ -205,7 +205,8 @@ def test_every_type_of_objective_can_be_trained() -> None:
     types = get_args(ObjectiveConfig.model_fields["type"].annotation)
     sampled = {name for name in types if ObjectiveConfig(type=name).is_sampled}
     assert sampled == {"on_policy_distill", "jsd"}
-    assert set(types) - sampled == set(DIVERGENCES), "every divergence of the loss engine has its name here"
+    exact = set(types) - sampled - {"sft", "eopd"}
+    assert exact == set(DIVERGENCES), "every divergence of the loss engine has its name here"
     for name in types:
         load_config(None, [f"objective.type={name}"]).require_available()
 

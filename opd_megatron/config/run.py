@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from opd_megatron.config.objective import ObjectiveConfig
+from opd_megatron.config.recipes import RECIPES, expand
 from opd_megatron.config.rewards import RewardsConfig
 from opd_megatron.config.sections import (
     GOLD,
@@ -23,7 +23,9 @@ from opd_megatron.config.sections import (
     StudentConfig,
     UserPath,
 )
+from opd_megatron.config.teacher_rules import check_teachers
 from opd_megatron.config.teachers import (
+    REFERENCE,
     STUDENT,
     AnyTeacherConfig,
     MegatronTeacherConfig,
@@ -32,9 +34,12 @@ from opd_megatron.config.teachers import (
     TeacherConfig,
 )
 from opd_megatron.errors import ConfigError, NotAvailableError
-from opd_megatron.losses.objectives import OBJECTIVES
+from opd_megatron.losses.schedules import largest
 
 LATER_TASKS = ("code", "ifeval")
+_RECIPES: Any = Literal[tuple(RECIPES)]
+_OF_TEACHERS = ("eval/forward_kl", "eval/reverse_kl", "reverse_kl", "forward_kl", "top1_agreement")
+"""Metrics that there are with teachers alone."""
 DEFAULT_ROUTE = "default"
 """Key of `routes` for the samples of every other task, and of none."""
 
@@ -54,10 +59,12 @@ class RunConfig(Section):
     """Seeds prompts, sampling and every random number of the run."""
     trust_remote_code: bool = False
     """Let a tokenizer run code that came with it. Only for sources you have read."""
+    recipe: _RECIPES | None = None
+    """One of the field's, by name (docs/objectives.md): fills in the keys that it is made of."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     """The model that is trained."""
-    teachers: list[AnyTeacherConfig] = Field(default_factory=lambda: [_default_teacher()], min_length=1)
-    """The models it learns from."""
+    teachers: list[AnyTeacherConfig] = Field(default_factory=lambda: [_default_teacher()])
+    """The models it learns from; none are loaded where the objective asks none."""
     routes: dict[str, str | list[str]] = Field(default_factory=dict)
     """Which teachers score the samples of which task, by name: `{math: t1, code: [t2, t3], default: t1}`; several are
     an ensemble. All teachers score every sample by default."""
@@ -79,6 +86,12 @@ class RunConfig(Section):
     """Held-out measurements."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """What a person sees."""
+    _left_out: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Paths of teachers that were given though the objective asks none."""
+        return self._left_out
 
     @property
     def sequences_per_step(self) -> int:
@@ -130,6 +143,37 @@ class RunConfig(Section):
         return self.model_copy(update={"rollout": rollout})
 
     @model_validator(mode="after")
+    def _teachers_that_are_asked(self) -> RunConfig:
+        """Leaves teachers out where the objective asks none, and adds the reference where it has one."""
+        objective, teachers = self.objective, self.teachers
+        kept = [each for each in teachers if objective.needs_teacher or each.name == REFERENCE]
+        if "teachers" in self.model_fields_set:
+            self._left_out = [each.path for each in teachers if each not in kept]
+        has_reference = any(each.name == REFERENCE for each in kept)
+        if largest(objective, "reference_kl") == 0 and has_reference:
+            raise ValueError(
+                f"a teacher named {REFERENCE!r} has no effect without objective.reference_kl: set it, or choose "
+                "another name"
+            )
+        if largest(objective, "reference_kl") > 0 and not has_reference:
+            kept = [*kept, StudentRanksTeacherConfig(path=STUDENT, name=REFERENCE, dtype=self.student.dtype)]
+        if not kept and objective.needs_teacher:
+            raise ValueError(
+                f"teachers=[] but objective.type={objective.type} with lambda_distill above 0 asks one: name one, or "
+                "set objective.lambda_distill=0 (with lambda_rl above 0), or objective.type=sft"
+            )
+        # Past the validation of assignments, which would come back here.
+        self.__dict__["teachers"] = kept
+        if not objective.needs_teacher:
+            self.__dict__["routes"] = {}
+        return self
+
+    @property
+    def reference(self) -> int | None:
+        """Number of the reference in `teachers`, which teaches nothing; None without one."""
+        return next((number for number, each in enumerate(self.teachers) if each.name == REFERENCE), None)
+
+    @model_validator(mode="after")
     def _cross_field_rules(self) -> RunConfig:
         parallel, optimizer = self.parallel, self.optimizer
         if self.data.sources and "source" in self.data.model_fields_set and self.data.source != "gsm_symbolic":
@@ -154,16 +198,19 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.min_lr={optimizer.min_lr} must not exceed optimizer.lr={optimizer.lr}: lower min_lr"
             )
-        self._check_names()
-        self._check_self_teachers()
-        self._check_aligned_teachers()
+        objective = self.objective
+        check_teachers(self)
         best = self.checkpoint.best_metric
+        if best in _OF_TEACHERS and not objective.needs_teacher:
+            raise ValueError(
+                f"checkpoint.best_metric={best} needs a teacher, and objective.type={objective.type} with "
+                f"lambda_distill={objective.lambda_distill} asks none: choose eval/nll, or loss"
+            )
         if best is not None and best.startswith("eval/") and self.evaluation.every == 0:
             raise ValueError(
                 f"checkpoint.best_metric={best} needs evaluation.every > 0, got 0: switch evaluation on, or choose a "
                 "training metric such as reverse_kl"
             )
-        objective = self.objective
         if objective.is_sampled and objective.temperature != self.rollout.temperature:
             # The engine's log-probabilities are at the one, the trainer's at the other: their ratio would mean nothing.
             raise ValueError(
@@ -193,6 +240,24 @@ class RunConfig(Section):
         self._check_given_answers()
         self.micro_batch_size(parallel.data or 1)
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, tree: Any) -> Any:
+        return expand(tree) if isinstance(tree, dict) and "teacher_configs" not in tree else tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_answers_of_sft(cls, tree: Any) -> Any:
+        """Fills in that nothing is sampled where `objective.type: sft` has no use for it."""
+        objective = tree.get("objective") if isinstance(tree, dict) else None
+        kind = objective.get("type") if isinstance(objective, dict) else getattr(objective, "type", None)
+        if kind != "sft":
+            return tree
+        data = tree.get("data", {})
+        if not isinstance(data, dict) or "on_policy_fraction" in data:
+            return tree
+        return tree | {"data": data | {"on_policy_fraction": 0.0}}
 
     @model_validator(mode="before")
     @classmethod
@@ -226,78 +291,11 @@ class RunConfig(Section):
                 raise ValueError(f"routes.{task}={names!r} must be the name of a teacher, or a list of names")
         return value
 
-    def _check_names(self) -> None:
-        names = self.teacher_names
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"teachers: name {twice[0]!r} is given twice: every teacher needs a name of its own")
-        used = []
-        for task, members in self.routes.items():
-            members = [members] if isinstance(members, str) else members
-            for name in members:
-                if name not in names:
-                    near = get_close_matches(name, names, n=1)
-                    hint = f" (did you mean {near[0]!r}?)" if near else ""
-                    raise ValueError(
-                        f"routes.{task} names teacher {name!r}, of which there is none{hint}: use names of teachers "
-                        f"({', '.join(names)})"
-                    )
-            if len({*members}) < len(members):
-                raise ValueError(f"routes.{task}={members} names a teacher twice: set its weight instead")
-            used += members
-        idle = [name for name in names if self.routes and name not in used]
-        if idle:
-            raise ValueError(f"teacher {idle[0]!r} is in no route: name it in routes, or leave it out of teachers")
-
-    def _check_aligned_teachers(self) -> None:
-        """Checks those with another tokenizer."""
-        sampled = bool(OBJECTIVES[self.objective.type].term(self.objective).policy)
-        fits = "spans" if sampled else "shared_vocabulary"
-        for number, teacher in enumerate(self.teachers):
-            key = f"teachers.{number}.alignment={teacher.alignment}"
-            if teacher.alignment is None:
-                continue
-            if teacher.is_student:
-                raise ValueError(f"{key} has no effect with teachers.{number}.path={STUDENT}: leave it out")
-            if teacher.alignment != fits:
-                raise ValueError(
-                    f"{key} does not go with objective.type={self.objective.type}, which "
-                    + ("scores sampled tokens" if sampled else "compares distributions")
-                    + f": set it to {fits}, or choose another objective"
-                )
-            if getattr(teacher, "top_k", None) is not None:
-                raise ValueError(f"{key} needs the hidden states of its teacher: leave teachers.{number}.top_k out")
-            if any(self.teacher_names[number] in names and len(names) > 1 for names in self.teacher_sets):
-                raise ValueError(
-                    f"{key} cannot be one of an ensemble of distributions over one vocabulary: give it a route of its "
-                    "own"
-                )
-
     @property
     def teacher_sets(self) -> list[list[str]]:
         """Names of the teachers that score a sample together, for each route."""
         sets = [[names] if isinstance(names, str) else names for names in self.routes.values()]
-        return sets or [self.teacher_names]
-
-    def _check_self_teachers(self) -> None:
-        for number, teacher in enumerate(self.teachers):
-            keys = f"teachers.{number}"
-            update = getattr(teacher, "update", "frozen")
-            if update != "frozen" and not teacher.is_student:
-                raise ValueError(
-                    f"{keys}.update={update} needs {keys}.path={STUDENT}, got {teacher.path!r}: another model does not "
-                    "change"
-                )
-            if getattr(teacher, "decay", None) is not None and update != "ema":
-                raise ValueError(f"{keys}.decay has no effect with {keys}.update={update}: leave it out, or set ema")
-            layout = [name for name in ("tensor", "pipeline") if getattr(teacher, name, None) is not None]
-            if update != "frozen" and layout:
-                raise ValueError(f"{keys}.update={update} needs the student's own layout: leave {keys}.{layout[0]} out")
-            if update == "live" and teacher.prompt is None:
-                raise ValueError(
-                    f"{keys}.update=live without {keys}.prompt is the student itself, which teaches nothing: "
-                    "give it a prompt that tells more, such as '{prompt} (solution: {answer})', or set update=ema"
-                )
+        return sets or [[name for name in self.teacher_names if name != REFERENCE]]
 
     def micro_batch_size(self, data_parallel: int) -> int:
         """Sequences in one forward pass. Raises ConfigError unless a step's sequences split evenly over ranks."""
@@ -319,6 +317,16 @@ class RunConfig(Section):
                 f"objective.type={objective.type} scores what the student has sampled; set it to reverse_kl, or the "
                 "fraction to 1"
             )
+        if objective.type == "sft" and self.data.on_policy_fraction > 0:
+            raise ValueError(
+                f"data.on_policy_fraction={self.data.on_policy_fraction} has no effect with objective.type=sft, which "
+                "trains on given answers: leave it out, or choose another type beside objective.sft_coef"
+            )
+        if largest(objective, "sft_coef") > 0 and not given:
+            raise ValueError(
+                f"objective.sft_coef={largest(objective, 'sft_coef')} needs given answers: set data.on_policy_fraction "
+                "below 1, and data.answers"
+            )
         if not given and self.data.answers != GOLD:
             raise ValueError(
                 f"data.answers={self.data.answers!r} has no effect with data.on_policy_fraction=1: lower it, or leave "
@@ -327,11 +335,11 @@ class RunConfig(Section):
 
     def check_rewards(self) -> None:
         """Raises ConfigError unless there is somebody to judge what a policy gradient is to be made of."""
-        rewards, weight = self.rewards, self.objective.lambda_rl
+        rewards, weight = self.rewards, largest(self.objective, "lambda_rl")
         if weight > 0 and not rewards.judges:
             raise ConfigError(
-                f"objective.lambda_rl={weight} needs rewards.task, which judges the answers (gsm8k, math, or "
-                "module:function): set it, or set objective.lambda_rl=0 to distil alone"
+                f"objective.lambda_rl={weight} needs rewards.task, which judges the answers (gsm8k, math, code, "
+                "ifeval, or module:function): set it, or set objective.lambda_rl=0 to distil alone"
             )
         if weight > 0 and self.rollout.samples_per_prompt == 1:
             raise ConfigError(

@@ -186,7 +186,7 @@ def make_batch(
     size = round_up(longest if length is None else length, multiple_of)
     tokens = torch.full((len(rollouts), size), pad_id, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
-    weights, logprobs, advantages = (torch.zeros(tokens.shape, dtype=torch.float32) for _ in range(3))
+    weights, logprobs, advantages, given = (torch.zeros(tokens.shape, dtype=torch.float32) for _ in range(4))
     for row, rollout in enumerate(rollouts):
         start, end = len(rollout.prompt.token_ids), _length(rollout)
         assert start > 0, "a response needs a prompt position that predicts its first token"
@@ -194,6 +194,8 @@ def make_batch(
         tokens[row, start:end] = rollout.response_ids
         targets[row, : end - 1] = tokens[row, 1:end]
         weights[row, start - 1 : end - 1] = 1.0 if scales is None else scales[row]
+        if rollout.policy_version < 0:
+            given[row, start - 1 : end - 1] = 1
         if rollout.logprobs is not None:
             assert len(rollout.logprobs) == end - start, (
                 f"{len(rollout.logprobs)} log-probabilities for a response of {end - start} tokens"
@@ -212,6 +214,7 @@ def make_batch(
         weights,
         logprobs if sampled else None,
         advantages if scored else None,
+        given,
         routes=None if routes is None else torch.tensor(routes).unsqueeze(1).expand_as(tokens).contiguous(),
     )
 

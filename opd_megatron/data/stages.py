@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from opd_megatron.types import Rollout
@@ -21,3 +22,17 @@ def apply_stages(rollouts: Sequence[Rollout], stages: Sequence[RolloutStage]) ->
     for stage in stages:
         rollouts = stage(rollouts)
     return list(rollouts)
+
+
+def prefixes(rollouts: Sequence[Rollout], tokens: int | None) -> list[Rollout]:
+    """Cuts every answer to its first `tokens`, and what is known of each token with it; None leaves all whole."""
+    if tokens is None:
+        return list(rollouts)
+    return [
+        replace(
+            rollout,
+            response_ids=rollout.response_ids[:tokens],
+            logprobs=None if rollout.logprobs is None else rollout.logprobs[:tokens],
+        )
+        for rollout in rollouts
+    ]

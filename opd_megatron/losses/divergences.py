@@ -13,8 +13,8 @@ A constant added to df/dp drops out of the gradient: we choose it so that `weigh
 the digits of a small gradient. `value` adds a multiple of q - p (`q_minus_p`) to every term. The additions cancel in
 the sum, but make each term non-negative, so rounding errors do not swamp a tiny KL: 1e-4 keeps its digits in fp32.
 
-f must be homogeneous, f(c p, c q) = c f(p, q), which every f-divergence and every mixture of them is: the tail of a
-top-k teacher and `df_dp` rely on it.
+`df_dp`, of the sampled-token forms, relies on f being homogeneous, f(c p, c q) = c f(p, q), which every f-divergence
+and every mixture of them is.
 """
 
 from __future__ import annotations
@@ -151,6 +151,33 @@ def lambda_jsd_weighted_grad(p, q, r, weight):  # type: ignore[no-untyped-def]
     return -(p * (weight * log_m_over_p + (weight - 0.5) * p_share))
 
 
+def mixed_value(p, q, r, weight):  # type: ignore[no-untyped-def]
+    """weight KL(q|p) + (1 - weight) KL(p|q)."""
+    return (1.0 - weight) * (p * r) - weight * (q * r) + (1.0 - 2.0 * weight) * q_minus_p(p, q, r)
+
+
+def mixed_weighted_grad(p, q, r, weight):  # type: ignore[no-untyped-def]
+    return weight * (p - q) + (1.0 - weight) * (p * r)
+
+
+def clipped_reverse_kl_value(p, q, r, clip):  # type: ignore[no-untyped-def]
+    """min(p log(p / q), clip), an entry's part of reverse KL: the largest are cut (OPSD, arXiv 2601.18734)."""
+    return where(p * r > clip, clip + q_minus_p(p, q, r), p * r + q_minus_p(p, q, r))
+
+
+def clipped_reverse_kl_weighted_grad(p, q, r, clip):  # type: ignore[no-untyped-def]
+    return where(p * r > clip, -p, p * r)  # of the value: a cut entry is a constant, less p
+
+
+def clipped_forward_kl_value(p, q, r, clip):  # type: ignore[no-untyped-def]
+    """min(q log(q / p), clip), an entry's part of forward KL."""
+    return where(-(q * r) > clip, clip - q_minus_p(p, q, r), -(q_minus_p(p, q, r) + q * r))
+
+
+def clipped_forward_kl_weighted_grad(p, q, r, clip):  # type: ignore[no-untyped-def]
+    return where(-(q * r) > clip, p, p - q)
+
+
 REVERSE_KL = Divergence(reverse_kl_value, reverse_kl_weighted_grad)
 FORWARD_KL = Divergence(forward_kl_value, forward_kl_weighted_grad)
 
@@ -173,9 +200,23 @@ def _lambda_jsd(weight: float) -> Divergence:
     return Divergence(lambda_jsd_value, lambda_jsd_weighted_grad, weight)
 
 
+def _mixed(weight: float) -> Divergence:
+    if weight == 0:
+        return REVERSE_KL
+    return FORWARD_KL if weight == 1 else Divergence(mixed_value, mixed_weighted_grad, weight)
+
+
+def _clipped_reverse_kl(clip: float) -> Divergence:
+    return Divergence(clipped_reverse_kl_value, clipped_reverse_kl_weighted_grad, clip)
+
+
+def _clipped_forward_kl(clip: float) -> Divergence:
+    return Divergence(clipped_forward_kl_value, clipped_forward_kl_weighted_grad, clip)
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """The number of its own that a divergence takes, in [0, 1]."""
+    """The number of its own that a divergence takes, in [0, 1] unless it says otherwise."""
 
     name: str
     """Keyword of the loss functions, and key of `objective:`."""
@@ -184,11 +225,15 @@ class Parameter:
     """Of its values, as the documentation and an error say it."""
     not_one: str | None = None
     """Why 1 is refused, where it is."""
+    above_zero: bool = False
+    """It is positive, and may be above 1."""
 
 
 BETA = Parameter("beta", 0.5, "0 is forward KL, 1 is reverse KL")
 ALPHA = Parameter("alpha", 0.1, "0 is the plain KL, 0.1 is usual", not_one="compares a distribution with itself")
 LAMBDA_COEF = Parameter("lambda_coef", 0.5, "0.5 is the Jensen-Shannon divergence")
+FORWARD_WEIGHT = Parameter("forward_weight", 0.5, "0 is reverse KL, 1 is forward KL")
+ENTRY_CLIP = Parameter("entry_clip", 0.05, "nats that one entry of the vocabulary may add", above_zero=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +242,8 @@ class DivergenceFamily:
 
     make: Callable[[float], Divergence]
     parameter: Parameter | None = None
+    of_entries: bool = False
+    """It looks at single entries of the vocabulary, and so has no meaning where some are one event together."""
 
     @property
     def argument(self) -> str | None:
@@ -211,6 +258,9 @@ DIVERGENCES: dict[str, DivergenceFamily] = {
     "skew_reverse_kl": DivergenceFamily(_skew_reverse_kl, ALPHA),
     "skew_forward_kl": DivergenceFamily(_skew_forward_kl, ALPHA),
     "lambda_jsd": DivergenceFamily(_lambda_jsd, LAMBDA_COEF),
+    "mixed": DivergenceFamily(_mixed, FORWARD_WEIGHT),
+    "clipped_reverse_kl": DivergenceFamily(_clipped_reverse_kl, ENTRY_CLIP, of_entries=True),
+    "clipped_forward_kl": DivergenceFamily(_clipped_forward_kl, ENTRY_CLIP, of_entries=True),
 }
 
 PARAMETERS: dict[str, Parameter] = {

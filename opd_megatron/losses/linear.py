@@ -23,6 +23,7 @@ from opd_megatron.losses.core.validation import (
     check_per_token,
     check_projection,
     check_targets,
+    check_whole,
     make_spec,
 )
 from opd_megatron.losses.kernels.base import SUMS
@@ -108,7 +109,8 @@ def linear_divergence_terms(
     Args:
         student_hidden: [T, h]; differentiable. T may be 0.
         student_head: [v, h]; differentiable, and may be a tied embedding.
-        teachers: (hidden [T, h_i], head [v, h_i]) of each; or one `TopKTeacher`, whose divergence and metrics are those
+        teachers: (hidden [T, h_i], head [v, h_i]) of each; none with `lambda_distill=0`, and then KLs are 0 and the
+            teacher's numbers are the student's; or one `TopKTeacher`, whose divergence and metrics are those
             of its entries and one tail that holds the rest (`student_entropy` is of the whole vocabulary; for a token
             outside the top k, `teacher_logprob` assumes that the teacher's tail is shaped like the student's); or one
             `SharedTeacher` of another vocabulary (both entropies are of the whole vocabularies).
@@ -134,8 +136,10 @@ def linear_divergence_terms(
     pairs, topk = split_topk(others)
     projections = _projections(student_hidden, student_head, pairs, gather_index)
     # The entries of a top-k teacher are of all columns, whatever the student's; another vocabulary's are of none.
-    alone = topk is not None or shared is not None
+    alone = topk is not None or shared is not None or _is_without(projections, arguments, policy)
     heads = [student_head, *([student_head] if alone else [each.head for each in projections])]
+    if topk is not None or shared is not None:
+        check_whole(arguments.type)
     spec = make_spec(arguments, widths=[len(head) for head in heads], dtypes=[head.dtype for head in heads])
     check_gather_index(gather_index, student_hidden)
     tokens = len(student_hidden if gather_index is None else gather_index)
@@ -174,6 +178,11 @@ def linear_divergence_terms(
         teacher_logprob=None if targets is None else extra[2],
         policy=None if policy is None else PolicyResult(*of_policy),
     )
+
+
+def _is_without(projections: Sequence[Projection], arguments: LossArguments, policy: PolicyTerm | None) -> bool:
+    """Whether no teacher is needed and none is there: the student's logits then stand for a teacher's."""
+    return not projections and arguments.lambda_distill == 0 and policy is not None
 
 
 def _projections(

@@ -3,8 +3,9 @@
 The configuration makes its keys from this table, the student its loss, and the table of docs/objectives.md is checked
 against it. A new divergence is one line here beside its entry in `divergences.DIVERGENCES`. Nothing here imports torch.
 
-An objective is a list of terms that are added up, all computed in one pass over the vocabulary: an exact divergence,
-policy gradients on the sampled tokens, or both. Rewards are a term of their own beside any `type`.
+An objective is a list of terms that are added up: an exact divergence, policy gradients on the sampled tokens, the
+likelihood of given ones. They are computed in one pass over the vocabulary, but for a second divergence, which has a
+pass of its own. Rewards, likelihood and a reference are terms of their own beside any `type`.
 """
 
 # ruff: noqa: RUF001  formulae are written with the letters of the papers
@@ -19,6 +20,7 @@ from pydantic import Field
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.divergences import BETA, DIVERGENCES, LAMBDA_COEF, PARAMETERS, Parameter
+from opd_megatron.losses.schedules import largest
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +33,13 @@ DIVERGENCE_METRICS = (
 )  # fmt: skip
 """Token means of every objective. `nll` and `teacher_nll` are of the targets; `k1` to `k3` estimate `reverse_kl` from
 them where the student sampled them, and `k1_gap` says by how much `k1` misses it."""
+ALONE_METRICS = ("loss", "student_entropy", "nll")
+"""Those of them that are there without a teacher."""
 POLICY_METRICS = ("divergence", "policy_loss", "advantage", "ratio", "clip_fraction")
 """What a policy gradient adds: the exact divergence of the objective's `type`, and its own loss without its weight."""
+SFT_LOSS, REFERENCE_KL, FORWARD_SHARE = "sft_loss", "reference_kl", "forward_share"
+"""`sft_coef`'s addend of the loss without that weight; KL(p|reference); the share of tokens that have a second
+divergence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +61,28 @@ class Term:
     """Arguments of `linear_divergence_terms`: the divergence and its weight `lambda_distill`. Empty: none."""
     policy: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `PolicyTerm`, without its tensors. Empty: none."""
+    likelihood: float = 0.0
+    """Weight of -log p(a) of the targets that were given."""
+    teacher_entropy_above: float | None = None
+    """Where it is set, the divergence is of those tokens alone, and has a pass of its own after the others."""
+    of_reference: bool = False
+    """The divergence is from the reference model, in a pass of its own."""
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        return DIVERGENCE_METRICS + (POLICY_METRICS if self.policy else ())
+    def is_further(self) -> bool:
+        """Whether it has a pass of its own."""
+        return self.of_reference or self.teacher_entropy_above is not None
+
+    def metrics(self, teachers: bool) -> tuple[str, ...]:
+        """Names what it reports, with teachers or without."""
+        if self.of_reference:
+            return (REFERENCE_KL,)
+        if self.teacher_entropy_above is not None:
+            return (FORWARD_SHARE,)
+        names: tuple[str, ...] = DIVERGENCE_METRICS if teachers else ALONE_METRICS
+        if self.policy:
+            names += POLICY_METRICS if teachers else POLICY_METRICS[1:]
+        return names + ((SFT_LOSS,) if self.likelihood else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +99,9 @@ class Objective:
     """Key -> the key beside which it has no effect, where that one is set."""
     paper: str = ""
     """A Markdown link."""
+    further: Callable[[Any], Term] | None = None
+    """A second divergence."""
+    needs_teacher: bool = True
 
     def used_keys(self, values: Any) -> tuple[str, ...]:
         """The keys that have an effect with these values."""
@@ -81,11 +109,14 @@ class Objective:
 
 
 def _of_parameter(parameter: Parameter) -> Key:
-    upper: dict[str, Any] = {"le": 1} if parameter.not_one is None else {"lt": 1}
-    return Key(parameter.name, Annotated[float, Field(ge=0, **upper)], parameter.default, parameter.meaning)
+    bounds: dict[str, Any] = {"ge": 0} | ({"le": 1} if parameter.not_one is None else {"lt": 1})
+    if parameter.above_zero:
+        bounds = {"gt": 0}
+    return Key(parameter.name, Annotated[float, Field(**bounds)], parameter.default, parameter.meaning)
 
 
 _Weight = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 KEYS: dict[str, Key] = {name: _of_parameter(parameter) for name, parameter in PARAMETERS.items()} | {
@@ -117,9 +148,24 @@ KEYS: dict[str, Key] = {name: _of_parameter(parameter) for name, parameter in PA
             "ratio_level", Literal["token", "sequence"], "token",
             "A ratio for each token, or its geometric mean over the sequence (GSPO)",
         ),
+        Key(
+            "ratio_window", tuple[_Weight, _Positive] | None, None,
+            "[low, high], in the place of `truncation`: the importance weight is p / p_rollout where it lies in there, "
+            "and a token outside does not count (MOPD: 0.2 and 5)",
+        ),
+        Key(
+            "prefix_gamma", _Weight | None, None,
+            "Amplifies the advantage of early tokens: by 1 + gamma (1 - d_t / d), d_t the sum of "
+            "|log q - log p_rollout| over the answer's tokens before this one, d over all of them (IW-OPD: 0.5)",
+        ),
+        Key(
+            "entropy_threshold", _Weight, 0.8,
+            "Nats of the teacher's entropy, at the objective's temperature, above which the forward KL is added",
+        ),
     )
 }  # fmt: skip
-_RATIO_KEYS = ("truncation", "clip_low", "clip_high", "ratio_level")
+_RATIO_KEYS = ("truncation", "clip_low", "clip_high", "ratio_level", "ratio_window")
+_BESIDE_WINDOW = dict.fromkeys(("truncation", "clip_low", "clip_high"), "ratio_window")
 
 
 def _exact(name: str, formula: str, paper: str = "") -> Objective:
@@ -137,14 +183,17 @@ def _exact(name: str, formula: str, paper: str = "") -> Objective:
 def _policy(values: Any, weight: float, **advantage: Any) -> dict[str, Any]:
     """Fields of a `PolicyTerm` with the importance ratios of `_RATIO_KEYS`."""
     clip = None if values.clip_low is None or values.clip_high is None else (values.clip_low, values.clip_high)
-    ratios = {"clip": clip, "importance_cap": values.truncation, "level": values.ratio_level}
+    window = getattr(values, "ratio_window", None)
+    cap = values.truncation if window is None else None
+    ratios = {"clip": clip, "importance_cap": cap, "level": values.ratio_level, "window": window}
     return {"coef": weight, **advantage, **ratios}
 
 
 def _on_policy_distill(values: Any) -> Term:
     # A sampled form reports its divergence exactly, with no weight in the loss.
     exact = {"type": "reverse_kl", "lambda_distill": 0.0}
-    return Term(exact, _policy(values, values.lambda_distill, advantage="kl", kl_coef=values.kl_coef))
+    policy = _policy(values, values.lambda_distill, advantage="kl", kl_coef=values.kl_coef)
+    return Term(exact, policy | {"prefix_gamma": getattr(values, "prefix_gamma", None)})
 
 
 def _jsd(values: Any) -> Term:
@@ -156,6 +205,19 @@ def _jsd(values: Any) -> Term:
 
 def _rewards(values: Any) -> Term:
     return Term(policy=_policy(values, values.lambda_rl, advantage="given"))
+
+
+def _eopd_forward(values: Any) -> Term:
+    forward = {"type": "forward_kl", "lambda_distill": values.lambda_distill}
+    return Term(forward, teacher_entropy_above=values.entropy_threshold)
+
+
+def _sft(values: Any) -> Term:
+    return Term({"type": "reverse_kl", "lambda_distill": 0.0}, likelihood=values.lambda_distill)
+
+
+def _reference(values: Any) -> Term:
+    return Term({"type": "reverse_kl", "lambda_distill": values.reference_kl}, of_reference=True)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -172,32 +234,58 @@ OBJECTIVES: dict[str, Objective] = {
         "skew_forward_kl", "KL(q‖m), m = α q + (1 − α) p; α = 0 is forward KL", "[DistiLLM](https://arxiv.org/abs/2402.03898)"
     ),
     "lambda_jsd": _exact("lambda_jsd", "λ KL(p‖m) + (1 − λ) KL(q‖m), m = (p + q) / 2"),
+    "mixed": _exact("mixed", "w KL(q‖p) + (1 − w) KL(p‖q), w = `forward_weight`"),
+    "clipped_reverse_kl": _exact(
+        "clipped_reverse_kl", "Σ min(p log(p / q), c) over the vocabulary, c = `entry_clip`",
+        "[OPSD](https://arxiv.org/abs/2601.18734)",
+    ),
+    "clipped_forward_kl": _exact(
+        "clipped_forward_kl", "Σ min(q log(q / p), c) over the vocabulary, c = `entry_clip`",
+        "[OPSD](https://arxiv.org/abs/2601.18734)",
+    ),
+    "eopd": Objective(
+        "KL(p‖q), and KL(q‖p) is added where the teacher's entropy is above `entropy_threshold`",
+        lambda values: Term({"type": "reverse_kl", "lambda_distill": values.lambda_distill}), ("entropy_threshold",),
+        paper="[EOPD](https://arxiv.org/abs/2603.07079)", further=_eopd_forward,
+    ),
     "on_policy_distill": Objective(
         "policy gradient, advantage `kl_coef` (log q(a) − log p_rollout(a)) of the sampled token a",
-        _on_policy_distill, ("kl_coef", *_RATIO_KEYS),
+        _on_policy_distill, ("kl_coef", *_RATIO_KEYS, "prefix_gamma"), _BESIDE_WINDOW,
         paper="[On-Policy Distillation](https://thinkingmachines.ai/blog/on-policy-distillation/)",
     ),
     "jsd": Objective(
         "policy gradient, advantage minus the derivative of `gkd`'s divergence at p(a), or of `lambda_jsd`'s where "
         "`lambda_coef` is set",
-        _jsd, (BETA.name, LAMBDA_COEF.name, "kl_coef", *_RATIO_KEYS), {BETA.name: LAMBDA_COEF.name},
+        _jsd, (BETA.name, LAMBDA_COEF.name, "kl_coef", *_RATIO_KEYS), {BETA.name: LAMBDA_COEF.name} | _BESIDE_WINDOW,
+    ),
+    "sft": Objective(
+        "−log p(a) of the tokens a of given answers (`data.answers`), without a teacher", _sft, needs_teacher=False
     ),
 }  # fmt: skip
 
 REWARDS = Objective(
     "policy gradient on the rewards' advantages, beside any type: `lambda_rl` above 0",
-    _rewards, _RATIO_KEYS, paper="[PPO](https://arxiv.org/abs/1707.06347)",
+    _rewards, _RATIO_KEYS, _BESIDE_WINDOW, paper="[PPO](https://arxiv.org/abs/1707.06347)", needs_teacher=False,
+)  # fmt: skip
+LIKELIHOOD = Objective(
+    "−log p(a) of the tokens of given answers, beside any exact type: `sft_coef` above 0",
+    lambda values: Term(likelihood=values.sft_coef), needs_teacher=False,
+)  # fmt: skip
+REFERENCE = Objective(
+    "KL(p‖reference), beside any type: `reference_kl` above 0", _reference, needs_teacher=False
 )  # fmt: skip
 
 
 def leaves(values: Any) -> list[Objective]:
-    """Lists the leaves that a section `objective:` selects."""
-    return [OBJECTIVES[values.type], *([REWARDS] if values.lambda_rl > 0 else [])]
+    """Lists the leaves that a section `objective:` selects, at any step."""
+    beside = {"lambda_rl": REWARDS, "sft_coef": LIKELIHOOD, "reference_kl": REFERENCE}
+    return [OBJECTIVES[values.type], *(leaf for weight, leaf in beside.items() if largest(values, weight) > 0)]
 
 
 def objective_terms(values: Any) -> list[Term]:
     """Lists the terms whose sum is minimised."""
-    return [leaf.term(values) for leaf in leaves(values)]
+    chosen = leaves(values)
+    return [leaf.term(values) for leaf in chosen] + [leaf.further(values) for leaf in chosen if leaf.further]
 
 
 def users_of(key: str) -> list[str]:
@@ -205,9 +293,9 @@ def users_of(key: str) -> list[str]:
     return [name for name, leaf in OBJECTIVES.items() if key in leaf.keys]
 
 
-def metric_names(terms: Iterable[Term]) -> tuple[str, ...]:
-    """Names the token means that a step reports, in order."""
-    return tuple(dict.fromkeys(name for term in terms for name in term.metrics))
+def metric_names(terms: Iterable[Term], *, teachers: bool = True) -> tuple[str, ...]:
+    """Names the token means that a step reports, in order; `teachers`: whether there are any."""
+    return tuple(dict.fromkeys(name for term in terms for name in term.metrics(teachers)))
 
 
 def loss_arguments(terms: Sequence[Term], batch: Batch, mask: torch.Tensor) -> dict[str, Any]:
@@ -216,17 +304,30 @@ def loss_arguments(terms: Sequence[Term], batch: Batch, mask: torch.Tensor) -> d
     Raises:
         ConfigError: two terms with a divergence each (one pass computes one), or none.
     """
+    terms = [term for term in terms if not term.is_further]
     divergences = [dict(term.divergence) for term in terms if term.divergence]
     if len(divergences) != 1:
         raise ConfigError(f"an objective needs one divergence, got {len(divergences)}: leave the others out")
-    return divergences[0] | {"policy": _policy_term([term.policy for term in terms if term.policy], batch, mask)}
+    likelihood = _likelihood(sum(term.likelihood for term in terms), batch, mask)
+    policies = [term.policy for term in terms if term.policy]
+    return divergences[0] | {"policy": _policy_term(policies, likelihood, batch, mask)}
 
 
-def _policy_term(policies: list[Mapping[str, Any]], batch: Batch, mask: torch.Tensor) -> Any:
+def _likelihood(weight: float, batch: Batch, mask: torch.Tensor) -> torch.Tensor | None:
+    if not weight:
+        return None
+    given = batch.weights.new_ones(batch.weights.shape) if batch.given is None else batch.given
+    return weight * given[mask]
+
+
+def _policy_term(
+    policies: list[Mapping[str, Any]], likelihood: torch.Tensor | None, batch: Batch, mask: torch.Tensor
+) -> Any:
     from opd_megatron.losses.policy import PolicyTerm
 
     if not policies:
-        return None
+        return None if likelihood is None else PolicyTerm(likelihood=likelihood)
+    assert likelihood is None, "the likelihood of given answers beside a policy gradient on sampled ones"
     assert batch.rollout_logprobs is not None, "a policy gradient needs the rollouts' log-probabilities"
     fields, rewards = _merged(policies)
     advantages = None
@@ -236,7 +337,7 @@ def _policy_term(policies: list[Mapping[str, Any]], batch: Batch, mask: torch.Te
     return PolicyTerm(
         rollout_logprobs=batch.rollout_logprobs[mask],
         advantages=advantages,
-        sequence_ids=batch.sequence_ids[mask] if fields["level"] == "sequence" else None,
+        sequence_ids=batch.sequence_ids[mask] if fields["level"] == "sequence" or fields.get("prefix_gamma") else None,
         **fields,
     )
 

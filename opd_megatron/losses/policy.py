@@ -6,8 +6,9 @@ rollout engine which sampled it, and p_old the trainer's before the update,
     loss = -w min(rho A, clip(rho, 1 - low, 1 + high) A),     rho = p / p_old,     w = min(p_old / p_roll, cap)
 
 (PPO, arXiv 1707.06347; the capped weight w corrects for a rollout engine that samples with other arithmetic than the
-trainer's). A and w are constants. Only d loss / d log p(a) is needed here: the pass over the vocabulary turns it into
-the gradient of all logits, delta_a - p.
+trainer's). A and w are constants. Beside it, or alone, the negative log-likelihood -log p(a) of tokens that were not
+sampled. Only d loss / d log p(a) is needed here: the pass over the vocabulary turns it into the gradient of all logits,
+delta_a - p.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ LEVELS = ("token", "sequence")
 class PolicyTerm:
     """Adds `coef` times a policy-gradient loss to the objective. Tensors are [T], one value for each token."""
 
-    rollout_logprobs: torch.Tensor
-    """Of the sampled tokens under the rollout engine, at the objective's temperature."""
+    rollout_logprobs: torch.Tensor | None = None
+    """Of the sampled tokens under the rollout engine, at the objective's temperature. None: no policy gradient."""
     coef: float = 1.0
-    """lambda_rl."""
+    """lambda_rl. Of all of the term."""
+    likelihood: torch.Tensor | None = None
+    """Weight of -log p(a), by token."""
     advantage: str = "given"
     """Where A comes from: `given` (`advantages` alone), or a distillation advantage that is added to them.
 
@@ -54,15 +57,26 @@ class PolicyTerm:
     """(low, high) of the clipped ratio; none by default."""
     importance_cap: float | None = None
     """The cap."""
+    window: tuple[float, float] | None = None
+    """(low, high): w is the ratio itself where it lies in there, and 0 elsewhere (MOPD, arXiv 2601.02780), in the place
+    of a cap."""
+    prefix_gamma: float | None = None
+    """Multiplies A by 1 + gamma (1 - d_t / d), d_t the sum of |log q - log p_roll| over the sequence's tokens before
+    this one, d over all of them: IW-OPD (arXiv 2606.22600). Needs `sequence_ids`."""
     level: str = "token"
     """`sequence`: rho and w are geometric means over a sequence's tokens (GSPO-token, arXiv 2507.18071)."""
     sequence_ids: torch.Tensor | None = None
-    """int64, non-decreasing: which sequence a token belongs to. For `level="sequence"`, which needs whole sequences on
-    one rank."""
+    """int64, non-decreasing: which sequence a token belongs to. For `level="sequence"` and `prefix_gamma`, which need
+    whole sequences on one rank."""
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether a token's loss depends on the others of its sequence."""
+        return self.level == "sequence" or self.prefix_gamma is not None
 
     def rows(self, rows: slice) -> PolicyTerm:
         """Selects some of the tokens."""
-        names = ("rollout_logprobs", "advantages", "old_logprobs", "sequence_ids")
+        names = ("rollout_logprobs", "likelihood", "advantages", "old_logprobs", "sequence_ids")
         values = {name: getattr(self, name) for name in names}
         return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
@@ -77,12 +91,14 @@ class PolicyResult(NamedTuple):
     ratio: torch.Tensor
     """p / p_roll of the token, or of its sequence."""
     clipped: torch.Tensor
-    """1 where the clip took the gradient away, else 0."""
+    """1 where the clip, or the window, took the gradient away, else 0."""
+    likelihood: torch.Tensor
+    """`PolicyTerm.likelihood` times -log p(a)."""
 
 
 def check_policy(term: PolicyTerm, like: torch.Tensor) -> None:
     """Raises ConfigError for what does not fit; `like` has one row for each token."""
-    for name in ("rollout_logprobs", "advantages", "old_logprobs", "sequence_ids"):
+    for name in ("rollout_logprobs", "likelihood", "advantages", "old_logprobs", "sequence_ids"):
         value = getattr(term, name)
         if value is None:
             continue
@@ -92,19 +108,23 @@ def check_policy(term: PolicyTerm, like: torch.Tensor) -> None:
                 f"{like.device}: one value for each token"
             )
     _check_choices(term)
-    if term.level == "sequence":
+    if term.rollout_logprobs is None and term.likelihood is None:
+        raise ConfigError(
+            "policy has neither rollout_logprobs nor a likelihood, and so no loss: pass one of them, or leave it out"
+        )
+    if term.of_sequences and term.rollout_logprobs is not None:
         ids = term.sequence_ids
         if ids is None or ids.dtype != torch.int64 or bool((ids[1:] < ids[:-1]).any()):
             raise ConfigError(
-                "policy.sequence_ids must be int64 and non-decreasing for level='sequence': number each token's "
-                "sequence, whole sequences one after another"
+                "policy.sequence_ids must be int64 and non-decreasing for level='sequence' and prefix_gamma: number "
+                "each token's sequence, whole sequences one after another"
             )
 
 
 def _check_choices(term: PolicyTerm) -> None:
     if term.advantage not in ADVANTAGES:
         raise ConfigError(f"policy.advantage={term.advantage!r} is not one: use one of {', '.join(ADVANTAGES)}")
-    if term.advantage == "given" and term.advantages is None:
+    if term.advantage == "given" and term.advantages is None and term.rollout_logprobs is not None:
         raise ConfigError(
             "policy.advantages is missing but advantage='given' uses nothing else: pass one for each token"
         )
@@ -121,6 +141,10 @@ def _check_choices(term: PolicyTerm) -> None:
         raise ConfigError(
             f"policy.importance_cap={term.importance_cap} must be positive: 2 is usual, None switches it off"
         )
+    if term.window is not None and not (0 <= term.window[0] < term.window[1] < math.inf):
+        raise ConfigError(f"policy.window={term.window} must be 0 <= low < high: MOPD uses (0.2, 5)")
+    if term.window is not None and (term.importance_cap is not None or term.clip is not None):
+        raise ConfigError(f"policy.window={term.window} has no effect beside importance_cap or clip: keep one of them")
 
 
 def policy_loss(
@@ -134,16 +158,14 @@ def policy_loss(
         teacher_logprobs: [T] log q(a).
         mask: [T] bool, which tokens count in a sequence's mean; all by default.
     """
-    advantage = _advantage(term, logprobs, teacher_logprobs)
+    if term.rollout_logprobs is None:
+        none = torch.zeros_like(logprobs)
+        return _with_likelihood(term, PolicyResult(none, none, none, none + 1, none, none), logprobs)
     rollout = term.rollout_logprobs.to(logprobs.dtype)
-    if term.old_logprobs is not None:
-        old = term.old_logprobs.to(logprobs.dtype)
-    else:
-        old = rollout if term.importance_cap is None else logprobs
-    ratio = _ratio(term, logprobs - old, mask)
-    weight = _ratio(term, old - rollout, mask)
-    if term.importance_cap is not None:
-        weight = weight.clamp(max=term.importance_cap)
+    advantage = _advantage(term, logprobs, teacher_logprobs, rollout)
+    if term.prefix_gamma is not None:
+        advantage = advantage * _prefix_weight(term, teacher_logprobs - rollout, mask)
+    ratio, weight = _ratios(term, logprobs, rollout, mask)
     surrogate = ratio * advantage
     clipped = torch.zeros_like(surrogate, dtype=torch.bool)
     if term.clip is not None:
@@ -154,15 +176,63 @@ def policy_loss(
     loss = -weight * surrogate
     # d rho / d log p = rho; a clipped ratio is a constant.
     dloss_dlogp = torch.where(clipped, 0, loss)
-    return PolicyResult(loss, dloss_dlogp, advantage, _ratio(term, logprobs - rollout, mask), clipped.to(loss.dtype))
+    of_engine = _ratio(term, logprobs - rollout, mask)
+    left_out = clipped if term.window is None else weight == 0
+    found = PolicyResult(
+        loss, dloss_dlogp, advantage, of_engine, left_out.to(loss.dtype), torch.zeros_like(loss)
+    )  # fmt: skip
+    return _with_likelihood(term, found, logprobs)
 
 
-def _advantage(term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
+def _with_likelihood(term: PolicyTerm, found: PolicyResult, logprobs: torch.Tensor) -> PolicyResult:
+    if term.likelihood is None:
+        return found
+    weight = term.likelihood.to(logprobs.dtype)
+    # Selection: 0 times the infinity of a token that cannot be sampled is not 0.
+    nll = torch.where(weight == 0, 0, -weight * logprobs)
+    return found._replace(loss=found.loss + nll, dloss_dlogp=found.dloss_dlogp - weight, likelihood=nll)
+
+
+def _ratios(
+    term: PolicyTerm, logprobs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes rho and w."""
+    if term.old_logprobs is not None:
+        old = term.old_logprobs.to(logprobs.dtype)
+    else:
+        old = rollout if term.importance_cap is None and term.window is None else logprobs
+    ratio, weight = _ratio(term, logprobs - old, mask), _ratio(term, old - rollout, mask)
+    if term.importance_cap is not None:
+        weight = weight.clamp(max=term.importance_cap)
+    if term.window is not None:
+        low, high = term.window
+        weight = torch.where((weight >= low) & (weight <= high), weight, 0)
+    return ratio, weight
+
+
+def _prefix_weight(term: PolicyTerm, gap: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Computes 1 + gamma (1 - d_t / d) of every token."""
+    assert term.sequence_ids is not None
+    assert term.prefix_gamma is not None
+    if not len(gap):
+        return gap
+    distance = gap.abs().double() if mask is None else torch.where(mask, gap.abs(), 0).double()
+    _, index = term.sequence_ids.unique_consecutive(return_inverse=True)
+    whole = distance.new_zeros(int(index[-1]) + 1).index_add_(0, index, distance)
+    before_sequence = (whole.cumsum(0) - whole)[index]
+    before = distance.cumsum(0) - distance - before_sequence
+    share = before / whole[index].clamp(min=1e-8)
+    return (1 + term.prefix_gamma * (1 - share)).to(gap.dtype)
+
+
+def _advantage(
+    term: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, rollout: torch.Tensor
+) -> torch.Tensor:
     given = torch.zeros_like(logprobs) if term.advantages is None else term.advantages.to(logprobs.dtype)
     if term.advantage == "given":
         return given
     if term.advantage == "kl":
-        return given + term.kl_coef * (teacher_logprobs - term.rollout_logprobs.to(logprobs.dtype))
+        return given + term.kl_coef * (teacher_logprobs - rollout)
     of_jsd = {"jsd": ("gkd", term.beta), "lambda_jsd": ("lambda_jsd", term.lambda_coef)}
     name, parameter = of_jsd[term.advantage]
     divergence = DIVERGENCES[name].make(parameter)

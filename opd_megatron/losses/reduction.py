@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.losses.linear import DivergenceTerms
-from opd_megatron.losses.objectives import DIVERGENCE_METRICS, POLICY_METRICS
+from opd_megatron.losses.objectives import DIVERGENCE_METRICS, POLICY_METRICS, SFT_LOSS
 
 MISMATCH = "mismatch"
 _LARGEST_DIFFERENCE = 20.0
@@ -34,7 +34,10 @@ class TokenSums:
 
 
 def token_sums(
-    terms: DivergenceTerms, token_weights: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None
+    terms: DivergenceTerms,
+    token_weights: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> TokenSums:
     """Packs what a step needs from one micro batch.
 
@@ -45,6 +48,7 @@ def token_sums(
         token_weights: [T]; ones by default.
         rollout_logprobs: [T] the engine's log-probabilities of the targets, at the loss's temperature; with them comes
             `mismatch`, the mean of exp |log p - log p of the engine|, 1 where trainer and engine agree.
+        names: what of it is wanted, `loss` first; by default all but what needs given answers.
     """
     mask = torch.ones_like(terms.per_token, dtype=torch.bool) if token_weights is None else token_weights != 0
     columns = {
@@ -58,6 +62,10 @@ def token_sums(
     if rollout_logprobs is not None and terms.student_logprob is not None:
         difference = (terms.student_logprob.detach().double() - rollout_logprobs.double()).abs()
         columns[MISMATCH] = difference.clamp(max=_LARGEST_DIFFERENCE).exp()
+    if names is None:
+        columns.pop(SFT_LOSS, None)
+    else:
+        columns = {name: columns[name] for name in names if name != "loss"}
     # Selection, not multiplication: a masked infinity must not become a NaN.
     per_token = torch.stack([column.double() for column in columns.values()])[:, mask]
     return TokenSums(
@@ -79,6 +87,23 @@ def add_sums(parts: Sequence[TokenSums]) -> TokenSums:
         sums=torch.stack([part.sums for part in parts]).sum(0),
         names=first.names,
     )
+
+
+def further_sums(terms: DivergenceTerms, token_weights: torch.Tensor, name: str, *, counts: bool = False) -> TokenSums:
+    """Packs a pass of its own over some of a micro batch's tokens: its loss, and `name`, the sum of its divergence (not
+    weighted) or, where it `counts`, the number of these tokens."""
+    mask = token_weights != 0
+    value = mask.sum().double() if counts else terms.divergence.double()[mask].sum()
+    sums = torch.stack([terms.loss_sum.detach().double(), value])
+    return TokenSums(terms.loss_sum, mask.sum(), sums, ("loss", name))
+
+
+def joined_sums(main: TokenSums, further: Sequence[TokenSums]) -> TokenSums:
+    """Adds passes of their own to that over all tokens."""
+    for each in further:
+        sums = torch.cat([main.sums[:1] + each.sums[:1], main.sums[1:], each.sums[1:]])
+        main = TokenSums(main.loss_sum + each.loss_sum, main.num_tokens, sums, main.names + each.names[1:])
+    return main
 
 
 def _of_targets(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
@@ -104,7 +129,7 @@ def _of_policy(terms: DivergenceTerms) -> dict[str, torch.Tensor]:
         return {}
     policy = terms.policy
     values = (terms.divergence, policy.loss, policy.advantage, policy.ratio, policy.clipped)
-    return dict(zip(POLICY_METRICS, values, strict=True))
+    return dict(zip(POLICY_METRICS, values, strict=True)) | {SFT_LOSS: policy.likelihood}
 
 
 def global_means(

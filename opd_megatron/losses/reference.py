@@ -68,6 +68,16 @@ def lambda_jsd(log_p: torch.Tensor, log_q: torch.Tensor, lambda_coef: float = 0.
     return lambda_coef * kl(log_p, log_m) + (1 - lambda_coef) * kl(log_q, log_m)
 
 
+def mixed(log_p: torch.Tensor, log_q: torch.Tensor, forward_weight: float = 0.5) -> torch.Tensor:
+    """weight KL(q|p) + (1 - weight) KL(p|q)."""
+    return forward_weight * kl(log_q, log_p) + (1 - forward_weight) * kl(log_p, log_q)
+
+
+def clipped_kl(log_a: torch.Tensor, log_b: torch.Tensor, entry_clip: float) -> torch.Tensor:
+    """Sum of min(a log(a / b), clip) (arXiv 2601.18734)."""
+    return (log_a.exp() * (log_a - log_b)).clamp(max=entry_clip).sum(-1)
+
+
 FORMULAE: dict[str, Callable[..., torch.Tensor]] = {
     "reverse_kl": kl,
     "forward_kl": lambda log_p, log_q: kl(log_q, log_p),
@@ -75,5 +85,8 @@ FORMULAE: dict[str, Callable[..., torch.Tensor]] = {
     "skew_reverse_kl": lambda log_p, log_q, alpha=0.1: kl(log_p, mixture(log_p, log_q, alpha)),
     "skew_forward_kl": lambda log_p, log_q, alpha=0.1: kl(log_q, mixture(log_q, log_p, alpha)),
     "lambda_jsd": lambda_jsd,
+    "mixed": mixed,
+    "clipped_reverse_kl": lambda log_p, log_q, entry_clip=0.05: clipped_kl(log_p, log_q, entry_clip),
+    "clipped_forward_kl": lambda log_p, log_q, entry_clip=0.05: clipped_kl(log_q, log_p, entry_clip),
 }
 """Per-token divergence [T] from log-probabilities [T, V] of student p and teacher q; one for each of `DIVERGENCES`."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.core.topk_loss import TopKLoss
-from opd_megatron.losses.core.validation import LossArguments, LossSpec, check_matrix, make_spec
+from opd_megatron.losses.core.validation import LossArguments, LossSpec, check_matrix, check_whole, make_spec
 from opd_megatron.losses.core.vocab_parallel_loss import LossInputs, VocabParallelLoss
 from opd_megatron.losses.topk import TopKEntries, TopKTeacher, check_entries, split_topk
 
@@ -68,6 +68,8 @@ def vocab_parallel_divergence(
         type=type, temperature=temperature, vocab_size=vocab_size, group=group, teacher_weights=teacher_weights,
         combine=combine, **parameters,
     )  # fmt: skip
+    if topk is not None:
+        check_whole(type)
     spec = make_spec(arguments, widths, dtypes)
     entries = None if topk is None else check_entries(topk, student_logits, spec)
     differentiable = torch.is_grad_enabled() and student_logits.requires_grad

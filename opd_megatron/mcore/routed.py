@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,13 +51,26 @@ def parts_of(
     for route in routes:
         whole = len(routes) == 1
         scorers = [(n, teacher) for n, teacher in enumerate(teachers) if _scores(teacher, route)]
-        assert scorers, f"no teacher is asked of route {route}"
+        assert scorers or not teachers, f"no teacher is asked of route {route}"
         yield Part(
             mask if whole else mask & (batch.routes == route),
             None if whole else _places(batch, mask, route),
             [_rows(outputs[n], teacher.view, index, batch, route, gather_index) for n, teacher in scorers],
             [teacher.weight for _, teacher in scorers] if len(scorers) > 1 else None,
         )
+
+
+def rows_of(output: Any, kept: torch.Tensor, *, gathered: bool) -> Any:
+    """Selects tokens of what a teacher gave for a part; `gathered`: states are every rank's own rows, and an index says
+    which of them are a token's."""
+    if isinstance(output, TopKTeacher):
+        return output.of_tokens(kept)
+    if isinstance(output, SharedTeacher):
+        return replace(output, rows=output.rows[kept], spans=output.spans[kept])
+    states, head, *rows = output
+    if rows:
+        return states, head, rows[0][kept]
+    return (states if gathered else states.index_select(0, kept)), head
 
 
 def _scores(teacher: TeacherInputs, route: int | None) -> bool:

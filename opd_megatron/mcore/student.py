@@ -13,11 +13,9 @@ from transformers import PretrainedConfig
 
 from opd_megatron.config import ObjectiveConfig, RunConfig, decided
 from opd_megatron.errors import NonFiniteError
-from opd_megatron.losses import linear_divergence_terms
-from opd_megatron.losses.objectives import loss_arguments, metric_names, objective_terms
-from opd_megatron.losses.reduction import MISMATCH, TokenSums, add_sums, global_means, token_sums
+from opd_megatron.losses.reduction import TokenSums, global_means
 from opd_megatron.mcore.average import WeightAverage
-from opd_megatron.mcore.forward import LossFunction, run_schedule
+from opd_megatron.mcore.forward import run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
 from opd_megatron.mcore.optimizer import (
@@ -28,8 +26,8 @@ from opd_megatron.mcore.optimizer import (
     optimizer_tensors,
     wrap_ddp,
 )
-from opd_megatron.mcore.routed import Part, parts_of
 from opd_megatron.mcore.spec import use_transformer_engine
+from opd_megatron.mcore.step_loss import StepLoss
 from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.types import Batch, StepOutput, TeacherInputs
 from opd_megatron.weights.layout import ShardLayout
@@ -81,7 +79,7 @@ class Student:
         sampled = self._comparable and all(batch.rollout_logprobs is not None for batch in micro_batches)
         loss = self._loss(teachers, objective, vocab_size, sampled=sampled)
         sums = run_schedule(self.ddp, self.grid, micro_batches, loss)
-        metrics, tokens = self._global_means(sums, objective, sampled=sampled)
+        metrics, tokens = self._global_means(sums, loss.names)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
@@ -102,7 +100,7 @@ class Student:
         self.model.eval()
         loss = self._loss(teachers, objective, vocab_size)
         sums = run_schedule(self.model, self.grid, micro_batches, loss, forward_only=True)
-        return self._global_means(sums, objective)[0]
+        return self._global_means(sums, loss.names)[0]
 
     def make_optimizer_state(self) -> None:
         """Takes the memory of the moments now, so that what else wants memory finds how much there is."""
@@ -137,47 +135,13 @@ class Student:
 
     def _loss(
         self, teachers: list[TeacherInputs], objective: ObjectiveConfig, vocab_size: int, *, sampled: bool = False
-    ) -> LossFunction:
-        terms = objective_terms(objective)
+    ) -> StepLoss:
+        return StepLoss(self.model, self.grid, teachers, objective, vocab_size, sampled)
 
-        def loss(index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
-            mask = batch.weights > 0
-            gather_index = self.model.gather_index(mask)
-            sums = add_sums([
-                of_part(part, batch, *part.of_student(hidden, gather_index))
-                for part in parts_of(index, batch, mask, teachers, self.model.gather_index)
-            ])  # fmt: skip
-            return sums.loss_sum, sums.num_tokens.to(torch.int), sums
-
-        def of_part(part: Part, batch: Batch, hidden: torch.Tensor, gather_index: torch.Tensor | None) -> TokenSums:
-            token_weights = batch.weights[part.mask]
-            result = linear_divergence_terms(
-                hidden,
-                self.model.head_weight,
-                part.teachers,
-                **loss_arguments(terms, batch, part.mask),
-                temperature=objective.temperature,
-                vocab_size=vocab_size,
-                group=self.grid.groups.tp if self.grid.tp_size > 1 else None,
-                teacher_weights=part.weights,
-                combine=objective.combine,
-                token_weights=token_weights,
-                chunk_tokens=objective.chunk_tokens,
-                targets=batch.targets[part.mask],
-                gather_index=gather_index,
-            )
-            rollout = batch.rollout_logprobs[part.mask] if sampled and batch.rollout_logprobs is not None else None
-            return token_sums(result, token_weights, rollout)
-
-        return loss
-
-    def _global_means(
-        self, sums: list[TokenSums], objective: ObjectiveConfig, *, sampled: bool = False
-    ) -> tuple[dict[str, float], int]:
+    def _global_means(self, sums: list[TokenSums], names: tuple[str, ...]) -> tuple[dict[str, float], int]:
         """Reduces to token means over all micro batches and ranks, the same on every rank."""
         groups = self.grid.groups
         device = next(self.model.parameters()).device
-        names = (*metric_names(objective_terms(objective)), *([MISMATCH] if sampled else []))
         means, tokens = global_means(sums, [groups.dp_cp, groups.pp], device, names)
         return dict(zip(names, means, strict=True)), tokens
 

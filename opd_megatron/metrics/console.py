@@ -112,7 +112,8 @@ class TrainingDisplay(NullDisplay):
 
     def _training_step(self, row: Mapping[str, Any]) -> None:
         step, seconds = int(row["step"]), row.get("time/step")
-        status = f"KL {row['reverse_kl']:.3f}  loss {row['loss']:.3f}"
+        shown = (("KL", "reverse_kl"), ("reward", "reward"), ("loss", "loss"))
+        status = "  ".join(f"{name} {row[key]:.3f}" for name, key in shown if row.get(key) is not None)
         if seconds:
             status += f"  {row['tokens'] / seconds:,.0f} tok/s"
         if self._bar is not None:

@@ -47,21 +47,33 @@ def plot_curves(run_dir: str | Path) -> Path:
 
 
 def _draw(axes: Sequence[Axes], rows: list[MetricsRow]) -> None:
-    _lines(axes[0], rows, {"reverse_kl": "reverse KL", "forward_kl": "forward KL"})
-    axes[0].set(title="Divergence on own samples", ylabel="nats per token")
+    if _has(rows, "reverse_kl"):
+        _lines(axes[0], rows, {"reverse_kl": "reverse KL", "forward_kl": "forward KL"})
+        axes[0].set(title="Divergence on own samples", ylabel="nats per token")
+    else:
+        _lines(axes[0], rows, {"nll": "NLL"})
+        axes[0].set(title="NLL of what is trained on", ylabel="nats per token")
     _lines(axes[1], rows, {"eval/forward_kl": "forward KL", "eval/nll": "NLL"}, marker="o")
     axes[1].set(title="Held-out answers", ylabel="nats per token")
     _phase_times(axes[2], rows)
     _lines(axes[3], rows, {"grad_norm": "gradient norm"})
     axes[3].set(title="Gradient norm before clipping")
-    _lines(axes[4], rows, {"lr": "learning rate"})
-    axes[4].set(title="Learning rate")
-    axes[4].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if _has(rows, "reward") or _has(rows, "eval/accuracy"):
+        _lines(axes[4], rows, {"reward": "reward of samples", "eval/accuracy": "held-out accuracy"})
+        axes[4].set(title="Reward and accuracy")
+    else:
+        _lines(axes[4], rows, {"lr": "learning rate"})
+        axes[4].set(title="Learning rate")
+        axes[4].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rates = [{"step": r["step"], "rate": r["tokens"] / r["time/step"]} for r in rows if r.get("time/step")]
     _lines(axes[5], rates, {"rate": "tokens/s"})
     axes[5].set(title="Response tokens per second of a step")
     for ax in (*axes[:2], *axes[3:]):
         ax.set_ylim(bottom=0)
+
+
+def _has(rows: list[MetricsRow], key: str) -> bool:
+    return any(row.get(key) is not None for row in rows)
 
 
 def _lines(ax: Axes, rows: list[MetricsRow], labels: dict[str, str], marker: str | None = None) -> None:

@@ -14,6 +14,7 @@ from opd_megatron.metrics.jsonl import PHASES, MetricsRow
 
 LAST_ROWS = 3
 LABELS = {
+    "reward": "reward of own samples",
     "reverse_kl": "reverse KL on own samples, nats/token",
     "eval/reverse_kl": "held-out reverse KL, nats/token",
     "eval/forward_kl": "held-out forward KL, nats/token",

@@ -43,16 +43,18 @@ class Rewards:
     """rollout.max_new_tokens"""
     pool: VerifierPool | None
     """On the first rank."""
+    trained: int | None = None
+    """objective.prefix_tokens"""
     _asked: tuple[Sequence[Rollout], dict[int, Future[Verdict]]] = field(default_factory=lambda: ((), {}))
 
     @staticmethod
-    def of(config: RewardsConfig, tokenizer: Any, longest: int) -> Rewards | None:
+    def of(config: RewardsConfig, tokenizer: Any, longest: int, trained: int | None = None) -> Rewards | None:
         """None where nobody judges."""
         if not config.judges:
             return None
         workers = config.workers or min(_MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) // 2))
         pool = VerifierPool(workers, config.time_limit) if dist.get_rank() == 0 else None
-        return Rewards(config, tokenizer, longest, pool)
+        return Rewards(config, tokenizer, longest, pool, trained)
 
     def begin(self, rollouts: Sequence[Rollout]) -> None:
         """Has the answers judged; waits for nothing. What was cut, or not sampled, is not asked about."""
@@ -72,7 +74,7 @@ class Rewards:
         nothing = Verdict(0.0)
         scores = {i: verdicts.get(i, nothing).score for i in judged}
         rewards = [scores.get(i, 0.0) - self._penalty(each, verdicts.get(i)) for i, each in enumerate(rollouts)]
-        lengths = [len(each.response_ids) for each in rollouts]
+        lengths = [len(each.response_ids[: self.trained]) for each in rollouts]
         groups = [each.group for each in rollouts]
         found = advantages(
             rewards, groups, lengths, self.config.advantage, drop_equal=self.config.equal_groups == "drop"

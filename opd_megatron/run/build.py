@@ -135,6 +135,8 @@ def build_run(
         batches = _batches(config, grid, views)
         scored = scored_prompts(inputs)
         display = _display(config, resume_from)
+        if config.left_out and scoring:
+            display.note(f"the objective asks no teacher: {', '.join(config.left_out)} is not loaded")
         for note in [*teacher_lines(config, models), *inputs.notes] if scoring else inputs.notes:
             display.note(note)
         return kind(
@@ -145,7 +147,7 @@ def build_run(
             prompts=inputs.prompts,
             given=inputs.given,
             siblings=_siblings(inputs) if sampling else None,
-            rewards=Rewards.of(config.rewards, inputs.tokenizer, config.rollout.max_new_tokens) if sampling else None,
+            rewards=_rewards(config, inputs) if sampling else None,
             rollout_client=_rollout_client(config, fleet, student, teachers, display),
             batches=batches,
             student=student,
@@ -301,6 +303,11 @@ def _models(
     padded_vocab = models.padded_vocab(grid.tp_size)
     student = Student(config, models.student, models.student_config, grid, padded_vocab)
     return student, build_teachers(config, models, grid, links, student, inputs.pairs) if scoring else []
+
+
+def _rewards(config: RunConfig, inputs: RunInputs) -> Rewards | None:
+    longest, trained = config.rollout.max_new_tokens, config.objective.prefix_tokens
+    return Rewards.of(config.rewards, inputs.tokenizer, longest, trained)
 
 
 def _siblings(inputs: RunInputs) -> Siblings | None:

@@ -37,7 +37,10 @@ class Evaluator:
     ) -> None:
         self._teachers, self._views, self._vocab_size = teachers, views, vocab_size
         # Likelihoods and their distance are reported at temperature 1, whatever the objective trains at.
-        self._objective = ObjectiveConfig(type="forward_kl", combine=config.objective.combine)
+        paths = [each.path for number, each in enumerate(config.teachers) if number != config.reference]
+        self._taught_by = ", ".join(paths)
+        with_teachers = ObjectiveConfig(type="forward_kl", combine=config.objective.combine)
+        self._objective = with_teachers if paths else ObjectiveConfig(type="sft")
         answers = evaluated(config, prompts)
         self.num_sequences = len(answers)
         self._batches = batches
@@ -45,25 +48,28 @@ class Evaluator:
         self._inputs: list[TeacherInputs] = []
 
     def evaluate(self, student: Student) -> dict[str, float]:
-        """Measures in nats per token: `eval/forward_kl`, `eval/reverse_kl`, `eval/nll` and the teacher's
-        `eval/teacher_nll`.
+        """Measures in nats per token: `eval/nll` and, with a teacher, `eval/forward_kl`, `eval/reverse_kl` and the
+        teacher's `eval/teacher_nll`.
 
         Collective over all ranks.
         """
         if not self._inputs:
             asked = ask_teachers(self._teachers, self._micro_batches, self._views)
-            self._inputs = [replace(each, outputs=list(each.outputs), meter=None) for each in asked]
+            self._inputs = [
+                replace(each, outputs=list(each.outputs), meter=None) for each in asked if not each.reference
+            ]  # fmt: skip
         means = student.evaluate(self._micro_batches, self._inputs, self._objective, self._vocab_size)
         if any(teacher.changes for teacher in self._teachers):
             self._inputs = []
         for who, name in (("student", "nll"), ("teacher", "teacher_nll")):
-            if not math.isfinite(means[name]):
+            if name in means and not math.isfinite(means[name]):
                 remedy = "take other weights" if who == "student" else "download it again"
                 raise NonFiniteError(
                     f"the {who} gives held-out answers {means[name]} nats a token: its weights hold NaN or infinite "
                     f"values, {remedy}"
                 )
-        return {f"eval/{name}": means[name] for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
+        names = ("forward_kl", "reverse_kl", "nll", "teacher_nll")
+        return {f"eval/{name}": means[name] for name in names if name in means}
 
     def likelihoods(
         self, student: Student, sequence: Rollout, teacher: Teacher, number: int | None = None
@@ -78,13 +84,15 @@ class Evaluator:
         if number is not None and number in self._views.pairs:
             shown, view = self._views.of(number, batches, routed=False)
         inputs = [replace(each, view=view) for each in ask_teachers([teacher], shown)]
-        return student.evaluate(batches, inputs, self._objective, self._vocab_size)
+        return student.evaluate(batches, inputs, ObjectiveConfig(type="forward_kl"), self._vocab_size)
 
-    def teacher_summary(self, metrics: dict[str, float], names: Sequence[str]) -> list[str]:
+    def summary(self, metrics: dict[str, float]) -> list[str]:
         """Tells what `metrics` of the untrained student say of the teacher, with a warning if they look wrong."""
+        if not self._taught_by:
+            return [f"student: NLL {metrics['eval/nll']:.3f} nats a token on {self.num_sequences} held-out answers"]
         teacher_nll, nll, kl = metrics["eval/teacher_nll"], metrics["eval/nll"], metrics["eval/forward_kl"]
         lines = [
-            f"teacher {', '.join(names)}: NLL {teacher_nll:.3f} nats a token on {self.num_sequences} held-out answers "
+            f"teacher {self._taught_by}: NLL {teacher_nll:.3f} nats a token on {self.num_sequences} held-out answers "
             f"(student {nll:.3f}), forward KL to the student {kl:.3f}"
         ]
         if kl < _SAME_MODEL_KL:

@@ -105,7 +105,7 @@ def build_teachers(
     `links`: what `join_teachers` made; none where every teacher has the student's own layout. `student`: whom a teacher
     follows that is the student itself. `pairs`: of teachers with another tokenizer, by their number.
     """
-    total = sum(teacher.weight for teacher in config.teachers)
+    total = sum(teacher.weight for number, teacher in enumerate(config.teachers) if number != config.reference) or 1.0
     heads = Heads(grid, models.padded_vocab(grid.tp_size))
     built: list[Teacher] = []
     for number, (teacher, source, link) in enumerate(
@@ -142,7 +142,8 @@ def ask_teachers(
         with _timed(seconds, number):
             found = teacher.collect()
         tokens = batches.num_tokens if isinstance(batches, StepBatches) else 0
-        inputs.append(replace(found, view=view, tokens=tokens, seconds=seconds[number]))
+        reference = views is not None and number == views.reference
+        inputs.append(replace(found, view=view, tokens=tokens, seconds=seconds[number], reference=reference))
     return inputs
 
 

@@ -98,18 +98,20 @@ class Views:
     """Tokens that these can read at once."""
     spans: frozenset[int] = frozenset()
     """Those of them that are compared over spans."""
+    reference: int | None = None
+    """Number of what teaches nothing, and sees everything."""
 
     @staticmethod
     def of_run(config: RunConfig, models: ResolvedModels, pairs: Mapping[int, TokenizerPair]) -> Views:
         """Reads what a run's teachers see from its configuration."""
         contexts = {n: getattr(models.teachers[n][1], "max_position_embeddings", None) or sys.maxsize for n in pairs}
         spans = frozenset(n for n in pairs if config.teachers[n].alignment == "spans")
-        return Views(Routing.of(config), pairs, contexts, spans)
+        return Views(Routing.of(config), pairs, contexts, spans, config.reference)
 
     def of(self, teacher: int, step: StepBatches, *, routed: bool = True) -> tuple[StepBatches, TeacherView | None]:
         """Shows a step to teacher number `teacher`: its samples alone (all of them where it is not `routed`), with its
         own prompts and in its own tokens. No view where that is the step as it is."""
-        routing = self.routing if routed else None
+        routing = self.routing if routed and teacher != self.reference else None
         routes = None if routing is None else routing.routes_to(teacher)
         everything = routing is None or routes == frozenset(range(len(routing.teachers)))
         own_prompts = any(teacher in rollout.prompt.contexts for rollout in step.rollouts)

@@ -13,7 +13,7 @@ from opd_megatron.errors import ConfigError
 from opd_megatron.losses import linear_divergence_terms
 from opd_megatron.losses.policy import PolicyTerm
 from opd_megatron.losses.shared import SharedTeacher
-from tests.losses.reference import FORMULAE, KINDS, TEMPERATURES, Errors, failures, pad_columns, relative_error
+from tests.losses.reference import EVENT_KINDS, FORMULAE, TEMPERATURES, Errors, failures, pad_columns, relative_error
 from tests.ranks import run_ranks
 
 T, ROWS, H, H_TEACHER = 8, 12, 12, 8
@@ -141,12 +141,12 @@ def _same_best(case: _Case, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_all_divergences_with_policy_and_metrics_equal_the_reference(ranks: int, sharded: bool) -> None:
-    assert not failures(run_ranks(ranks, _body, torch.float32, sharded, 20, KINDS), 1e-5)
+    assert not failures(run_ranks(ranks, _body, torch.float32, sharded, 20, EVENT_KINDS), 1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_without_other_tokens_the_shared_ones_are_compared_among_themselves(ranks: int) -> None:
-    assert not failures(run_ranks(ranks, _body, torch.float32, False, 0, KINDS), 1e-5)
+    assert not failures(run_ranks(ranks, _body, torch.float32, False, 0, EVENT_KINDS), 1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from opd_megatron.losses import TopKTeacher, linear_divergence, linear_divergence_terms, vocab_parallel_divergence
 from opd_megatron.losses.policy import PolicyTerm
-from tests.losses.reference import KINDS, TEMPERATURES, Errors, failures, pad_columns, relative_error
+from tests.losses.reference import EVENT_KINDS, TEMPERATURES, Errors, failures, pad_columns, relative_error
 from tests.losses.topk_reference import best_of, bucketed_divergence, completed, padded
 from tests.ranks import run_ranks
 
@@ -46,7 +46,7 @@ def _logits_body(rank: int, ranks: int, vocab_size: int, columns: int) -> Errors
     errors: Errors = {}
     for temperature in TEMPERATURES:
         for place, teacher in _teachers(logits, temperature).items():
-            for type, arguments in KINDS:
+            for type, arguments in EVENT_KINDS:
                 student = shard.clone().requires_grad_()
                 loss = vocab_parallel_divergence(
                     student, teacher, type=type, temperature=temperature, vocab_size=vocab_size,

@@ -13,14 +13,23 @@ __all__ = ["FORMULAE", "dense_divergence", "log_teacher"]
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Values of beta, alpha and lambda_coef."""
+FEW_SHARES = {"forward_weight": (0.0, 0.3, 1.0), "entry_clip": (0.05,)}
+"""Where the formula is a sum, or cut, of those that others have tested."""
 KINDS: tuple[tuple[str, dict[str, float]], ...] = tuple(
     (name, arguments)
     for name, family in DIVERGENCES.items()
-    for arguments in ([{}] if family.argument is None else [{family.argument: share} for share in SHARES])
+    for arguments in (
+        [{}]
+        if family.argument is None
+        else [{family.argument: share} for share in FEW_SHARES.get(family.argument, SHARES)]
+    )
     if not (family.parameter is not None and family.parameter.not_one and arguments == {family.argument: 1.0})
 )
 """Every divergence of the package with its own argument: a new one is tested as soon as `FORMULAE` has it."""
+EVENT_KINDS = tuple(kind for kind in KINDS if not DIVERGENCES[kind[0]].of_entries)
+"""Those that can be of events of several vocabulary entries."""
 NAMES = [" ".join([name, *map(str, arguments.values())]) for name, arguments in KINDS]
+EVENT_NAMES = [" ".join([name, *map(str, arguments.values())]) for name, arguments in EVENT_KINDS]
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 ENSEMBLES: tuple[tuple[str, tuple[float, ...] | None], ...] = (

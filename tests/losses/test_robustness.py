@@ -71,12 +71,14 @@ def test_equal_models_have_no_divergence_and_no_gradient(type: str, arguments: d
 def test_huge_logits_and_one_hot_teachers_match_the_reference(type: str, arguments: dict, temperature: float) -> None:
     huge = torch.tensor([[1e4, -1e4, 0, 5], [1e4, 1e4, -1e4, -1e4], [-1e4, 1e4, 3, 2], [1, 2, 3, 4]])
     teacher = torch.tensor([[1, 2, 3, 4], [-1e4, 1e4, -1e4, -1e4], [1e4, -1e4, -1e4, -1e4], [1e4, -1e4, -1e4, -1e4]])
+    mixed = arguments.get("forward_weight", 0.0)
     loss, gradient = _value_and_gradient(huge, teacher, type=type, **arguments, temperature=temperature)
     dense = huge.double().requires_grad_()
     expected = dense_divergence(dense, [teacher], type, temperature, **arguments)
     (df_dp,) = torch.autograd.grad(expected.sum(), dense)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), df_dp, rtol=1e-4, atol=2e-6)
+    # Of a sum of addends near 1e4 and near 1, fp32 keeps what it can.
+    torch.testing.assert_close(gradient.double(), df_dp, rtol=1e-4, atol=4e-3 if 0 < mixed < 1 else 2e-6)
 
 
 @every_kind

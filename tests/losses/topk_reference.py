@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from opd_megatron.losses import TopKTeacher, vocab_parallel_divergence
-from tests.losses.reference import FORMULAE, KINDS, NAMES
+from tests.losses.reference import EVENT_KINDS, EVENT_NAMES, FORMULAE
 
 T, H, V = 9, 12, 40
-every_kind = pytest.mark.parametrize(("type", "arguments"), KINDS, ids=NAMES)
+every_kind = pytest.mark.parametrize(("type", "arguments"), EVENT_KINDS, ids=EVENT_NAMES)
 # By hand, as Triton decides when it is imported whether it interprets: TRITON_INTERPRET=1 pytest -k triton tests/losses
 BACKENDS = ["torch", "compiled", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -20,7 +20,7 @@ def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, poli
     the end of a sequence, because a sequence's ratio needs all its tokens.
     """
     size = chunk_tokens or default_chunk(tokens, len(head) * head.element_size(), head.device.type)
-    if policy is None or policy.level == "token" or policy.sequence_ids is None:
+    if policy is None or not policy.of_sequences or policy.sequence_ids is None:
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
     _, counts = policy.sequence_ids.unique_consecutive(return_counts=True)
     chunks, start, stop = [], 0, 0

@@ -185,7 +185,7 @@ class _ChunkLoop:
             chunk = max(1, tokens * self.columns // max(1, len(head)))  # of as many logits as the student's
             self.row_logprobs = row_logprobs(states, head, teacher.targets, args.spec, chunk)
         spread = None
-        if policy is not None and self.row_logprobs is not None:
+        if policy is not None and policy.rollout_logprobs is not None and self.row_logprobs is not None:
             spread = teacher.spread(policy.rollout_logprobs, self.row_logprobs)
         self.teachers = [(states.index_select(0, teacher.rows.clamp(min=0)), head)]
         self.entries = SharedRows(teacher.rows >= 0, teacher.columns, spread)
@@ -207,11 +207,14 @@ class _ChunkLoop:
         for (states, head), out in zip(self.teachers, logits[1:], strict=True):
             torch.mm(states[rows], head.t(), out=out)
         args = self.args
+        teachers = logits[1:]
+        if not teachers and self.entries is None:
+            teachers = logits[:1]  # without a teacher
         wanted = args.hidden_grad or args.head_grad
         terms = self.engine.run(
             LossInputs(
                 student=logits[0],
-                teachers=logits[1:],
+                teachers=teachers,
                 weights=None if self.weights is None else self.weights[rows],
                 targets=None if args.targets is None else args.targets[rows],
                 policy=None if args.policy is None else args.policy.rows(rows),

@@ -76,7 +76,7 @@ def make_spec(arguments: LossArguments, widths: Sequence[int], dtypes: Sequence[
         divergence=family.make(float(value)),
         lambda_distill=float(arguments.lambda_distill),
         temperature=float(arguments.temperature),
-        teacher_weights=_normalised(arguments.teacher_weights, len(widths) - 1),
+        teacher_weights=_normalised(arguments.teacher_weights, len(widths) - 1, arguments.combine),
         combine=arguments.combine,
         group=arguments.group if ranks > 1 else None,
         first_column=first,
@@ -90,6 +90,10 @@ def _check_scalars(arguments: LossArguments) -> None:
     if arguments.type not in DIVERGENCES:
         raise ConfigError(f"type={arguments.type!r} is not a divergence: use one of {', '.join(DIVERGENCES)}")
     for name, value in arguments.parameters.items():
+        if PARAMETERS[name].above_zero:
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value} must be positive and finite: {PARAMETERS[name].meaning}")
+            continue
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} must lie in [0, 1]: {PARAMETERS[name].meaning}")
         reason = PARAMETERS[name].not_one
@@ -106,6 +110,15 @@ def _check_scalars(arguments: LossArguments) -> None:
     if arguments.combine not in COMBINATIONS:
         raise ConfigError(
             f"combine={arguments.combine!r} is not a way to mix teachers: use one of {', '.join(COMBINATIONS)}"
+        )
+
+
+def check_whole(type: str) -> None:
+    """Requires a divergence that can be of events of several entries, as a top-k teacher's tail."""
+    if DIVERGENCES[type].of_entries:
+        raise ConfigError(
+            f"type={type} cuts single entries of the vocabulary, which a top-k teacher or one of another vocabulary "
+            "does not tell apart: choose another type, or give the teacher's hidden states"
         )
 
 
@@ -196,7 +209,7 @@ def _check_vocabulary(vocab_size: int | None, widths: Sequence[int], ranks: int)
     return vocab_size
 
 
-def _normalised(weights: Sequence[float] | None, teachers: int) -> tuple[float, ...]:
+def _normalised(weights: Sequence[float] | None, teachers: int, combine: str) -> tuple[float, ...]:
     if teachers == 0:
         raise ConfigError("teachers is empty but a divergence needs one or more: pass at least one teacher")
     if weights is None:
@@ -206,6 +219,10 @@ def _normalised(weights: Sequence[float] | None, teachers: int) -> tuple[float, 
         raise ConfigError(
             f"teacher_weights={values} must hold one weight for each of {teachers} teachers: pass as many"
         )
-    if not all(math.isfinite(weight) and weight > 0 for weight in values):
-        raise ConfigError(f"teacher_weights={values} must be positive and finite: leave out a teacher with no say")
+    extrapolates = combine == "logit_mean" and all(math.isfinite(weight) and weight for weight in values)
+    if not (extrapolates and math.fsum(values) > 0) and not all(math.isfinite(x) and x > 0 for x in values):
+        raise ConfigError(
+            f"teacher_weights={values} must be positive and finite (with logit_mean some may be below 0, of a positive "
+            "sum): leave out a teacher with no say"
+        )
     return tuple(weight / math.fsum(values) for weight in values)
