@@ -95,6 +95,9 @@ def _check_self_teachers(config: RunConfig) -> None:
 
 def _check_weights(config: RunConfig) -> None:
     """Checks shares below 0."""
+    for number, teacher in enumerate(config.teachers):
+        if teacher.weight == 0:
+            raise ValueError(f"teachers.{number}.weight=0 is no teacher: leave it out, or give it a weight")
     shares = dict(zip(config.teacher_names, config.teachers, strict=True))
     for names in config.teacher_sets:
         total = sum(shares[name].weight for name in names)

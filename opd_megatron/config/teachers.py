@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from opd_megatron.config.sections import Precision, Section, UserPath
 
@@ -16,12 +16,6 @@ REFERENCE = "reference"
 """`teachers.N.name` of the model that `objective.reference_kl` is about."""
 
 
-def _not_zero(weight: float) -> float:
-    if weight == 0:
-        raise ValueError("a weight of 0 is no teacher: leave it out of teachers")
-    return weight
-
-
 class TeacherConfig(Section):
     """What every teacher has, wherever it runs. `placement` chooses the class of an entry of `teachers:`."""
 
@@ -29,7 +23,7 @@ class TeacherConfig(Section):
     """What `routes` and the metrics call it; its number in the list by default."""
     path: UserPath
     """Hugging Face folder or hub id; `student` is the student itself (a folder of that name is `./student`)."""
-    weight: Annotated[float, AfterValidator(_not_zero)] = 1.0
+    weight: float = 1.0
     """Share among the teachers that score a sample; their shares are normalised to sum to one. Below 0, with
     `objective.combine=logit_mean`, the student is pushed away from it: a teacher of weight 1.25 and one of -0.25 are
     the first one, extrapolated."""

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hybrid and a reference": HYBRID | {"objective.reference_kl": 0.3},
     "sft": SFT,
     "sft beside": {"objective.sft_coef": 0.5, "data.on_policy_fraction": 0.5, "optimizer.eps": 1e-2},
-    "eopd": {"recipe": "eopd", "objective.entropy_threshold": 5.45, "optimizer.eps": 1e-2},
+    "eopd": {"recipe": "eopd", "objective.entropy_threshold": 5.26, "optimizer.eps": 1e-2},
     "exopd": {"recipe": "exopd", "optimizer.eps": 1e-2},
     "iw_opd": {"recipe": "iw_opd", "optimizer.eps": 1e-2},
 }

@@ -307,7 +307,7 @@ def test_a_schedule_is_straight_lines_between_its_points() -> None:
         (["objective.lambda_distill=0", "objective.lambda_rl=1", "checkpoint.best_metric=eval/forward_kl"],
          "needs a teacher"),
         (["teachers.0.path=a", "teachers.0.weight=-1"], "sum to -1"),
-        (["teachers.0.path=a", "teachers.0.weight=0"], "a weight of 0 is no teacher"),
+        (["teachers.0.path=a", "teachers.0.weight=0"], "teachers.0.weight=0 is no teacher"),
         (["teachers=[{path: a, weight: 2}, {path: b, weight: -1}]", "objective.combine=prob_mean"], "logit_mean"),
         (["teachers=[{path: a, name: reference}]"], "without objective.reference_kl"),
         (["teachers=[{path: a}, {path: b, name: reference}]", "objective.reference_kl=1",
