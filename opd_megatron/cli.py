@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from opd_megatron import __version__
 from opd_megatron.command import launcher
-from opd_megatron.command.cli_args import Parser, config_reference, parse_run, run_parser
+from opd_megatron.command.cli_args import Parser, add_checkpoint, config_reference, parse_run, run_parser
 from opd_megatron.config import GOLD
 from opd_megatron.errors import ConfigError
 from opd_megatron.train import check, describe, settle_precision, train
@@ -45,8 +45,20 @@ def _evaluate(argv: list[str]) -> int:
     def evaluate(trainer: OPDTrainer) -> list[str]:
         return [f"{name:<20} {value:.4f}" for name, value in trainer.evaluate().items()]
 
-    description = "Score a student against its teachers on held-out answers. CONFIG may be a run directory."
-    return _on_newest_weights("evaluate", description, argv, evaluate, scoring=True)
+    from opd_megatron.evaluate import evaluate_parser, evaluate_task
+
+    description = (
+        "Score a student against its teachers on held-out answers; with --task, say how many of its own answers are "
+        "right. CONFIG may be a run directory or, with --task, a model."
+    )
+    parser = evaluate_parser(description)
+    words, _ = parser.parse_known_intermixed_args(argv)  # a wrong word is `parse_run`'s to refuse
+    if words.task is not None:
+        return evaluate_task(argv, parser, words)
+    for flag in ("n", "samples", "data", "compare", "json"):
+        if getattr(words, flag) not in (None, []):
+            raise ConfigError(f"--{flag} needs --task, which says who judges answers: gsm8k, math, ...")
+    return _on_newest_weights("evaluate", parser, argv, evaluate, scoring=True)
 
 
 def _export(argv: list[str]) -> int:
@@ -56,18 +68,15 @@ def _export(argv: list[str]) -> int:
         return [f"student   {export_hf(trainer)}"]
 
     description = "Write the newest weights as a Hugging Face folder, output_dir/hf. CONFIG may be a run directory."
-    return _on_newest_weights("export", description, argv, export, scoring=False)
+    parser = run_parser("opd-megatron export", description)
+    add_checkpoint(parser)
+    return _on_newest_weights("export", parser, argv, export, scoring=False)
 
 
 def _on_newest_weights(
-    command: str, description: str, argv: list[str], action: Callable[[OPDTrainer], list[str]], *, scoring: bool
+    command: str, parser: Parser, argv: list[str], action: Callable[[OPDTrainer], list[str]], *, scoring: bool
 ) -> int:
     """Restores a checkpoint of a run on all its ranks, calls `action` and prints the lines that it returns."""
-    parser = run_parser(f"opd-megatron {command}", description)
-    parser.add_argument(
-        "--checkpoint", default="latest", metavar="NAME",
-        help="`latest` (the default), `best`, the number of a step, or `initial` for the student's own weights",
-    )  # fmt: skip
     arguments = parse_run(parser, argv)
     if arguments.run is not None and os.path.realpath(arguments.config.output_dir) != os.path.realpath(arguments.run):
         raise ConfigError(
@@ -197,7 +206,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
     "data": (_data, "show what student and teacher will see of the data, token by token"),
     "plan": (_plan, "check layout, memory, traffic and time of a run without its weights or machines"),
-    "evaluate": (_evaluate, "score a student on held-out answers"),
+    "evaluate": (_evaluate, "score a student on held-out answers, or its own answers to a task"),
     "cache-teacher": (_cache_teacher, "write a teacher's hidden states to disk, for runs that need them again"),
     "export": (_export, "write a run's newest weights as a Hugging Face folder"),
     "convert": (_convert, "convert weights: Hugging Face <-> Megatron, GGUF -> Hugging Face"),

@@ -23,6 +23,7 @@ from opd_megatron.data.saved_rollouts import save_rollouts
 from opd_megatron.data.stages import apply_stages, prefixes
 from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
+from opd_megatron.evaluation import Accuracy
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes
 from opd_megatron.models import ResolvedModels
@@ -66,16 +67,24 @@ class OPDTrainer(RunParts):
         self._cursor = self.prompts.state_dict()
         """Where the prompts of the next step begin; the stream itself is further on while a step is under way."""
         self._saved_step = 0
+        self._answering = False
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, models: ResolvedModels | None = None, *, sampling: bool = True, scoring: bool = True
+        cls,
+        config: RunConfig,
+        models: ResolvedModels | None = None,
+        *,
+        sampling: bool = True,
+        scoring: bool = True,
+        answering: bool = False,
     ) -> OPDTrainer:
         """Checks everything, joins the process group and loads the models.
 
-        `evaluate` does without `sampling` (no rollout engine), an export without `scoring` too (no teachers).
+        A command that only looks does without `sampling`: no training and, unless it is `answering`, no rollout engine;
+        an export without `scoring` too (no teachers).
         """
-        return build_run(cls, config, models, sampling=sampling, scoring=scoring)
+        return build_run(cls, config, models, sampling=sampling, scoring=scoring, answering=answering)
 
     def __enter__(self) -> OPDTrainer:
         return self
@@ -200,14 +209,19 @@ class OPDTrainer(RunParts):
             wholly = self.step_count == 0 and self.config.evaluation.agreement
             for note in check_agreement(self, served_alone=not wholly):
                 self.display.note(note)
-            if self.step_count == 0:
-                self._log_step_zero(log)
+            first = self._step_zero() if self.step_count == 0 else {}
+            if first and self.accuracy is None:  # whose answers come when the engine runs
+                log.write(first)
+                first = {}
             try:
                 if self.step_count < self.config.steps and not self._between_steps():
                     if self.step_count == 0:
                         self.student.make_optimizer_state()  # before the engine takes its share
-                    if self.config.samples:
+                    if self.config.uses_engine:
                         self.rollout_client.start(self.step_count)
+                    if first:
+                        log.write(first | self.answer())
+                        first = {}
                     while self.step_count < self.config.steps:
                         self._train_step(log)
                         if self._between_steps():
@@ -274,12 +288,32 @@ class OPDTrainer(RunParts):
         """Measures the student on held-out gold answers at temperature 1, in nats per token (`Evaluator.evaluate`)."""
         return self.evaluator.evaluate(self.student)
 
+    def answer(self) -> dict[str, float]:
+        """Has the student answer held-out prompts, and says how many are right (`AccuracyEvaluator`): nothing where no
+        task is evaluated. The engine must run."""
+        if self.accuracy is None:
+            return {}
+        if not self.config.samples and self.step_count > 0:  # who trains on given answers syncs for this alone
+            self.rollout_client.sync_weights(self.step_count)
+        found = self.accuracy.measure(self.config.student.path, self.step_count)
+        return found.metrics() | {"time/answers": found.seconds}
+
+    def answers(self, name: str, step: int | None) -> Accuracy:
+        """The same, whole, of weights that are trained no further: those of now, called `name`."""
+        assert self.accuracy is not None, "no task is evaluated"
+        if self._answering:
+            self.rollout_client.sync_weights(self.step_count)
+        else:
+            self.rollout_client.start(self.step_count)
+            self._answering = True
+        return self.accuracy.measure(name, step, lambda done, of: self.display.note(f"{name}: {done} of {of} answers"))
+
     def _train_step(self, log: MetricsLog | NullLog) -> None:
         metrics = self.step()
         self._cursor = self.rollouts.cursor()
         saves = self._due(self.config.checkpoint.every)
         if self._evaluates(saves):
-            metrics.extra.update(self.evaluate())
+            metrics.extra.update(self.evaluate() | self.answer())
         log.write(metrics)
         self.display.step(metrics)
         for finding in self.watch.look(metrics.as_dict()):
@@ -320,14 +354,15 @@ class OPDTrainer(RunParts):
             on_problem=self.display.note,
         )
 
-    def _log_step_zero(self, log: MetricsLog | NullLog) -> None:
-        """Writes row 0 of the metrics, and a line that shows a wrong or half-loaded teacher before it has taught."""
+    def _step_zero(self) -> dict[str, Any]:
+        """Evaluates the untrained student for row 0 of the metrics, and shows a line that tells a wrong or half-loaded
+        teacher before it has taught."""
         metrics = self.evaluate()
         teachers = zip(self.config.teacher_names, self.config.teachers, strict=True)
         named = {f"teacher/{name}/fingerprint": teacher.fingerprint for name, teacher in teachers}
-        log.write({"step": 0, "policy_version": 0, **named, **metrics})
         for line in self.evaluator.summary(metrics):
             self.display.note(line)
+        return {"step": 0, "policy_version": 0, **named, **metrics}
 
     def _evaluates(self, saves: bool) -> bool:
         every, best = self.config.evaluation.every, self.config.checkpoint.best_metric

@@ -19,10 +19,11 @@ LEVELS = [
     {"data", "metrics", "command", "weights", "rewards"},
     {"models", "places", "weight_sync"},
     {"mcore", "rollout"},
-    {"teacher", "doctor"},
+    {"teacher", "doctor", "evaluation"},
     {"run"},
     {"planning", "convert", "trainer"},
     {"train"},
+    {"evaluate"},
     {"cli"},
 ]
 """From the ground up. A room knows those below it and none beside it."""

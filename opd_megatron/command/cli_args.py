@@ -94,6 +94,14 @@ def run_parser(prog: str, description: str) -> Parser:
     return parser
 
 
+def add_checkpoint(parser: Parser) -> None:
+    """Adds which checkpoint of a run a command takes."""
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="NAME",
+        help="`latest` (the default), `best`, the number of a step, or `initial` for the student's own weights",
+    )  # fmt: skip
+
+
 def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
     """Reads a command line into a validated configuration.
 

@@ -37,6 +37,10 @@ class RewardsConfig(Section):
         """Whether anybody does."""
         return self.task is not None or bool(self.tasks)
 
+    def of_evaluation(self, task: str | None) -> RewardsConfig:
+        """Who judges held-out answers: the same limits, one task for all rows, no penalties."""
+        return RewardsConfig(task=task, time_limit=self.time_limit, workers=self.workers)
+
     def task_of(self, row_task: str | None) -> str | None:
         """Who judges answers to a row of a task; None for nobody."""
         return self.task if row_task is None else self.tasks.get(row_task, self.task)

@@ -103,6 +103,11 @@ class RunConfig(Section):
         return self.data.on_policy_fraction > 0
 
     @property
+    def uses_engine(self) -> bool:
+        """Whether it answers anything, in training or in evaluation."""
+        return self.samples or (self.evaluation.task is not None and self.evaluation.every > 0)
+
+    @property
     def world_size(self) -> int:
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
         student = self.parallel.model * (self.parallel.data or self.parallel.expert)
@@ -206,6 +211,13 @@ class RunConfig(Section):
                 f"checkpoint.best_metric={best} needs a teacher, and objective.type={objective.type} with "
                 f"lambda_distill={objective.lambda_distill} asks none: choose eval/nll, or loss"
             )
+        if best == "eval/accuracy" and self.evaluation.task is None:
+            raise ValueError(
+                "checkpoint.best_metric=eval/accuracy needs evaluation.task, which judges held-out answers: set it "
+                "(gsm8k, math, code, ifeval, or module:function), or choose eval/nll"
+            )
+        if best == "reward" and not self.rewards.judges:
+            raise ValueError("checkpoint.best_metric=reward needs rewards.task, which judges answers: set it")
         if best is not None and best.startswith("eval/") and self.evaluation.every == 0:
             raise ValueError(
                 f"checkpoint.best_metric={best} needs evaluation.every > 0, got 0: switch evaluation on, or choose a "
@@ -349,7 +361,7 @@ class RunConfig(Section):
 
     def require_available(self) -> None:
         """Raises NotAvailableError for what the configuration can name but this release does not do."""
-        for name in (self.rewards.task, *self.rewards.tasks.values()):
+        for name in (self.rewards.task, self.evaluation.task, *self.rewards.tasks.values()):
             if name in LATER_TASKS:
                 raise NotAvailableError(
                     f"rewards.task={name} is not available yet: use gsm8k, math or a module:function of yours, or set "

@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Dtype = Literal["bf16", "fp32"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -115,6 +124,12 @@ class DataConfig(Section):
     """Where held-out rows come from; by default the same source (its test split, or rows kept apart)."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""
+    eval_subset: str | None = None
+    """As `subset`, of `eval_source`; `subset` itself by default."""
+    eval_prompt_column: str | None = None
+    """As `prompt_column`, of `eval_source`; `prompt_column` itself by default."""
+    eval_answer_column: str | None = None
+    """As `answer_column`, of `eval_source`; `answer_column` itself by default."""
 
 
 class RolloutConfig(Section):
@@ -215,6 +230,9 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline
 
 
+_MORE_IS_BETTER = ("eval/accuracy", "reward", "top1_agreement")
+
+
 class CheckpointConfig(Section):
     every: NonNegativeInt = 50
     """Steps between checkpoints; 0 saves only at the end."""
@@ -225,18 +243,27 @@ class CheckpointConfig(Section):
     (14 bytes a parameter in bf16, 12 in fp32, divided by the data-parallel size). `false` needs no copy and lets
     training wait for the files."""
     best_metric: (
-        Literal["eval/forward_kl", "eval/reverse_kl", "eval/nll", "loss", "reverse_kl", "forward_kl", "top1_agreement"]
+        Literal[
+            "eval/accuracy", "eval/forward_kl", "eval/reverse_kl", "eval/nll", "loss", "reward", "reverse_kl",
+            "forward_kl", "top1_agreement",
+        ]
         | None
-    ) = None
+    ) = None  # fmt: skip
     """Keep the checkpoint with the best value of this column of metrics.jsonl besides the newest `keep`; an `eval/`
     metric is then measured at every checkpoint. null keeps only the newest."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether the lowest or the highest value of `best_metric` is the best."""
+    best_mode: Literal["min", "max"] | None = None
+    """Whether the lowest or the highest value of `best_metric` is the best; by default the highest of accuracy, reward
+    and agreement, the lowest of others."""
     allow_changed: list[Literal["teachers", "objective"]] = Field(default_factory=list)
     """What may be another than that of the run which is resumed: `teachers` (their models, prompts and routes) or
     `objective`. Curves then show two runs as one."""
     export_hf: bool = True
     """Write the student as a Hugging Face folder (`hf/`) at the end."""
+
+    @property
+    def better(self) -> Literal["min", "max"]:
+        """`best_mode`, decided."""
+        return self.best_mode or ("max" if self.best_metric in _MORE_IS_BETTER else "min")
 
 
 class EvaluationConfig(Section):
@@ -244,9 +271,42 @@ class EvaluationConfig(Section):
     """Steps between held-out evaluations (step 0 and the last are always evaluated); 0 switches them off."""
     prompts: PositiveInt = 32
     """Held-out rows that are scored."""
+    task: str | None = None
+    """Who judges answers to held-out rows, which the engine then gives too, greedily: `eval/accuracy`. As
+    `rewards.task`; what the task asks for is put after held-out questions. null: nobody."""
+    task_prompts: PositiveInt | None = None
+    """Held-out rows that are answered; as many as `prompts` by default."""
+    samples: NonNegativeInt = 0
+    """Answers besides, at rollout.temperature, for `eval/avg@k` and `eval/pass@k`."""
+    pass_at: list[PositiveInt] = Field(default_factory=list)
+    """The k of pass@k, at most `samples`; powers of two by default."""
     agreement: bool = True
     """At the start of a run, compare the likelihood of one short sequence with transformers', for student and
     teacher."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluationConfig:
+        if any(k > self.samples for k in self.pass_at):
+            raise ValueError(
+                f"evaluation.pass_at={self.pass_at} with evaluation.samples={self.samples}: pass@k needs k samples or "
+                "more, raise samples or lower k"
+            )
+        if self.task is None and (self.samples or self.pass_at or self.task_prompts):
+            raise ValueError(
+                "evaluation.samples, pass_at and task_prompts have no effect without evaluation.task, which judges "
+                "answers: set it (gsm8k, math, code, ifeval, or module:function)"
+            )
+        return self
+
+    @property
+    def asked(self) -> int:
+        """Held-out rows that are answered."""
+        return 0 if self.task is None else self.task_prompts or self.prompts
+
+    @property
+    def rows(self) -> int:
+        """Held-out rows that are wanted."""
+        return max(self.prompts, self.asked) if self.every else 0
 
 
 class LoggingConfig(Section):

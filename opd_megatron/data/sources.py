@@ -17,7 +17,7 @@ from opd_megatron.config import DataConfig, RunConfig
 from opd_megatron.data.contexts import context_templates
 from opd_megatron.data.files import Record, is_file, name_of, read_records
 from opd_megatron.data.rows import DEFAULT_ANSWER, Columns, Example, make_example
-from opd_megatron.data.task_rows import columns_of, instructed
+from opd_megatron.data.task_rows import columns_of, evaluated_by, instructed, need_answers, trained_by
 from opd_megatron.errors import DataError, MissingPathError, one_line
 from opd_megatron.system.reading import user_path
 
@@ -62,7 +62,8 @@ def train_and_eval_rows(config: RunConfig) -> tuple[list[Example], list[Example]
 
 
 def read_rows(config: RunConfig) -> Rows:
-    """Reads training rows, and up to `evaluation.prompts` held-out rows that have a gold answer.
+    """Reads training rows, and up to `evaluation.rows` held-out rows, which have a gold answer unless only a task that
+    needs none judges them.
 
     Held-out rows come from `data.eval_source`, else from the sources themselves: another random stream for
     `gsm_symbolic`, the `eval_split` of a hub data set, and for a file its last rows (at most a fifth of it).
@@ -74,12 +75,16 @@ def read_rows(config: RunConfig) -> Rows:
     """
     data, rows = config.data, Rows()
     others = tuple(dict.fromkeys(name for each in context_templates(config).values() for name in each.columns))
-    sources = _sources(data, others, columns_of(config.rewards))
+    fields = columns_of(trained_by(config))
+    if data.eval_source in (None, data.source):  # held-out rows are some of the same
+        fields = tuple(dict.fromkeys((*fields, *columns_of(evaluated_by(config)))))
+    sources = _sources(data, others, fields)
     rows.weights = [source.weight for source in sources]
-    wanted = config.evaluation.prompts if config.evaluation.every else 0
+    wanted = config.evaluation.rows
     own = wanted if data.eval_source is None else 0
     for source, share in zip(sources, _shares(own, rows.weights), strict=True):
-        train, held_out = _read_source(config, source, share if source.answers else 0, rows.notes)
+        share = share if source.answers or not need_answers(config) else 0
+        train, held_out = _read_source(config, source, share, rows.notes)
         rows.train += train
         rows.held_out += held_out
     if data.eval_source is not None and wanted:
@@ -91,8 +96,8 @@ def read_rows(config: RunConfig) -> Rows:
             raise DataError(
                 f"every row of {source.name!r} is also held out for evaluation: give another data.eval_source"
             )
-    for part in (rows.train, rows.held_out):
-        part[:] = [instructed(config.rewards, row) for row in part]
+    for part, judges in ((rows.train, trained_by(config)), (rows.held_out, evaluated_by(config))):
+        part[:] = [instructed(judges, row) for row in part]
     return rows
 
 
@@ -138,10 +143,11 @@ def _read_source(
     train = list(itertools.islice(rows, config.data.limit))
     if not train:
         raise DataError(f"data source {source.name!r} (split {source.split!r}) has no rows: give one that has some")
-    if wanted and any(note.startswith(f"{source.name}: no gold answers") for note in notes):
+    bare = any(note.startswith(f"{source.name}: no gold answers") for note in notes)
+    if wanted and bare and need_answers(config):
         return train, []  # prompts alone, as they come: there is nothing to hold out for
     if wanted and is_file(source.name):
-        return _split_file(train, wanted, source.name)
+        return _split_file(train, wanted, source.name, need_answers(config))
     return train, _held_out(config, source, wanted) if wanted else []
 
 
@@ -151,18 +157,20 @@ def _from_eval_source(config: RunConfig, first: Source, wanted: int, rows: Rows)
     assert name is not None
     if name == first.name and is_file(name):
         own = [row for row in rows.train if row.source == 0]
-        train, held_out = _split_file(own, wanted, name)
+        train, held_out = _split_file(own, wanted, name, need_answers(config))
         return held_out, train + [row for row in rows.train if row.source != 0]
-    answer = first.columns.answer or DEFAULT_ANSWER
-    columns = replace(first.columns, answer=answer)
-    evaluated = Source(name, config.data.subset, config.data.eval_split, columns, None, 1.0, 0)
+    data, columns = config.data, first.columns
+    answer = data.eval_answer_column or columns.answer or (DEFAULT_ANSWER if need_answers(config) else None)
+    columns = replace(columns, answer=answer, prompt=data.eval_prompt_column or columns.prompt)
+    evaluated = Source(name, data.eval_subset or data.subset, data.eval_split, columns, None, 1.0, 0)
     return _held_out(config, evaluated, wanted), rows.train
 
 
 def _held_out(config: RunConfig, source: Source, wanted: int) -> list[Example]:
     rows: list[Example] = []
+    source = replace(source, columns=replace(source.columns, fields=columns_of(evaluated_by(config))))
     for row in _read(source, config.data.eval_split, seed=2 * config.seed + 1, notes=[]):
-        if row.answer is not None:
+        if row.answer is not None or not need_answers(config):
             rows.append(row)
         if len(rows) == wanted:
             break
@@ -174,14 +182,14 @@ def _held_out(config: RunConfig, source: Source, wanted: int) -> list[Example]:
     return rows
 
 
-def _split_file(rows: list[Example], wanted: int, source: str) -> tuple[list[Example], list[Example]]:
+def _split_file(rows: list[Example], wanted: int, source: str, answers: bool) -> tuple[list[Example], list[Example]]:
     count = min(wanted, max(1, len(rows) // 5))
     if len(rows) < 2:
         raise DataError(
             f"{source!r} has one row, which cannot be trained on and held out: set data.eval_source, or switch "
             "evaluation off with evaluation.every=0"
         )
-    held_out = [row for row in rows[-count:] if row.answer is not None]
+    held_out = [row for row in rows[-count:] if row.answer is not None or not answers]
     if not held_out:
         raise DataError(
             f"the last {count} rows of {source!r}, which are held out for evaluation, have no answer: set "

@@ -1,23 +1,44 @@
-"""What a run's tasks (`rewards:`) want of the rows of its data: columns, and an instruction after the question."""
+"""What a run's tasks want of the rows of its data: columns, and an instruction after the question.
+
+Those of `rewards:` of all rows; that of `evaluation:` of held-out rows, in their place.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from opd_megatron.config import RewardsConfig
+from opd_megatron.config import RewardsConfig, RunConfig
 from opd_megatron.data.rows import Example
 from opd_megatron.tasks import task_named
 
 
-def columns_of(rewards: RewardsConfig) -> tuple[str, ...]:
+def trained_by(config: RunConfig) -> RewardsConfig:
+    """Who judges answers to rows that are trained on."""
+    return config.rewards
+
+
+def evaluated_by(config: RunConfig) -> RewardsConfig:
+    """Who judges answers to held-out rows."""
+    task = config.evaluation.task
+    return config.rewards if task is None else config.rewards.of_evaluation(task)
+
+
+def columns_of(judges: RewardsConfig) -> tuple[str, ...]:
     """Columns that the tasks want, as they are. Raises ConfigError for a task that is none."""
-    names = [name for name in (rewards.task, *rewards.tasks.values()) if name is not None]
+    names = [name for name in (judges.task, *judges.tasks.values()) if name is not None]
     return tuple(dict.fromkeys(column for name in names for column in task_named(name).columns))
 
 
-def instructed(rewards: RewardsConfig, row: Example) -> Example:
+def need_answers(config: RunConfig) -> bool:
+    """Whether held-out rows must have a gold answer: their likelihood is measured, unless a task judges answers and
+    needs none."""
+    task = config.evaluation.task
+    return task is None or task_named(task).needs_answer
+
+
+def instructed(judges: RewardsConfig, row: Example) -> Example:
     """Puts what the row's task asks for after the user's (last) message."""
-    name = rewards.task_of(row.task) if rewards.instruction else None
+    name = judges.task_of(row.task) if judges.instruction else None
     instruction = "" if name is None else task_named(name).instruction
     if not instruction:
         return row

@@ -15,6 +15,7 @@ from opd_megatron.data.given_answers import GivenAnswers
 from opd_megatron.data.prompts import PromptStream
 from opd_megatron.data.stages import RolloutStage
 from opd_megatron.errors import ConfigError
+from opd_megatron.evaluation import AccuracyEvaluator
 from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
 from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, init_distributed, narrow_world
 from opd_megatron.mcore.grid import ParallelGrid
@@ -73,6 +74,8 @@ class RunParts:
     views: Views
     """What each teacher sees of a step."""
     evaluator: Evaluator
+    accuracy: AccuracyEvaluator | None = None
+    """Has held-out prompts answered; None where no task is evaluated."""
     resume_from: FoundCheckpoint | None
     """The newest whole checkpoint of the run directory; None at the start of a run."""
     saver: CheckpointSaver
@@ -93,8 +96,9 @@ class RunParts:
         self.rollout_client.close()
         for teacher in self.teachers:
             teacher.close()
-        if self.rewards is not None:
-            self.rewards.close()
+        for judges in (self.rewards, self.accuracy):
+            if judges is not None:
+                judges.close()
         self.display.close()
         if self.lock is not None:
             self.lock.release()
@@ -112,15 +116,17 @@ def build_run(
     *,
     sampling: bool = True,
     scoring: bool = True,
+    answering: bool = False,
 ) -> Parts:
     """Makes a `kind` of all parts. Raises an OPDError child on every rank when something about the run is wrong.
 
     Args:
         models: what `check_run` returned, where the caller has called it already.
-        sampling: launch the rollout engine; commands that do not sample leave it out.
+        sampling: train; commands that only look at the student leave it out.
         scoring: load the teachers.
+        answering: launch the rollout engine though nothing is trained.
     """
-    config = _for_command(config, sampling=sampling, scoring=scoring)
+    config = _for_command(config, sampling=sampling or answering, scoring=scoring)
     run_dir, config, models, inputs, identity = _checked(config, models, sampling=sampling, scoring=scoring)
     torch.manual_seed(config.seed)
     lock = _own(run_dir, config, identity) if sampling else None
@@ -128,17 +134,23 @@ def build_run(
     try:
         resume_from = choose_checkpoint(run_dir.checkpoints)
         fleet, links = _places(config, models)
-        _launch(fleet, config, models, run_dir, inputs, resume_from if sampling else None, launch=sampling)
+        finished = resume_from if sampling else None
+        _launch(fleet, config, models, run_dir, inputs, finished, launch=sampling or answering)
         grid = _grid(config, models)
         student, teachers = _models(config, models, grid, links, inputs, scoring)
         views = Views.of_run(config, models, inputs.pairs)
         batches = _batches(config, grid, views)
         scored = scored_prompts(inputs)
-        display = _display(config, resume_from)
+        display = _display(config, resume_from, trains=sampling)
         if config.left_out and scoring:
             display.note(f"the objective asks no teacher: {', '.join(config.left_out)} is not loaded")
         for note in [*teacher_lines(config, models), *inputs.notes] if scoring else inputs.notes:
             display.note(note)
+        client = _rollout_client(config, fleet, student, teachers, display)
+        accuracy = None
+        if sampling or answering:
+            stops = inputs.stop_token_ids
+            accuracy = AccuracyEvaluator.of(config, inputs.held_out, inputs.tokenizer, client, stops)
         return kind(
             config=config,
             models=models,
@@ -148,12 +160,13 @@ def build_run(
             given=inputs.given,
             siblings=_siblings(inputs) if sampling else None,
             rewards=_rewards(config, inputs) if sampling else None,
-            rollout_client=_rollout_client(config, fleet, student, teachers, display),
+            rollout_client=client,
             batches=batches,
             student=student,
             teachers=teachers,
             views=views,
             evaluator=Evaluator(config, scored, teachers, batches, views, models.vocab_size),
+            accuracy=accuracy,
             resume_from=resume_from,
             saver=_saver(config, run_dir),
             display=display,
@@ -170,19 +183,24 @@ def build_run(
         raise
 
 
-def serves_others(config: RunConfig, *, sampling: bool = True, scoring: bool = True) -> bool:
+def serves_others(config: RunConfig, *, sampling: bool = True, scoring: bool = True, answering: bool = False) -> bool:
     """Whether this rank holds engines or a teacher alone, and no part of the student."""
-    config, ranks = _for_command(config, sampling=sampling, scoring=scoring), launched()
+    config, ranks = _for_command(config, sampling=sampling or answering, scoring=scoring), launched()
     others = config.teacher_ranks + (config.rollout.hosts or 0)
     return ranks is not None and ranks.rank >= ranks.world_size - others
 
 
 def serve(
-    config: RunConfig, models: ResolvedModels | None = None, *, sampling: bool = True, scoring: bool = True
+    config: RunConfig,
+    models: ResolvedModels | None = None,
+    *,
+    sampling: bool = True,
+    scoring: bool = True,
+    answering: bool = False,
 ) -> None:
     """What a rank of engines' or of a teacher's own does of a run, until the student's ranks let it go. It is in the
     collectives of `build_run` that are of all ranks."""
-    config = _for_command(config, sampling=sampling, scoring=scoring)
+    config = _for_command(config, sampling=sampling or answering, scoring=scoring)
     run_dir, config, models, inputs, identity = _checked(config, models, sampling=sampling, scoring=scoring)
     if sampling:
         _own(run_dir, config, identity)
@@ -195,7 +213,7 @@ def serve(
             assert link is not None
             build_host(number, config, models, link).serve()
         else:
-            _launch(fleet, config, models, run_dir, inputs, resume_from, launch=True)
+            _launch(fleet, config, models, run_dir, inputs, resume_from if sampling else None, launch=True)
             fleet.serve(config)
     finally:
         fleet.close()
@@ -228,7 +246,7 @@ def _launch(
     resume_from: FoundCheckpoint | None, *, launch: bool,
 ) -> None:  # fmt: skip
     """Launches this rank's engines, unless the run is finished. Collective over the ranks that sample."""
-    unfinished = config.samples and (resume_from is None or resume_from.step < config.steps)
+    unfinished = config.uses_engine and (resume_from is None or resume_from.step < config.steps)
     try:
         fleet.build(config, models, run_dir, inputs.banned_ids, launch=launch and unfinished)
     except BaseException:
@@ -337,10 +355,10 @@ def scored_prompts(inputs: RunInputs) -> list[Prompt]:
     return inputs.held_out or [dataset[row] for row in range(min(len(dataset), _EVALUATED_WITHOUT_DATA))]
 
 
-def _display(config: RunConfig, resume_from: FoundCheckpoint | None) -> NullDisplay:
+def _display(config: RunConfig, resume_from: FoundCheckpoint | None, *, trains: bool) -> NullDisplay:
     if dist.get_rank() > 0:
         return NullDisplay()
-    return TrainingDisplay(config.steps, resume_from.step if resume_from else 0, config.logging.progress)
+    return TrainingDisplay(config.steps, resume_from.step if resume_from else 0, config.logging.progress and trains)
 
 
 def _rollout_client(
@@ -372,5 +390,5 @@ def _rollout_client(
 
 def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:
     settings = config.checkpoint
-    best = BestCheckpoint(settings.best_metric, settings.best_mode) if settings.best_metric else None
+    best = BestCheckpoint(settings.best_metric, settings.better) if settings.best_metric else None
     return CheckpointSaver(run_dir.checkpoints, keep=settings.keep, best=best, asynchronous=settings.async_save)

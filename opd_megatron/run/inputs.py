@@ -78,6 +78,7 @@ def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:
     prompts.dataset.check_contexts(rooms)
     notes += check_tasks(config, prompts.dataset.tasks())
     check_rewards(config.rewards, prompts.dataset.rows)
+    check_rewards(config.rewards.of_evaluation(config.evaluation.task), held_out)
     check_tasks(config, [prompt.task for prompt in held_out])
     stops = stop_token_ids(prompts.dataset.template or ChatTemplate(tokenizer), models.student)
     for name, other in theirs:

@@ -16,6 +16,24 @@ Verifier = Callable[[str, Row], float]
 
 
 @dataclass(frozen=True, slots=True)
+class TaskData:
+    """A data set whose rows `evaluate` takes where none is named."""
+
+    source: str
+    split: str = "test"
+    subset: str | None = None
+    prompt_column: str = "question"
+    answer_column: str | None = "answer"
+
+    def as_keys(self) -> dict[str, Any]:
+        """The same as keys of a configuration."""
+        return {
+            "data.eval_source": self.source, "data.eval_split": self.split, "data.eval_subset": self.subset,
+            "data.eval_prompt_column": self.prompt_column, "data.eval_answer_column": self.answer_column,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One kind of question."""
 
@@ -28,3 +46,5 @@ class Task:
     """Finds the final answer in a text; None where there is no such thing."""
     needs_answer: bool = True
     """Whether rows must have a gold answer."""
+    data: TaskData | None = None
+    """Where its questions are usually taken from; None for a task of any data."""

@@ -3,7 +3,7 @@ r"""Mathematics (MATH, arXiv 2103.03874): the final answer is an expression in a
 from __future__ import annotations
 
 from opd_megatron.tasks.answers import in_box, same
-from opd_megatron.tasks.base import Row, Task
+from opd_megatron.tasks.base import Row, Task, TaskData
 
 
 def verify(answer: str, row: Row) -> float:
@@ -14,5 +14,6 @@ def verify(answer: str, row: Row) -> float:
 
 
 TASK = Task(
-    verify, instruction=r"Think step by step, and put the final answer within \boxed{}.", extract=in_box
+    verify, instruction=r"Think step by step, and put the final answer within \boxed{}.", extract=in_box,
+    data=TaskData("HuggingFaceH4/MATH-500", prompt_column="problem"),
 )  # fmt: skip

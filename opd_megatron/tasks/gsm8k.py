@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opd_megatron.tasks.answers import after_hashes, in_box, last_number, same
-from opd_megatron.tasks.base import Row, Task
+from opd_megatron.tasks.base import Row, Task, TaskData
 
 
 def verify(answer: str, row: Row) -> float:
@@ -26,4 +26,5 @@ TASK = Task(
     verify,
     instruction="Think step by step, and end with the final answer as a number behind ####.",
     extract=final_answer,
+    data=TaskData("openai/gsm8k", subset="main"),
 )  # fmt: skip
