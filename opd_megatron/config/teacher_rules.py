@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from opd_megatron.config.teachers import REFERENCE, STUDENT
+from opd_megatron.config.objective import ObjectiveConfig
+from opd_megatron.config.teachers import REFERENCE, STUDENT, AnyTeacherConfig
 from opd_megatron.losses.objectives import OBJECTIVES
 
-if TYPE_CHECKING:
-    from opd_megatron.config.run import RunConfig
+
+class Taught(Protocol):
+    """What of a `RunConfig` the rules are about."""
+
+    teachers: list[AnyTeacherConfig]
+    routes: dict[str, str | list[str]]
+    objective: ObjectiveConfig
+
+    @property
+    def teacher_names(self) -> list[str]: ...
+    @property
+    def teacher_sets(self) -> list[list[str]]: ...
 
 
-def check_teachers(config: RunConfig) -> None:
+def check_teachers(config: Taught) -> None:
     """Raises ValueError for the first rule that is broken."""
     _check_names(config)
     _check_self_teachers(config)
@@ -20,7 +31,7 @@ def check_teachers(config: RunConfig) -> None:
     _check_weights(config)
 
 
-def _check_names(config: RunConfig) -> None:
+def _check_names(config: Taught) -> None:
     names = config.teacher_names
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -48,7 +59,7 @@ def _check_names(config: RunConfig) -> None:
         raise ValueError(f"teacher {idle[0]!r} is in no route: name it in routes, or leave it out of teachers")
 
 
-def _check_aligned_teachers(config: RunConfig) -> None:
+def _check_aligned_teachers(config: Taught) -> None:
     """Checks those with another tokenizer."""
     sampled = bool(OBJECTIVES[config.objective.type].term(config.objective).policy)
     fits = "spans" if sampled else "shared_vocabulary"
@@ -72,7 +83,7 @@ def _check_aligned_teachers(config: RunConfig) -> None:
             )
 
 
-def _check_self_teachers(config: RunConfig) -> None:
+def _check_self_teachers(config: Taught) -> None:
     for number, teacher in enumerate(config.teachers):
         keys = f"teachers.{number}"
         update = getattr(teacher, "update", "frozen")
@@ -93,7 +104,7 @@ def _check_self_teachers(config: RunConfig) -> None:
             )
 
 
-def _check_weights(config: RunConfig) -> None:
+def _check_weights(config: Taught) -> None:
     """Checks shares below 0."""
     for number, teacher in enumerate(config.teachers):
         if teacher.weight == 0:

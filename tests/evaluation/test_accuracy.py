@@ -140,7 +140,7 @@ def test_the_best_checkpoint_may_be_the_most_accurate(inputs: dict[str, Any], tm
     assert all("eval/accuracy" in row for row in rows)
     best = max(rows[1:], key=lambda row: row["eval/accuracy"])
     kept = (tmp_path / "run" / "checkpoints" / "best").read_text().strip()
-    assert int(kept.rpartition("-")[2]) == best["step"], [row["eval/accuracy"] for row in rows]
+    assert int(kept.rpartition("_")[2]) == best["step"], [row["eval/accuracy"] for row in rows]
 
 
 def test_sft_is_evaluated_by_answers_too(inputs: dict[str, Any], tmp_path: Path) -> None:
