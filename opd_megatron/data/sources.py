@@ -5,21 +5,19 @@ Held-out rows never share a question with the training rows, whatever the source
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
-import types
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from opd_megatron.config import DataConfig, RunConfig
 from opd_megatron.data.contexts import context_templates
 from opd_megatron.data.files import Record, is_file, name_of, read_records
-from opd_megatron.data.rows import DEFAULT_ANSWER, Columns, Example, make_example
+from opd_megatron.data.rows import DEFAULT_ANSWER, DEFAULT_PROMPT, Columns, Example, make_example
 from opd_megatron.data.task_rows import columns_of, evaluated_by, instructed, need_answers, trained_by
-from opd_megatron.errors import DataError, MissingPathError, one_line
+from opd_megatron.errors import DataError, MissingPathError, OPDError, one_line
 from opd_megatron.system.reading import user_path
+from opd_megatron.tasks import reasoning, task_named
 
 __all__ = ["Example", "Rows", "gsm_symbolic_rows", "read_rows", "train_and_eval_rows"]
 
@@ -41,6 +39,10 @@ class Source:
     index: int
     answers: bool = True
     """Whether the user expects gold answers."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of a source that makes its rows."""
+    made: int = GSM_SYMBOLIC_ROWS
+    """How many it makes."""
 
 
 @dataclass(slots=True)
@@ -113,7 +115,12 @@ def _shares(count: int, weights: list[float]) -> list[int]:
 def _sources(data: DataConfig, others: tuple[str, ...], fields: tuple[str, ...]) -> list[Source]:
     if not data.sources:
         columns = Columns(data.prompt_column, data.answer_column, data.task_column, others, fields)
-        return [Source(data.source, data.subset, data.split, columns, None, 1.0, 0, data.answer_column is not None)]
+        return [
+            Source(
+                data.source, data.subset, data.split, columns, None, 1.0, 0, data.answer_column is not None,
+                data.source_arguments, data.limit or GSM_SYMBOLIC_ROWS,
+            )
+        ]  # fmt: skip
     return [
         Source(
             one.source,
@@ -130,6 +137,8 @@ def _sources(data: DataConfig, others: tuple[str, ...], fields: tuple[str, ...])
             one.weight,
             index,
             (one.answer_column or data.answer_column) is not None,
+            one.source_arguments or data.source_arguments,
+            data.limit or GSM_SYMBOLIC_ROWS,
         )
         for index, one in enumerate(data.sources)
     ]
@@ -162,7 +171,10 @@ def _from_eval_source(config: RunConfig, first: Source, wanted: int, rows: Rows)
     data, columns = config.data, first.columns
     answer = data.eval_answer_column or columns.answer or (DEFAULT_ANSWER if need_answers(config) else None)
     columns = replace(columns, answer=answer, prompt=data.eval_prompt_column or columns.prompt)
-    evaluated = Source(name, data.eval_subset or data.subset, data.eval_split, columns, None, 1.0, 0)
+    evaluated = Source(
+        name, data.eval_subset or data.subset, data.eval_split, columns, None, 1.0, 0, arguments=data.source_arguments,
+        made=max(GSM_SYMBOLIC_ROWS, wanted),
+    )  # fmt: skip
     return _held_out(config, evaluated, wanted), rows.train
 
 
@@ -199,13 +211,16 @@ def _split_file(rows: list[Example], wanted: int, source: str, answers: bool) ->
 
 
 def _read(source: Source, split: str, seed: int, notes: list[str]) -> Iterator[Example]:
+    if source.name.startswith(reasoning.PREFIX):
+        yield from _reasoning_rows(source, seed, notes)
+        return
     if source.name == GSM_SYMBOLIC:
         if source.columns.others:
             raise DataError(
                 f"rows of {GSM_SYMBOLIC} have no column {source.columns.others[0]!r}, which a teacher's prompt names: "
                 "use {prompt} and {answer} alone (teachers.N.prompt)"
             )
-        for row in gsm_symbolic_rows(seed, GSM_SYMBOLIC_ROWS):
+        for row in gsm_symbolic_rows(seed, source.made):
             yield Example(row.id, row.question, row.answer, (), source.task, source.index)
         return
     from_file = is_file(source.name)
@@ -221,20 +236,27 @@ def _read(source: Source, split: str, seed: int, notes: list[str]) -> Iterator[E
         )  # fmt: skip
 
 
+def _reasoning_rows(source: Source, seed: int, notes: list[str]) -> Iterator[Example]:
+    try:
+        task_named(source.name)
+        records = reasoning.questions(source.name, seed, source.made, source.arguments)
+        columns = replace(source.columns, prompt=DEFAULT_PROMPT, answer=DEFAULT_ANSWER)
+        for index, record in enumerate(records):
+            where = f"question {index} of {source.name!r}"
+            yield make_example(record, columns, f"{source.name}:{index}", where, task=source.task, source=source.index)
+    except ValueError as error:
+        if isinstance(error, OPDError):
+            raise
+        raise DataError(f"data source {source.name!r}: {error}: correct data.source_arguments") from None
+
+
 def gsm_symbolic_rows(seed: int, count: int) -> Iterator[Example]:
     """Makes up to `count` distinct grade-school problems with worked answers offline with reasoning-gym.
 
     The same seed gives the same rows; different seeds share no random stream (the generator draws row i from
     seed + i, hence the stride), though a short template may still give the same question twice.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
-        if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
-            # A SAT solver of other puzzles, left out of the environment because it needs a C compiler.
-            sys.modules["pycosat"] = types.ModuleType("pycosat")
-        import reasoning_gym  # slow to import, and only this source needs it
-
-    problems = reasoning_gym.create_dataset(GSM_SYMBOLIC, seed=seed * 1_000_003, size=count)
+    problems = reasoning.library().create_dataset(GSM_SYMBOLIC, seed=seed * 1_000_003, size=count)
     seen: set[str] = set()
     for index in range(count):
         problem = problems[index]

@@ -39,7 +39,8 @@ def need_answers(config: RunConfig) -> bool:
 def instructed(judges: RewardsConfig, row: Example) -> Example:
     """Puts what the row's task asks for after the user's (last) message."""
     name = judges.task_of(row.task) if judges.instruction else None
-    instruction = "" if name is None else task_named(name).instruction
+    found = "" if name is None else task_named(name).instruction
+    instruction = found if isinstance(found, str) else found(row.fields)
     if not instruction:
         return row
     messages = list(row.messages)

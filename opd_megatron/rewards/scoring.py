@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from opd_megatron.config import RewardsConfig
-from opd_megatron.errors import DataError, RewardError
+from opd_megatron.errors import DataError, RewardError, one_line
 from opd_megatron.rewards.advantages import advantages
 from opd_megatron.system.collectives import on_rank_0
 from opd_megatron.tasks import task_named
@@ -137,6 +137,8 @@ class JudgedRow(Protocol):
     def task(self) -> str | None: ...
     @property
     def answer(self) -> str | None: ...
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
 
 
 def check_rewards(config: RewardsConfig, rows: Iterable[JudgedRow]) -> None:
@@ -144,16 +146,27 @@ def check_rewards(config: RewardsConfig, rows: Iterable[JudgedRow]) -> None:
 
     Raises:
         ConfigError: there is no such task.
-        DataError: names the first row without a gold answer.
+        DataError: names the first row without a gold answer, or that cannot be judged.
     """
     for name in {config.task, *config.tasks.values()} - {None}:
         task_named(str(name))
     if not config.judges:
         return
+    found = {name: task_named(name) for name in {config.task, *config.tasks.values()} if name is not None}
     for row in rows:
         name = config.task_of(row.task)
-        if name is not None and row.answer is None and task_named(name).needs_answer:
+        if name is None:
+            continue
+        if row.answer is None and found[name].needs_answer:
             raise DataError(
                 f"task {name!r} compares with a gold answer, but prompt {row.id!r} has none: set "
                 "data.answer_column, or give the row a task of its own (rewards.tasks)"
             )
+        try:
+            for check in filter(None, [found[name].check]):
+                check(row.fields)
+        except (ValueError, KeyError) as error:
+            raise DataError(
+                f"task {name!r} cannot judge answers to prompt {row.id!r}, which {one_line(error)}: use data of that "
+                "task"
+            ) from None

@@ -17,10 +17,9 @@ def check_run(config: RunConfig, resolve: Callable[[str], Path] = resolve_model)
     `resolve` finds the folder of a model; only its config.json is read.
 
     Raises:
-        OPDError: the first rule that is broken: NotAvailableError for what this release does not do, ConfigError for a
-            size that does not fit, MissingPathError and UnsupportedModelError for a model.
+        OPDError: the first rule that is broken: ConfigError for a size that does not fit, MissingPathError and
+            UnsupportedModelError for a model.
     """
-    config.require_available()
     config.check_rewards()
     models = resolve_models(config, resolve)
     check_teachers(config, models)

@@ -4,6 +4,9 @@ base.py      Task: how an answer to a row is judged
 answers.py   final answers in texts, compared by math-verify
 gsm8k.py     grade-school problems: the last number, or what stands behind ####
 boxed.py     `math`: what is in the last \\boxed{}
+code.py      programs that are judged by tests, run in sandbox/
+ifeval.py    instructions whose keeping can be checked
+reasoning.py `reasoning_gym:NAME`
 pool.py      verifiers in processes of their own, with a time limit for each answer; worker.py is such a process
 
 A new task is a file with a `TASK`, and a line in `TASKS`.
@@ -18,11 +21,15 @@ from difflib import get_close_matches
 from typing import Any
 
 from opd_megatron.errors import ConfigError
+from opd_megatron.tasks import reasoning
 from opd_megatron.tasks.base import Task
 
 __all__ = ["TASKS", "Task", "task_named"]
 
-TASKS = {"gsm8k": "opd_megatron.tasks.gsm8k", "math": "opd_megatron.tasks.boxed"}
+TASKS = {
+    "gsm8k": "opd_megatron.tasks.gsm8k", "math": "opd_megatron.tasks.boxed", "code": "opd_megatron.tasks.code",
+    "ifeval": "opd_megatron.tasks.ifeval",
+}  # fmt: skip
 """Name -> its module, imported when it is asked for."""
 
 
@@ -32,11 +39,17 @@ def task_named(name: str) -> Task:
     Raises:
         ConfigError: there is none of that name, or the user's cannot be imported.
     """
+    if name.startswith(reasoning.PREFIX):
+        try:
+            return reasoning.named(name)
+        except ValueError as error:
+            raise ConfigError(f"unknown task {name!r}: {error}") from None
     if ":" in name:
         return _of_user(name)
     if name not in TASKS:
         near = get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"tasks are {', '.join(TASKS)}, or module:function"
+        others = f"tasks are {', '.join(TASKS)}, {reasoning.PREFIX}NAME, or module:function"
+        hint = f"did you mean {near[0]!r}?" if near else others
         raise ConfigError(f"unknown task {name!r}: {hint}")
     found: Task = importlib.import_module(TASKS[name]).TASK
     return found

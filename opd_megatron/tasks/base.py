@@ -38,13 +38,15 @@ class Task:
     """One kind of question."""
 
     verify: Verifier
-    instruction: str = ""
-    """What a user's message needs after it, so that answers can be judged."""
+    instruction: str | Callable[[Row], str] = ""
+    """What a user's message needs after it, so that answers can be judged; it may depend on the row's `columns`."""
     columns: tuple[str, ...] = ()
-    """Of the data that the verifier wants besides the gold answer, as they are."""
+    """Of the data that the verifier wants besides the gold answer, as they are; `name?` is one that may be missing."""
     extract: Callable[[str], str | None] | None = None
     """Finds the final answer in a text; None where there is no such thing."""
     needs_answer: bool = True
     """Whether rows must have a gold answer."""
+    check: Callable[[Row], None] | None = None
+    """Raises ValueError for a row that cannot be judged, whatever the answer: before anything is asked."""
     data: TaskData | None = None
     """Where its questions are usually taken from; None for a task of any data."""

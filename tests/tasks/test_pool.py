@@ -93,7 +93,10 @@ def test_a_pool_that_is_closed_leaves_no_process() -> None:
     ("name", "words"),
     [
         ("gsm8", "unknown task 'gsm8': did you mean 'gsm8k'"),
-        ("poetry", "unknown task 'poetry': tasks are gsm8k, math, or module:function"),
+        (
+            "poetry",
+            "unknown task 'poetry': tasks are gsm8k, math, code, ifeval, reasoning_gym:NAME, or module:function",
+        ),
         ("tests.tasks.verifiers:NO_TASK", "is a int: give a function"),
         ("no.such.module:verify", "cannot be imported .*ModuleNotFoundError.*PYTHONPATH"),
     ],
