@@ -40,7 +40,8 @@ class RewardsConfig(Section):
 
     def of_evaluation(self, task: str | None) -> RewardsConfig:
         """Who judges held-out answers: the same limits, one task for all rows, no penalties."""
-        return RewardsConfig(task=task, time_limit=self.time_limit, workers=self.workers)
+        kept = {name: getattr(self, name) for name in ("instruction", "time_limit", "workers")}
+        return RewardsConfig(task=task, **kept)
 
     def task_of(self, row_task: str | None) -> str | None:
         """Who judges answers to a row of a task; None for nobody."""
