@@ -1,4 +1,4 @@
-"""`opd-megatron train | data | plan | evaluate | cache-teacher | export | convert | report | doctor | config`."""
+"""The command line: `opd-megatron COMMAND`, with the commands of `_COMMANDS`."""
 
 from __future__ import annotations
 
@@ -196,6 +196,14 @@ def _train(argv: list[str]) -> int:
     return train(argv)
 
 
+def _distill(argv: list[str]) -> int:
+    return train(argv, "opd-megatron distill", "distill")
+
+
+def _hybrid(argv: list[str]) -> int:
+    return train(argv, "opd-megatron hybrid", "hybrid")
+
+
 def _plan(argv: list[str]) -> int:
     from opd_megatron.planning.plan_command import plan
 
@@ -204,6 +212,8 @@ def _plan(argv: list[str]) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "distil teachers into a student"),
+    "distill": (_distill, "the same, under the name of the field's scripts"),
+    "hybrid": (_hybrid, "the same with rewards beside the teachers' divergence"),
     "data": (_data, "show what student and teacher will see of the data, token by token"),
     "plan": (_plan, "check layout, memory, traffic and time of a run without its weights or machines"),
     "evaluate": (_evaluate, "score a student on held-out answers, or its own answers to a task"),

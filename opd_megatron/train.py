@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import parse_run, run_parser
@@ -56,17 +56,35 @@ def describe(config: RunConfig, models: ResolvedModels) -> str:
     return f"{dump_config(config)}\n{run_plan.describe(config, models)}"
 
 
-def train(argv: Sequence[str], prog: str = "opd-megatron train") -> int:
-    """Runs the `train` command; returns an exit code, raises OPDError for what a user can correct."""
-    description = "Distil teachers into a student on the student's own samples."
-    arguments = parse_run(run_parser(prog, description), argv)
+COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "train": ("Distil teachers into a student on the student's own samples.", {}),
+    "distill": (
+        "Distil teachers into a student on the student's own samples: `train` under the name of the field's scripts.",
+        {},
+    ),
+    "hybrid": (
+        "Reinforcement learning and distillation in one loss: `train` with rewards beside the teachers' divergence "
+        "(lambda_rl 0.5, 4 answers a prompt, unless they are given).",
+        {"objective.lambda_rl": 0.5, "rollout.samples_per_prompt": 4},
+    ),
+}  # fmt: skip
+"""Name -> what it says of itself, and keys that it fills in."""
+
+
+def train(argv: Sequence[str], prog: str = "opd-megatron train", command: str = "train") -> int:
+    """Runs the `train` command, or another of `COMMANDS`; returns an exit code, raises OPDError for what a user can
+    correct."""
+    description, defaults = COMMANDS[command]
+    arguments = parse_run(run_parser(prog, description), argv, defaults)
     config, lines = settle_precision(arguments.config)
     models = check(config)
     if arguments.dry_run:
         print(describe(config, models), *lines, sep="\n")
         return 0
     if launcher.needs_launch(config):
-        return launcher.launch("opd_megatron.train", argv, config.world_size)
+        if command == "train":
+            return launcher.launch("opd_megatron.train", argv, config.world_size)
+        return launcher.launch("opd_megatron.cli", [command, *argv], config.world_size)
     launcher.tell(lines)
     signals.note_stop_signals()
     run_training(config, models)

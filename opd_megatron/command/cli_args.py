@@ -11,7 +11,7 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,10 +33,27 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "objective.kl_coef": ("kl_coef",),
     "objective.lambda_rl": ("lambda_rl",),
     "objective.lambda_distill": ("lambda_distill",),
+    "objective.sft_coef": ("sft_coef",),
+    "recipe": ("recipe",),
+    "rewards.task": ("reward_task", "reward_function"),
+    "rewards.advantage": ("advantage_estimator", "adv_estimator"),
+    "rollout.prompts_per_step": ("prompts_per_step", "batch_size", "train_batch_size"),
+    "rollout.samples_per_prompt": ("samples_per_prompt", "num_generations", "num_samples_per_prompt", "group_size"),
+    "rollout.max_new_tokens": ("max_new_tokens", "max_completion_length", "max_response_length"),
+    "data.max_prompt_tokens": ("max_prompt_tokens", "max_prompt_length"),
+    "steps": ("steps", "max_steps", "num_steps", "train_iters"),
+    "optimizer.lr": ("learning_rate", "lr"),
+    "parallel.tensor": ("tensor_model_parallel_size", "tensor_parallel_size"),
+    "parallel.pipeline": ("pipeline_model_parallel_size", "pipeline_parallel_size"),
+    "parallel.micro_batch_size": ("micro_batch_size",),
+    "checkpoint.every": ("save_interval", "save_steps"),
+    "evaluation.every": ("eval_interval", "eval_steps"),
+    "seed": ("seed",),
     "output_dir": ("output_dir",),
 }
-"""Configuration key -> flags that set it. `--temperature` divides the logits in the loss; how the student samples is
-`rollout.temperature`. There is no `--alpha`: elsewhere it weighs distillation against labels."""
+"""Configuration key -> flags that set it, as the field's scripts call it. `--temperature` divides the logits in the
+loss; how the student samples is `rollout.temperature`. There is no `--alpha`: elsewhere it weighs distillation against
+labels."""
 
 _PATHS = ("DIR", "FILE", "PATH", "RUN_DIR", "CONFIG")
 """Metavars of arguments that are paths."""
@@ -45,6 +62,8 @@ EXAMPLES = """examples:
   opd-megatron train configs/demo.yaml
   opd-megatron train configs/demo.yaml parallel.tensor=3 optimizer.lr=5e-5
   opd-megatron train configs/gkd_gsm8k.yaml --student_model_path ./student --distillation_beta=0.5
+  opd-megatron distill --student_model_path ./student --teacher_model_path ./teacher --dataset_path openai/gsm8k
+  opd-megatron hybrid configs/hybrid_ifeval.yaml --lambda_rl 0.5 --lambda_distill 1.0
   opd-megatron train configs/gkd_gsm8k.yaml --dry-run
   torchrun --nproc-per-node 4 -m opd_megatron.train configs/demo.yaml parallel.pipeline=4
 
@@ -102,8 +121,9 @@ def add_checkpoint(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
-    """Reads a command line into a validated configuration.
+def parse_run(parser: Parser, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> RunArguments:
+    """Reads a command line into a validated configuration. `defaults`: keys where neither file nor command line has
+    them.
 
     Raises:
         ConfigError: an unknown flag, a second config file, nothing to go by, or a value that breaks a rule.
@@ -122,7 +142,8 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> RunArguments:
         raise ConfigError(f"no config file: give a YAML file, e.g. {parser.prog} configs/demo.yaml")
     path = paths[0] if paths else None
     run = path if path is not None and os.path.isdir(path) else None
-    return RunArguments(load_config(path, overrides), known.dry_run, getattr(known, "checkpoint", "latest"), run)
+    config = load_config(path, overrides, defaults)
+    return RunArguments(config, known.dry_run, getattr(known, "checkpoint", "latest"), run)
 
 
 def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:

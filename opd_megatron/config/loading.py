@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,11 +20,14 @@ RENAMED = {"rollout.start_timeout": "rollout.request_timeout"}
 """Keys of earlier releases, and what they are called now."""
 
 
-def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), defaults: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Reads a YAML file, applies `a.b=value` overrides (values are YAML) and checks every rule.
 
     List elements are addressed by index (`teachers.0.path=...`). `path=None` starts from the defaults. A run directory
-    stands for the configuration inside it, with itself as `output_dir`.
+    stands for the configuration inside it, with itself as `output_dir`. `defaults`: values of keys (`a.b`) that neither
+    has.
 
     Raises:
         MissingPathError: the file does not exist.
@@ -32,6 +36,9 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     tree = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
+    for key, value in (defaults or {}).items():
+        if not _has(tree, key):
+            set_by_path(tree, key, value)
     return build_config(tree)
 
 
@@ -46,6 +53,15 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Writes the resolved configuration as YAML, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _has(tree: dict[str, Any], key: str) -> bool:
+    node: Any = tree
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from opd_megatron.config.objective import ObjectiveConfig
-from opd_megatron.config.recipes import RECIPES, expand
+from opd_megatron.config.recipes import RECIPES
 from opd_megatron.config.rewards import RewardsConfig
 from opd_megatron.config.sections import (
     GOLD,
@@ -23,6 +23,7 @@ from opd_megatron.config.sections import (
     StudentConfig,
     UserPath,
 )
+from opd_megatron.config.spellings import spell_out
 from opd_megatron.config.teacher_rules import check_teachers
 from opd_megatron.config.teachers import (
     REFERENCE,
@@ -254,44 +255,8 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _recipe(cls, tree: Any) -> Any:
-        return expand(tree) if isinstance(tree, dict) and "teacher_configs" not in tree else tree
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given_answers_of_sft(cls, tree: Any) -> Any:
-        """Fills in that nothing is sampled where `objective.type: sft` has no use for it."""
-        objective = tree.get("objective") if isinstance(tree, dict) else None
-        kind = objective.get("type") if isinstance(objective, dict) else getattr(objective, "type", None)
-        if kind != "sft":
-            return tree
-        data = tree.get("data", {})
-        if not isinstance(data, dict) or "on_policy_fraction" in data:
-            return tree
-        return tree | {"data": data | {"on_policy_fraction": 0.0}}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _teachers_by_task(cls, tree: Any) -> Any:
-        """Reads `teacher_configs: {math: PATH, code: {path: PATH}}`: a teacher for each task, called as the task."""
-        if not isinstance(tree, dict) or "teacher_configs" not in tree:
-            return tree
-        given = tree["teacher_configs"]
-        other = [key for key in ("teachers", "routes") if tree.get(key)]
-        if other:
-            raise ValueError(f"teacher_configs says what {other[0]} does: leave one of them out")
-        if not isinstance(given, dict) or not given or not all(isinstance(each, str | dict) for each in given.values()):
-            raise ValueError(
-                f"teacher_configs={given!r} must name a teacher for each task: {{math: PATH, code: {{path: PATH}}}}"
-            )
-        rest = {key: value for key, value in tree.items() if key != "teacher_configs"}
-        teachers = [
-            {"name": task, **({"path": each} if isinstance(each, str) else each)} for task, each in given.items()
-        ]
-        return rest | {
-            "teachers": teachers,
-            "routes": {task: each["name"] for task, each in zip(given, teachers, strict=True)},
-        }
+    def _spelled_out(cls, tree: Any) -> Any:
+        return spell_out(tree) if isinstance(tree, dict) else tree
 
     @field_validator("routes", mode="before")
     @classmethod
