@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from opd_megatron.config import RunConfig, load_config
+from opd_megatron.tasks.sandbox import confinement
 from opd_megatron.train import check, run_training
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.e2e.runs import make_inputs
+from tests.e2e.test_rewards import STOPS
 from tests.other_tokenizers import save_bpe_tokenizer
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
@@ -64,6 +67,43 @@ def test_opsd_brings_the_student_near_to_itself_with_the_solution(inputs: dict[s
     rows = _run("opsd_gsm8k", tmp_path, **overrides, **{"steps": 12, "optimizer.decay": "constant"})
     kl = [row["reverse_kl"] for row in rows[1:]]
     assert sum(kl[-3:]) < 0.9 * sum(kl[:3])
+
+
+def test_hybrid_ifeval_is_rewarded_by_its_checkers(inputs: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("if_verifiable")
+    rows = [
+        {"key": n, "prompt": f"Say {n}.", "instruction_id_list": ["punctuation:no_comma", "keywords:forbidden_words"],
+         "kwargs": [{"num_words": None}, {"forbidden_words": ["no"], "num_words": None}]}
+        for n in range(40)
+    ]  # fmt: skip
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = tmp_path / "student"
+    shutil.copytree(inputs["student.path"], student)
+    (student / "generation_config.json").write_text(STOPS)
+    models = {"student.path": str(student), "teachers.0.path": inputs["teachers.0.path"]}
+    overrides = {"data.source": str(tmp_path / "ifeval.jsonl"), "parallel.micro_batch_size": 8, **models}
+    for more in ({}, {"objective.lambda_distill": 0}, {"objective.lambda_rl": 0}):
+        found = _run("hybrid_ifeval", tmp_path / str(len(more) + len(str(more))), **overrides, **more)
+        assert any(row["reward"] > 0 for row in found[1:])
+        assert all(row["reward/errors"] == row["reward/timeouts"] == 0 for row in found[1:])
+        assert found[-1]["eval/accuracy"] >= 0
+        assert ("reverse_kl" in found[1]) == ("objective.lambda_distill" not in more)
+        assert ("policy_loss" in found[1]) == ("objective.lambda_rl" not in more)
+
+
+@pytest.mark.skipif(confinement()[0] is None, reason="programs cannot be confined here")
+def test_gkd_code_answers_mbpp_and_has_programs_judged(inputs: dict[str, str], tmp_path: Path) -> None:
+    rows = [
+        {"task_id": n, "text": f"Write a function f{n}.", "code": f"def f{n}(): return {n}", "test_setup_code": "",
+         "test_list": [f"assert f{n}() == {n}"]}
+        for n in range(40)
+    ]  # fmt: skip
+    (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {key: inputs[key] for key in ("student.path", "teachers.0.path")}
+    settings = {"data.source": str(tmp_path / "mbpp.jsonl"), "data.max_prompt_tokens": 400}
+    found = _run("gkd_code", tmp_path, **models, **settings)
+    assert found[-1]["eval/accuracy"] == 0, "an untrained model writes no program"
+    assert found[1]["loss"] > 0
 
 
 def test_a_teacher_of_another_tokenizer_scores_spans_of_the_students_text(tmp_path: Path) -> None:
