@@ -2,8 +2,8 @@
 
 gsm8k       1,000 answers compared with gold ones by math-verify, in one process and in two
 programs    100 of HumanEval's solutions with their tests, each in the sandbox, in one process and in two
-hidden      the same programs submitted before a teacher's phase of 10 s (it sleeps, as who waits for a GPU does): seconds
-            that the step waits for scores after it
+hidden      the same programs submitted before a teacher's phase of 10 s (it sleeps, as who waits for a GPU does): the
+            seconds that the step waits for scores after it
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from opd_megatron.types import Rollout
 
 
 def readable_sample(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, max_chars: int = 600) -> str:
-    """Formats question, the student's answer and the gold one (or the answer that was given), each cut to `max_chars` with
-    its middle left out.
+    """Formats question, the student's answer and the gold one (or the answer that was given), each cut to `max_chars`
+    with its middle left out.
 
     Special tokens of the answer are shown: whether it ended by itself is worth seeing. Plain text, no markup.
     """
