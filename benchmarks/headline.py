@@ -27,7 +27,7 @@ from harness import REPOSITORY, BenchmarkError, Report, Row, main
 
 TARGET = 0.8
 """Accuracy whose first sight is reported."""
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (5e-5, 2e-4, 1e-3)
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
     "GRPO": {"objective.lambda_distill": 0.0, "objective.lambda_rl": 1.0},
@@ -52,7 +52,7 @@ class Scale:
 
     teacher_steps: int = 1600
     student_steps: int = 1400
-    steps: int = 60
+    steps: int = 80
     every: int = 4
     """Steps between evaluations."""
     prompts: int = 200
@@ -181,8 +181,9 @@ def run(method: str, lr: float, seed: int, folder: Path, scale: Scale) -> Curve:
             **METHODS[method], "student.path": str(folder / "student-sft" / "hf"), "seed": seed, "steps": scale.steps,
             "teachers": [{"path": str(folder / "teacher-sft" / "hf"), "dtype": "fp32"}],
             "data.source": str(folder / "worked.jsonl"), "rollout.prompts_per_step": 16,
-            "rollout.samples_per_prompt": 4, "parallel.micro_batch_size": 64, "rewards.task": "gsm8k",
-            "optimizer.lr": lr, "evaluation.every": scale.every, "evaluation.prompts": 64,
+            "rollout.samples_per_prompt": 8, "parallel.micro_batch_size": 64, "rewards.task": "gsm8k",
+            "optimizer.lr": lr, "optimizer.warmup_steps": min(4, scale.steps - 1), "evaluation.every": scale.every,
+            "evaluation.prompts": 64,
         },
     )  # fmt: skip
     curve, tokens, seconds = Curve(method, lr, seed), 0, 0.0
@@ -277,7 +278,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         report.rows.append(summary(method, curves, scale.steps))
     start, strong = weak["eval/accuracy"], teacher["eval/accuracy"]
     report.note = (
-        f"Teacher {strong:.3f}, student at the start {start:.3f} of {scale.prompts} held-out sums; 16 prompts x 4 "
+        f"Teacher {strong:.3f}, student at the start {start:.3f} of {scale.prompts} held-out sums; 16 prompts x 8 "
         f"answers a step, {scale.steps} steps, evaluated every {scale.every}; learning rate of "
         f"{len(scale.learning_rates)} chosen on the first seed; median of {len(scale.seeds)} seeds (least to largest)."
     )

@@ -15,7 +15,7 @@ import pytest
 
 from opd_megatron.tasks.sandbox import Limits, confinement, landlock, namespaces, run_program
 
-LIMITS = Limits(seconds=4.0, cpu_seconds=2, memory_bytes=512 * 2**20, file_bytes=2**20, disk_bytes=8 * 2**20)
+LIMITS = Limits(seconds=2.5, cpu_seconds=1, memory_bytes=512 * 2**20, file_bytes=2**20, disk_bytes=8 * 2**20)
 KINDS = [
     pytest.param(name, marks=() if there else pytest.mark.skip(reason=f"this kernel does not let us use {name}"))
     for name, there in (
