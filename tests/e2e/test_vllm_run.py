@@ -50,6 +50,7 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
             "steps": 3, "rollout.engine": "vllm", "data.max_prompt_tokens": 260,
             # The form whose loss reads the engine's own log-probabilities.
             "objective.type": "on_policy_distill", "objective.temperature": 0.7, "rollout.temperature": 0.7,
+            "evaluation.task": "tests.rewards.verifiers:even", "evaluation.samples": 2,
         },
     )  # fmt: skip
     sequences = torch.randint(0, 256, (3, 220), generator=torch.Generator().manual_seed(0))
@@ -78,6 +79,8 @@ def test_engine_scores_like_the_trainer_after_updates_a_kill_and_a_restart(
     rows = read_metrics(tmp_path / "run")
     assert [row["policy_version"] for row in rows] == [0, 0, 1, 2]
     assert all(row["ratio"] == pytest.approx(1, abs=1e-3) for row in rows[1:]), "one temperature, one token, one model"
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 3], "greedy answers, also of a new engine"
+    assert all(0 <= row["eval/avg@2"] <= row["eval/pass@2"] + 1 for row in rows if "eval/accuracy" in row)
     assert len(notes) == 1
     assert "restarting 1/3" in notes[0]
     assert pids[2] != pids[1], "the third step ran on a new process"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,29 @@ def test_it_is_the_same_in_every_layout(inputs: dict[str, Any], tmp_path: Path, 
     for found in run_ranks(2, _measure, config):
         for name, value in found.items():
             assert value == pytest.approx(run[1][0][name]), name
+
+
+def test_a_command_of_several_ranks_compares_models_too(run: Any, tmp_path: Path) -> None:
+    """Each model is a job of its own, one after the other on the same ranks."""
+    folder, rows = run
+    words = ["evaluate", str(folder), "--task", TASK, "--n", "6", "--samples", "3", "--json"]
+    words += [
+        str(tmp_path / "out.json"),
+        "--compare",
+        "initial",
+        "--compare",
+        "teacher",
+        "parallel.tensor=2",
+        "parallel.data=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "opd_megatron.cli", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = from_json((tmp_path / "out.json").read_text())
+    assert [result.step for result in results] == [3, 0, None]
+    for result, row in zip(results, (rows[-1], rows[0]), strict=False):
+        assert result.estimates()["accuracy"].value == pytest.approx(row["eval/accuracy"])
 
 
 def test_the_best_checkpoint_may_be_the_most_accurate(inputs: dict[str, Any], tmp_path: Path) -> None:

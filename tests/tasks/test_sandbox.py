@@ -16,13 +16,22 @@ import pytest
 from opd_megatron.tasks.sandbox import Limits, confinement, landlock, namespaces, run_program
 
 LIMITS = Limits(seconds=2.5, cpu_seconds=1, memory_bytes=512 * 2**20, file_bytes=2**20, disk_bytes=8 * 2**20)
+BEST = confinement()[0]
+
+
+def _marks(name: str, there: bool) -> list[pytest.MarkDecorator]:
+    """The kind that this machine uses is tested always, the other one among the long proofs."""
+    if not there:
+        return [pytest.mark.skip(reason=f"this kernel does not let us use {name}")]
+    return [] if name == BEST else [pytest.mark.long]
+
+
 KINDS = [
-    pytest.param(name, marks=() if there else pytest.mark.skip(reason=f"this kernel does not let us use {name}"))
+    pytest.param(name, marks=_marks(name, there))
     for name, there in (
-        ("namespaces", confinement()[0] == "namespaces"),
-        ("landlock", confinement()[0] is not None and landlock.version() > 0),
+        ("namespaces", BEST == "namespaces"), ("landlock", BEST is not None and landlock.version() > 0),
     )
-]
+]  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 HOSTILE = {
