@@ -280,9 +280,10 @@ def measure(arguments: argparse.Namespace) -> Report:
         report.rows.append(summary(method, curves, scale.steps))
     start, strong = weak["eval/accuracy"], teacher["eval/accuracy"]
     report.note = (
-        f"Teacher {strong:.3f}, student before it unlearnt {able['eval/accuracy']:.3f}, at the start {start:.3f} of {scale.prompts} held-out sums; 16 prompts x 8 "
-        f"answers a step, {scale.steps} steps, evaluated every {scale.every}; learning rate of "
-        f"{len(scale.learning_rates)} chosen on the first seed; median of {len(scale.seeds)} seeds (least to largest)."
+        f"Teacher {strong:.3f}, student before it unlearnt {able['eval/accuracy']:.3f}, at the start {start:.3f} of "
+        f"{scale.prompts} held-out sums; 16 prompts x 8 answers a step, {scale.steps} steps, evaluated every "
+        f"{scale.every}; learning rate of {len(scale.learning_rates)} chosen on the first seed; median of "
+        f"{len(scale.seeds)} seeds (least to largest)."
     )
     if not arguments.quick:
         picture, data = Path(arguments.picture), Path(arguments.data)
