@@ -15,15 +15,14 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY, BenchmarkError, Report, Row, main
+from _runs import made
+from harness import REPOSITORY, Report, Row, main
 
 TARGET = 0.8
 """Accuracy whose first sight is reported."""
@@ -136,29 +135,14 @@ def make_models(folder: Path) -> None:
 def train(name: str, folder: Path, scale: Scale, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Makes a run, or finds it made; returns its rows."""
     common = {
-        "output_dir": str(folder / name), "student.dtype": "fp32", "data.eval_source": str(folder / "test.jsonl"),
+        "student.dtype": "fp32", "data.eval_source": str(folder / "test.jsonl"),
         "data.max_prompt_tokens": 16, "rollout.max_new_tokens": 32, "rollout.engine": scale.engine,
         "rollout.kv_cache_gib": 0.25, "evaluation.task": "gsm8k", "evaluation.task_prompts": scale.prompts,
         "evaluation.agreement": False, "rewards.instruction": False, "checkpoint.every": 0,
         "logging.tensorboard": False, "logging.progress": False, "logging.sample_every": 0,
         "optimizer.decay": "constant",
     }  # fmt: skip
-    steps = settings["steps"]
-    path = folder / name / "metrics.jsonl"
-    rows = _rows(path)
-    if rows and rows[-1]["step"] == steps and (folder / name / "hf").is_dir():
-        return rows
-    words = [f"{key}={json.dumps(value)}" for key, value in (common | settings).items()]
-    print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-    command = [sys.executable, "-m", "opd_megatron.train", *words]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchmarkError(f"run {name} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return _rows(path)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return made(folder / name, common | settings)
 
 
 def schooled(name: str, model: str, folder: Path, data: str, steps: int, lr: float, scale: Scale) -> dict[str, Any]:
