@@ -24,8 +24,8 @@ from typing import Any
 from _runs import made
 from harness import REPOSITORY, Report, Row, main
 
-TARGET = 0.8
-"""Accuracy whose first sight is reported."""
+TARGET = 0.6
+"""Accuracy whose first sight is reported: nine tenths of what the student could before."""
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
