@@ -1,10 +1,11 @@
 """The headline: from one weak student, how far and how fast do sparse rewards and dense supervision bring it?
 
 Everything is made here, from scratch. A teacher of 0.9 million parameters learns sums of three numbers from worked
-answers (`objective.type=sft`). A student of half its size learns the same, and then, for a short while, mostly to tell
-the result alone: it can work sums out, but seldom does, and is mostly wrong. From this start it is trained by rewards
-alone (GRPO), by every kind of distillation, and by both, on the same prompts, with the same grid of learning rates
-(chosen on the first seed) and three seeds; held-out sums are answered greedily every few steps.
+answers (`objective.type=sft`). A student of half its size learns to work sums out and, as often, to tell the result
+alone behind a =, and then, for a short while, mostly the latter: it can work sums out, but seldom does, and is mostly
+wrong. From this start it is trained by rewards alone (GRPO), by every kind of distillation, and by both, on the same
+prompts, with the same grid of learning rates (chosen on the first seed) and three seeds; held-out sums are answered
+greedily every few steps.
 
 Resumes where it was ended: a run that is there is not made again (`--out`). `--quick` runs all of it in little.
 """
@@ -37,8 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "jsd": {"objective.type": "jsd"},
     "hybrid": {"objective.type": "reverse_kl", "objective.lambda_distill": 1.0, "objective.lambda_rl": 0.5},
 }
-DIRECT_SHARE = 0.8
-"""Of the student's last lessons."""
+DIRECT_SHARES = {"half": 0.5, "direct": 0.9}
+"""Data set -> share of answers that tell the result alone: the student's first lessons, and its last."""
 _TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}"
     "{% endfor %}"
@@ -51,7 +52,7 @@ class Scale:
 
     teacher_steps: int = 1600
     student_steps: int = 1500
-    weak_steps: int = 100
+    weak_steps: int = 60
     steps: int = 40
     every: int = 2
     """Steps between evaluations."""
@@ -105,14 +106,13 @@ def problems(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
 
 
 def make_data(folder: Path) -> None:
-    """Writes worked.jsonl, mixed.jsonl (most answers are the result alone) and test.jsonl."""
+    """Writes worked.jsonl, test.jsonl, and the sets of `DIRECT_SHARES`."""
     rows, chosen = list(problems(40_000, 0)), random.Random(1)
     train, test = rows[:-500], rows[-500:]
-    mixed = [(q, result if chosen.random() < DIRECT_SHARE else worked) for q, worked, result in train]
-    for name, lines in (
-        ("worked", [(q, worked) for q, worked, _ in train]), ("mixed", mixed),
-        ("test", [(q, worked) for q, worked, _ in test]),
-    ):  # fmt: skip
+    sets = {"worked": [(q, worked) for q, worked, _ in train], "test": [(q, worked) for q, worked, _ in test]}
+    for name, share in DIRECT_SHARES.items():
+        sets[name] = [(q, f"={result}" if chosen.random() < share else worked) for q, worked, result in train]
+    for name, lines in sets.items():
         text = "".join(json.dumps({"question": q, "answer": answer}) + "\n" for q, answer in lines)
         (folder / f"{name}.jsonl").write_text(text)
 
@@ -253,8 +253,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         make_data(folder)
     began = time.monotonic()
     teacher = schooled("teacher-sft", "teacher", folder, "worked", scale.teacher_steps, 3e-3, scale)
-    able = schooled("student-sft", "student", folder, "worked", scale.student_steps, 3e-3, scale)
-    weak = schooled("student-weak", "student-sft/hf", folder, "mixed", scale.weak_steps, 1e-3, scale)
+    able = schooled("student-sft", "student", folder, "half", scale.student_steps, 3e-3, scale)
+    weak = schooled("student-weak", "student-sft/hf", folder, "direct", scale.weak_steps, 2e-4, scale)
     report, chosen, everything = Report(), {}, []
     for method in scale.methods:
         grid = [run(method, lr, scale.seeds[0], folder, scale) for lr in scale.learning_rates]
