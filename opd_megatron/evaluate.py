@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_megatron.command import launcher
-from opd_megatron.command.cli_args import Parser, add_checkpoint, parse_run, run_parser
+from opd_megatron.command.cli_args import Parser, RunArguments, add_checkpoint, parse_run, run_parser
 from opd_megatron.config import RunConfig, ServedTeacherConfig, build_config
 from opd_megatron.config.run_folder import is_run
 from opd_megatron.config.teachers import STUDENT
@@ -70,14 +70,22 @@ def evaluate_task(argv: Sequence[str], parser: Parser, words: Any) -> int:
         words.task, list(dict.fromkeys(words.compare)), words.checkpoint, Path(words.json) if words.json else None
     )
     task_named(arguments.task)
-    parsed = parse_run(parser, [*_of_a_model(argv, words), *_overrides(words)])
-    config, lines = settle_precision(parsed.config)
-    of_run = parsed.run is not None
-    if arguments.compare and not of_run:
+    model = _model_named(words)
+    if arguments.compare and model is not None:
         raise ConfigError(
             f"--compare {arguments.compare[0]} needs a run, which knows its teachers and what it began with: give its "
             "directory"
         )
+    of_model = [] if model is None else _model_overrides(model, words)
+    rest = [word for word in argv if word != model]
+    parsed = parse_run(parser, [*of_model, *rest, *_overrides(words)])
+    code = _evaluate(parsed, arguments, argv, of_run=model is None)
+    _remove(parsed.config.output_dir)  # not after an error, which may name the engine's log in there
+    return code
+
+
+def _evaluate(parsed: RunArguments, arguments: EvaluateArguments, argv: Sequence[str], *, of_run: bool) -> int:
+    config, lines = settle_precision(parsed.config.without_teacher_ranks())
     models = check(config)
     if parsed.dry_run:
         print(describe(config, models), *lines, sep="\n")
@@ -87,8 +95,6 @@ def evaluate_task(argv: Sequence[str], parser: Parser, words: Any) -> int:
     launcher.tell(lines)
     launcher.leave_cleanly_on_sigterm()
     results = _all(config, arguments, of_run=of_run)
-    if not of_run:
-        _remove(config.output_dir)
     if results and launcher.is_first_rank():
         _report(results, config, arguments, of_run=of_run)
     return 0
@@ -165,21 +171,18 @@ def _scratch() -> str:
     return tempfile.mkdtemp(prefix=_SCRATCH)
 
 
-def _of_a_model(argv: Sequence[str], words: Any) -> list[str]:
-    """The command line with the configuration of an evaluation where it names a model and no run: a folder with a
-    config.json, or a hub id."""
-    names = [word for word in words.arguments if "=" not in word]
-    name = words.config or (names[0] if names else None)
-    if name is None or words.config or Path(name).suffix in (".yaml", ".yml") or is_run(Path(name)):
-        return list(argv)
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        return list(argv)  # whose error says what a run directory is
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1):
-        return list(argv)
-    rest = list(argv)
-    rest.remove(name)
-    return [*_model_overrides(name, words), *rest]
+def _model_named(words: Any) -> str | None:
+    """The model that the command line names in the place of a run: a folder with a config.json, or a hub id."""
+    names: list[str] = [word for word in words.arguments if "=" not in word]
+    if words.config or not names or Path(names[0]).suffix in (".yaml", ".yml") or is_run(Path(names[0])):
+        return None
+    folder = Path(names[0])
+    is_model = (folder / "config.json").is_file() if folder.is_dir() else not folder.exists() and _is_hub_id(names[0])
+    return names[0] if is_model else None  # of anything else, the configuration says what is wrong
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _model_overrides(name: str, words: Any) -> list[str]:

@@ -69,6 +69,17 @@ def test_opsd_brings_the_student_near_to_itself_with_the_solution(inputs: dict[s
     assert sum(kl[-3:]) < 0.9 * sum(kl[:3])
 
 
+@pytest.mark.parametrize("name", ["opd_gsm8k", "opd_gsm8k_jsd"])
+def test_the_sampled_token_algorithms_come_nearer_to_the_teacher(
+    inputs: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    chosen = {key: inputs[key] for key in ("student.path", "teachers.0.path", "data.source")}
+    rows = _run(name, tmp_path, **chosen, **{"steps": 12, "optimizer.decay": "constant", "optimizer.min_lr": 0})
+    kl = [row["reverse_kl"] for row in rows[1:]]
+    assert sum(kl[-3:]) < sum(kl[:3])
+    assert all("policy_loss" in row for row in rows[1:])
+
+
 def test_hybrid_ifeval_is_rewarded_by_its_checkers(inputs: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("if_verifiable")
     rows = [
