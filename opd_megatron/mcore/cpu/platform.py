@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -92,6 +93,9 @@ def init_platform() -> None:
     _seed_rng_tracker()
 
 
+_meetings = itertools.count()
+
+
 def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Joins the default process group from torchrun's environment, or makes one of a single rank."""
     init_platform()
@@ -105,8 +109,12 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
             _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes)
         )
         return
+    timeout = timedelta(minutes=timeout_minutes)
     with _telling_who_is_waited_for(ranks):
-        dist.init_process_group(_backend(), timeout=timedelta(minutes=timeout_minutes))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # Ranks that meet again, for another model, must not find where the groups of the last time were.
+        store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
+        dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def narrow_world(size: int) -> None:
