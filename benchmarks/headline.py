@@ -27,7 +27,7 @@ from harness import REPOSITORY, Report, Row, main
 
 TARGET = 0.6
 """Accuracy whose first sight is reported: nine tenths of what the student could before."""
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (1e-4, 5e-4)
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
     "GRPO": {"objective.lambda_distill": 0.0, "objective.lambda_rl": 1.0},
