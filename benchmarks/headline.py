@@ -1,11 +1,11 @@
 """The headline: from one weak student, how far and how fast do sparse rewards and dense supervision bring it?
 
-Everything is made here, from scratch. A teacher of 0.9 million parameters learns sums of three numbers from worked
-answers (`objective.type=sft`). A student of half its size learns to work sums out and, as often, to tell the result
-alone behind a =, and then, for a short while, mostly the latter: it can work sums out, but seldom does, and is mostly
-wrong. From this start it is trained by rewards alone (GRPO), by every kind of distillation, and by both, on the same
-prompts, with the same grid of learning rates (chosen on the first seed) and three seeds; held-out sums are answered
-greedily every few steps.
+Everything is made here, from scratch. A teacher of 0.9 million parameters learns sums of three numbers from answers
+(`objective.type=sft`) of which nearly all are worked; the others tell the result alone, behind a =, so that it knows
+these too. A student of half its size learns from as many of the one kind as of the other and then, for a short while,
+mostly to tell the result: it can work sums out, but seldom does, and is mostly wrong. From this start it is trained by
+rewards alone (GRPO), by every kind of distillation, and by both, on the same prompts, with the same grid of learning
+rates (chosen on the first seed) and three seeds; held-out sums are answered greedily every few steps.
 
 Resumes where it was ended: a run that is there is not made again (`--out`). `--quick` runs all of it in little.
 """
@@ -27,7 +27,7 @@ from harness import REPOSITORY, Report, Row, main
 
 TARGET = 0.6
 """Accuracy whose first sight is reported: nine tenths of what the student could before."""
-LEARNING_RATES = (1e-4, 5e-4)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
     "GRPO": {"objective.lambda_distill": 0.0, "objective.lambda_rl": 1.0},
@@ -38,8 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "jsd": {"objective.type": "jsd"},
     "hybrid": {"objective.type": "reverse_kl", "objective.lambda_distill": 1.0, "objective.lambda_rl": 0.5},
 }
-DIRECT_SHARES = {"half": 0.5, "direct": 0.9}
-"""Data set -> share of answers that tell the result alone: the student's first lessons, and its last."""
+DIRECT_SHARES = {"mostly_worked": 0.1, "half": 0.5, "direct": 0.9}
+"""Data set -> share of answers that tell the result alone: the teacher's lessons, the student's first, and its last."""
 _TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}"
     "{% endfor %}"
@@ -252,7 +252,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         make_models(folder)
         make_data(folder)
     began = time.monotonic()
-    teacher = schooled("teacher-sft", "teacher", folder, "worked", scale.teacher_steps, 3e-3, scale)
+    teacher = schooled("teacher-sft", "teacher", folder, "mostly_worked", scale.teacher_steps, 3e-3, scale)
     able = schooled("student-sft", "student", folder, "half", scale.student_steps, 3e-3, scale)
     weak = schooled("student-weak", "student-sft/hf", folder, "direct", scale.weak_steps, 2e-4, scale)
     report, chosen, everything = Report(), {}, []
