@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,11 +77,7 @@ def _on_newest_weights(
 ) -> int:
     """Restores a checkpoint of a run on all its ranks, calls `action` and prints the lines that it returns."""
     arguments = parse_run(parser, argv)
-    if arguments.run is not None and os.path.realpath(arguments.config.output_dir) != os.path.realpath(arguments.run):
-        raise ConfigError(
-            f"output_dir={arguments.config.output_dir!r} is another run than {arguments.run!r}, which is named: leave "
-            "output_dir out"
-        )
+    arguments.check_one_run()
     asked = arguments.config.without_engine_hosts()
     config, lines = settle_precision(asked if scoring else asked.without_teacher_ranks())
     models = check(config)

@@ -79,6 +79,7 @@ def evaluate_task(argv: Sequence[str], parser: Parser, words: Any) -> int:
     of_model = [] if model is None else _model_overrides(model, words)
     rest = [word for word in argv if word != model]
     parsed = parse_run(parser, [*of_model, *rest, *_overrides(words)])
+    parsed.check_one_run()
     code = _evaluate(parsed, arguments, argv, of_run=model is None)
     _remove(parsed.config.output_dir)  # not after an error, which may name the engine's log in there
     return code

@@ -334,3 +334,24 @@ def test_a_null_in_the_history_does_not_stop_summary_or_picture(tmp_path):
 
 def test_importing_the_room_loads_no_plotting_no_tensorboard_and_no_megatron(fresh_process):
     assert fresh_process["modules"] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "titles"),
+    [
+        ({"reverse_kl": 1.0}, {"Divergence on own samples", "Learning rate"}),
+        ({"nll": 1.0, "reward": 0.5}, {"NLL of what is trained on", "Reward and accuracy"}),
+        ({"reverse_kl": 1.0, "eval/accuracy": 0.5}, {"Divergence on own samples", "Reward and accuracy"}),
+    ],
+)
+def test_curves_are_of_what_a_run_has(row: dict, titles: set[str]) -> None:
+    from matplotlib.figure import Figure
+
+    from opd_megatron.metrics.plots import _draw
+
+    axes = Figure().subplots(2, 3).flatten()
+    _draw(axes, [{"step": step, "tokens": 1, "lr": 1e-3, "grad_norm": 1.0, **row} for step in (1, 2)])
+    assert titles <= {ax.get_title(loc="left") or ax.get_title() for ax in axes}
+    drawn = {line.get_label() for ax in axes for line in ax.get_lines()}
+    assert ("reward of samples" in drawn) == ("reward" in row)
+    assert ("held-out accuracy" in drawn) == ("eval/accuracy" in row)

@@ -82,6 +82,14 @@ class RunArguments:
     run: str | None = None
     """The run directory, where one is given instead of a YAML file."""
 
+    def check_one_run(self) -> None:
+        """Raises ConfigError where a run is named and `output_dir` is another's: for commands that look at one."""
+        if self.run is not None and os.path.realpath(self.config.output_dir) != os.path.realpath(self.run):
+            raise ConfigError(
+                f"output_dir={self.config.output_dir!r} is another run than {self.run!r}, which is named: leave "
+                "output_dir out"
+            )
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are ConfigErrors, so that the command line reports them like any other."""

@@ -203,8 +203,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.min_lr={optimizer.min_lr} must not exceed optimizer.lr={optimizer.lr}: lower min_lr"
             )
-        objective = self.objective
         check_teachers(self)
+        self._check_best_metric()
+        self._check_temperatures()
+        self._check_engines()
+        self._check_given_answers()
+        self.micro_batch_size(parallel.data or 1)
+        return self
+
+    def _check_best_metric(self) -> None:
+        objective = self.objective
         best = self.checkpoint.best_metric
         if best in _OF_TEACHERS and not objective.needs_teacher:
             raise ValueError(
@@ -223,6 +231,9 @@ class RunConfig(Section):
                 f"checkpoint.best_metric={best} needs evaluation.every > 0, got 0: switch evaluation on, or choose a "
                 "training metric such as reverse_kl"
             )
+
+    def _check_temperatures(self) -> None:
+        objective = self.objective
         if objective.is_sampled and objective.temperature != self.rollout.temperature:
             # The engine's log-probabilities are at the one, the trainer's at the other: their ratio would mean nothing.
             raise ValueError(
@@ -236,6 +247,8 @@ class RunConfig(Section):
                 f"rollout.steps_ahead={self.rollout.steps_ahead} needs objective.temperature={objective.temperature} "
                 f"to equal rollout.temperature={self.rollout.temperature}: set one to the other, or steps_ahead to 0"
             )
+
+    def _check_engines(self) -> None:
         offloads = [f"student.offload={self.student.offload}"] if self.student.offload else []
         offloads += [f"teachers.{i}.offload=true" for i, t in enumerate(self.teachers) if getattr(t, "offload", False)]
         if offloads and not self.takes_turns:
@@ -249,9 +262,6 @@ class RunConfig(Section):
                 f"rollout.placement={self.rollout.placement} with rollout.hosts={self.rollout.hosts}: engines on ranks "
                 "of their own need both rollout.placement=own and rollout.hosts, their number of ranks"
             )
-        self._check_given_answers()
-        self.micro_batch_size(parallel.data or 1)
-        return self
 
     @model_validator(mode="before")
     @classmethod

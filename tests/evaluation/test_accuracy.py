@@ -187,6 +187,7 @@ def test_sft_is_evaluated_by_answers_too(inputs: dict[str, Any], tmp_path: Path)
         (["--task", TASK, "--samples", "2", "--k", "4"], "pass@k needs k samples or more"),
         (["--task", TASK, "--sample", "2"], "did you mean '--samples'"),
         (["--task", TASK, "--checkpoint", "99"], "99"),
+        (["--task", TASK, "output_dir=elsewhere"], "output_dir='elsewhere' is another run than"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_one_line(run: Any, capsys: Any, words: list[str], message: str) -> None:

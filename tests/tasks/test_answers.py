@@ -77,3 +77,14 @@ def test_the_gold_answers_of_gsm8k_score_1_and_0_when_their_number_is_changed() 
         changed = re.sub(r"#### .*", f"#### {int(number) + 1}", row["answer"])
         assert task.verify(row["answer"], row) == 1, row
         assert task.verify(changed, row) == 0, row
+
+
+@pytest.mark.parametrize("answer", ["", " ", "\n\n", "\x00", "\ufffd"])
+@pytest.mark.parametrize("name", ["gsm8k", "math", "code", "ifeval", "reasoning_gym:chain_sum"])
+def test_an_empty_answer_is_wrong_and_no_error(name: str, answer: str) -> None:
+    row = {
+        "answer": "#### 5", "prompt": "2 + 3 =", "test_list": ["assert f() == 5"],
+        "instruction_id_list": ["punctuation:no_comma", "detectable_format:title"], "kwargs": [{}, {}],
+        "metadata": {"seed": 0, "index": 0, "size": 1, "arguments": {}},
+    }  # fmt: skip
+    assert task_named(name).verify(answer, row) == 0
