@@ -1,11 +1,11 @@
 """The headline: from one weak student, how far and how fast do sparse rewards and dense supervision bring it?
 
-Everything is made here, from scratch. A teacher of 0.9 million parameters learns sums of three numbers from answers
-(`objective.type=sft`) of which nearly all are worked; the others tell the result alone, behind a =, so that it knows
-these too. A student of half its size learns from as many of the one kind as of the other and then, for a short while,
-mostly to tell the result: it can work sums out, but seldom does, and is mostly wrong. From this start it is trained by
-rewards alone (GRPO), by every kind of distillation, and by both, on the same prompts, with the same grid of learning
-rates (chosen on the first seed) and three seeds; held-out sums are answered greedily every few steps.
+Everything is made here, from scratch. A teacher of 0.9 million parameters learns chains of three sums from answers
+(`objective.type=sft`) of which nearly all are worked, step by step; the others tell the result alone, behind a =, so
+that it knows these too. A student of half its size learns from as many of the one kind as of the other and then, for a
+short while, mostly to guess: it can work chains out, but seldom does, and is mostly wrong. From this start it is
+trained by rewards alone (GRPO), by every kind of distillation, and by both, on the same prompts, with the same grid
+of learning rates (chosen on the first seed) and three seeds; held-out chains are answered greedily every few steps.
 
 Resumes where it was ended: a run that is there is not made again (`--out`). `--quick` runs all of it in little.
 """
@@ -26,7 +26,7 @@ from _runs import made
 from harness import REPOSITORY, Report, Row, main
 
 TARGET = 0.6
-"""Accuracy whose first sight is reported: nine tenths of what the student could before."""
+"""Accuracy whose first sight is reported."""
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,8 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "jsd": {"objective.type": "jsd"},
     "hybrid": {"objective.type": "reverse_kl", "objective.lambda_distill": 1.0, "objective.lambda_rl": 0.5},
 }
-DIRECT_SHARES = {"mostly_worked": 0.1, "half": 0.5, "direct": 0.9}
-"""Data set -> share of answers that tell the result alone: the teacher's lessons, the student's first, and its last."""
+DIRECT_SHARES = {"mostly_worked": 0.1, "half": 0.5, "guesses": 0.9}
+"""Data set -> share of answers that tell a result alone: the teacher's lessons, the student's first, and its last, in
+which that result is wrong."""
 _TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}"
     "{% endfor %}"
@@ -50,14 +51,14 @@ _TEMPLATE = (
 class Scale:
     """How much of it."""
 
-    teacher_steps: int = 1600
-    student_steps: int = 1500
+    teacher_steps: int = 1000
+    student_steps: int = 1000
     weak_steps: int = 60
     steps: int = 40
     every: int = 2
     """Steps between evaluations."""
     prompts: int = 200
-    """Held-out sums."""
+    """Held-out chains."""
     methods: Sequence[str] = tuple(METHODS)
     learning_rates: Sequence[float] = LEARNING_RATES
     seeds: Sequence[int] = SEEDS
@@ -92,26 +93,32 @@ class Curve:
 
 
 def problems(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
-    """(question, worked answer, result) of sums of three numbers below 50, no two alike."""
+    """(question, worked answer, result) of chains of numbers below ten, no two alike: 8-5+6, 8-5=3;3+6=9, 9."""
     chosen, seen = random.Random(seed), set()
     while len(seen) < count:
-        a, b, c = (chosen.randint(1, 49) for _ in range(3))
-        first, second = chosen.choice("+-"), chosen.choice("+-")
-        question = f"{a}{first}{b}{second}{c}"
+        total = chosen.randint(1, 9)
+        question, worked = str(total), []
+        for _ in range(3):
+            sign, number = chosen.choice("+-"), chosen.randint(1, 9)
+            result = total + number if sign == "+" else total - number
+            worked.append(f"{total}{sign}{number}={result}")
+            question, total = f"{question}{sign}{number}", result
         if question not in seen:
             seen.add(question)
-            middle = a + b if first == "+" else a - b
-            result = middle + c if second == "+" else middle - c
-            yield question, f"{a}{first}{b}={middle};{middle}{second}{c}={result}", str(result)
+            yield question, ";".join(worked), str(total)
 
 
 def make_data(folder: Path) -> None:
-    """Writes worked.jsonl, test.jsonl, and the sets of `DIRECT_SHARES`."""
-    rows, chosen = list(problems(40_000, 0)), random.Random(1)
+    """Writes worked.jsonl, test.jsonl of chains that are not in it, and the sets of `DIRECT_SHARES`."""
+    rows, chosen = list(problems(20_000, 0)), random.Random(1)
     train, test = rows[:-500], rows[-500:]
     sets = {"worked": [(q, worked) for q, worked, _ in train], "test": [(q, worked) for q, worked, _ in test]}
     for name, share in DIRECT_SHARES.items():
-        sets[name] = [(q, f"={result}" if chosen.random() < share else worked) for q, worked, result in train]
+        off = (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5) if name == "guesses" else (0,)
+        sets[name] = [
+            (q, f"={int(result) + chosen.choice(off)}" if chosen.random() < share else worked)
+            for q, worked, result in train
+        ]
     for name, lines in sets.items():
         text = "".join(json.dumps({"question": q, "answer": answer}) + "\n" for q, answer in lines)
         (folder / f"{name}.jsonl").write_text(text)
@@ -254,7 +261,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     began = time.monotonic()
     teacher = schooled("teacher-sft", "teacher", folder, "mostly_worked", scale.teacher_steps, 3e-3, scale)
     able = schooled("student-sft", "student", folder, "half", scale.student_steps, 3e-3, scale)
-    weak = schooled("student-weak", "student-sft/hf", folder, "direct", scale.weak_steps, 2e-4, scale)
+    weak = schooled("student-weak", "student-sft/hf", folder, "guesses", scale.weak_steps, 2e-4, scale)
     report, chosen, everything = Report(), {}, []
     for method in scale.methods:
         grid = [run(method, lr, scale.seeds[0], folder, scale) for lr in scale.learning_rates]
@@ -264,8 +271,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         report.rows.append(summary(method, curves, scale.steps))
     start, strong = weak["eval/accuracy"], teacher["eval/accuracy"]
     report.note = (
-        f"Teacher {strong:.3f}, student before it unlearnt {able['eval/accuracy']:.3f}, at the start {start:.3f} of "
-        f"{scale.prompts} held-out sums; 16 prompts x 8 answers a step, {scale.steps} steps, evaluated every "
+        f"Teacher {strong:.3f}, student before it was led astray {able['eval/accuracy']:.3f}, at the start {start:.3f} "
+        f"of {scale.prompts} held-out chains; 16 prompts x 8 answers a step, {scale.steps} steps, evaluated every "
         f"{scale.every}; learning rate of {len(scale.learning_rates)} chosen on the first seed; median of "
         f"{len(scale.seeds)} seeds (least to largest)."
     )
