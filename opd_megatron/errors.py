@@ -75,6 +75,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the host: by the error's name and words, as torch has several."""
+    said = one_line(error).lower()
+    return "memoryerror" in said or any(
+        words in said for words in ("out of memory", "allocate memory", "cuda_error_out")
+    )
+
+
 def cause_of(error: BaseException) -> BaseException:
     """Unwraps torch.distributed.checkpoint's collection of all ranks' errors: returns the first one."""
     failures = getattr(error, "failures", None)

@@ -225,6 +225,10 @@ class ParallelConfig(Section):
     """Expert-parallel size. Must divide the data-parallel size."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tensor > 1."""
+    overlap_grad_reduce: bool | None = None
+    """Sum gradients over data-parallel ranks, bucket by bucket, while the backward pass goes on; on GPUs by default."""
+    bucket_size: PositiveInt | None = None
+    """Parameters of such a bucket; Megatron's 40 million, or a million for each data-parallel rank, by default."""
     micro_batch_size: PositiveInt | None = None
     """Sequences in one forward pass of a rank; the largest divisor of its sequences up to 8 by default."""
 

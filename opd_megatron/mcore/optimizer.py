@@ -20,12 +20,22 @@ from opd_megatron.mcore.model import HiddenStatesModel
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def wrap_ddp(model: HiddenStatesModel, grid: ParallelGrid) -> DistributedDataParallel:
-    """Wraps the model so that gradients are summed in fp32 buffers, which the distributed optimizer shards."""
+def wrap_ddp(
+    model: HiddenStatesModel, grid: ParallelGrid, *, overlap: bool | None = None, bucket_size: int | None = None
+) -> DistributedDataParallel:
+    """Wraps the model so that gradients are summed in fp32 buffers, which the distributed optimizer shards.
+
+    Args:
+        overlap: sum them while the backward pass goes on; by default where there is a GPU to do both.
+        bucket_size: parameters that are summed at once then.
+    """
     ddp = DistributedDataParallel(
         config=get_model_config(model),
         ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=has_gpu()
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=has_gpu() if overlap is None else overlap,
+            bucket_size=bucket_size,
         ),
         module=model,
         pg_collection=grid.groups,
@@ -68,8 +78,7 @@ def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid:
         use_gloo_process_groups=False,
         pg_collection=grid.groups,
     )
-    if not has_gpu():
-        _use_fused_kernel(optimizer)
+    _use_fused_kernel(optimizer)
     return optimizer
 
 
@@ -147,7 +156,9 @@ def optimizer_tensors(optimizer: ChainedOptimizer, model: HiddenStatesModel) -> 
 
 
 def _use_fused_kernel(optimizer: ChainedOptimizer) -> None:
-    """Lets torch's AdamW run its fused CPU kernel; Megatron has no option for it."""
+    """Lets torch's AdamW, where it is torch's, run its fused kernel; Megatron has no option for it."""
     for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.AdamW):  # Transformer Engine's or Apex's is fused as it is
+            continue
         for group in part.optimizer.param_groups:
             group["fused"], group["foreach"] = True, False

@@ -54,7 +54,8 @@ class Student:
             transformer_engine=use_transformer_engine(config.student.transformer_engine),
         )
         load_weights(self.model, source, hf_config, self.layout)
-        self.ddp = wrap_ddp(self.model, grid)
+        parallel = config.parallel
+        self.ddp = wrap_ddp(self.model, grid, overlap=parallel.overlap_grad_reduce, bucket_size=parallel.bucket_size)
         self.optimizer = build_optimizer(config.optimizer, self.ddp, grid)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.steps)
         schedule_hooks = get_model_config(self.model)

@@ -47,13 +47,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 class _Run:
     """A student and its teacher, ready to take the step of a given batch."""
 
-    def __init__(self, pair: tuple[Path, Path], layout: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, pair: tuple[Path, Path], layout: tuple[int, ...], dtype: str, **settings: Any) -> None:
         init_distributed()
         tensor, pipeline, data, expert = (*layout, 1)[:4]
         self.config = _config(pair, "unused", **{
             "parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data, "student.dtype": dtype,
             "parallel.expert": expert,
-            "optimizer.decay": "cosine", "optimizer.warmup_steps": 1,
+            "optimizer.decay": "cosine", "optimizer.warmup_steps": 1, **settings,
         })  # fmt: skip
         self.models = check_run(self.config)
         self.grid = ParallelGrid.build(tensor, pipeline, data, ep_size=expert)
@@ -72,10 +72,11 @@ class _Run:
 
 
 def _resumed_equals_uninterrupted(
-    rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, ...], dtype: str, folder: Path
-) -> Any:
+    rank: int, world: int, pair: tuple[Path, Path], layout: tuple[int, ...], dtype: str, folder: Path,
+    settings: dict[str, Any] | None = None,
+) -> Any:  # fmt: skip
     first, second, third = _batches(3)
-    run = _Run(pair, layout, dtype)
+    run = _Run(pair, layout, dtype, **(settings or {}))
     run.step(first)
     run.step(second)
     torch.manual_seed(100 + rank)
@@ -84,7 +85,7 @@ def _resumed_equals_uninterrupted(
     lr = run.step(third).lr
     uninterrupted = run.weights()
 
-    again = _Run(pair, layout, dtype)
+    again = _Run(pair, layout, dtype, **(settings or {}))
     torch.manual_seed(0)
     assert checkpoint_state(checkpoint_path(folder, 2)) == {"step": 2, "note": "kept"}
     assert load_checkpoint(checkpoint_path(folder, 2), again.student), "the same layout"

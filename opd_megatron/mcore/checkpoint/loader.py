@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opd_megatron.errors import CheckpointError, MissingPathError, one_line
+from opd_megatron.errors import CheckpointError, MissingPathError, is_out_of_memory, one_line
 from opd_megatron.mcore.checkpoint.folder import BEST, list_checkpoints, read_state
 from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.checkpoint.manifest import find_damage
@@ -71,11 +71,16 @@ def load_checkpoint(path: Path, student: Student) -> bool:
     Returns whether it was saved on the same layout, so that random number states could be taken over too.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or another model's.
+        CheckpointError: the checkpoint is damaged, or another model's, or there was too little memory.
     """
     try:
         same_layout = load_state(path, student)
     except IO_ERRORS as problem:
+        if is_out_of_memory(problem):
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} could not be loaded, memory ran out ({one_line(problem)}); its files are "
+                "whole: free the memory that other processes hold, or take more ranks or student.offload"
+            ) from problem
         raise CheckpointError(
             f"checkpoint {str(path)!r} cannot be loaded ({one_line(problem)}): it is damaged or belongs to another "
             "model; remove it to resume from the one before"

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 
-from opd_megatron.errors import CheckpointError
+from opd_megatron.errors import CheckpointError, is_out_of_memory
 from opd_megatron.mcore.checkpoint import folder as files
 from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.checkpoint.manifest import MANIFEST, write_manifest
@@ -70,11 +71,16 @@ class CheckpointSaver:
         final = files.checkpoint_path(self.folder, step)
         partial = self._make_partial(final)
         writer = ShardWriter(partial, snapshot=self._asynchronous)
-        # The layout never changes in a run, so it is validated once that every shard has exactly one writer.
-        sharded, common = save_preprocess(state_to_save(student), validate_access_integrity=not self._validated)
+        common, error = {}, None
+        try:
+            # The layout never changes in a run, so it is validated once that every shard has exactly one writer.
+            sharded, common = save_preprocess(state_to_save(student), validate_access_integrity=not self._validated)
+            writer.prepare(sharded)
+            del sharded
+        except (OSError, MemoryError, RuntimeError, TorchCheckpointException) as problem:
+            error = problem
+        _raise_unwritten(error, final)
         self._validated = True
-        writer.prepare(sharded)
-        del sharded
         self._in_flight = _InFlight(step, final, partial, writer, common, state)
         if self._asynchronous:
             writer.start()
@@ -132,4 +138,7 @@ class CheckpointSaver:
 
 def _raise_unwritten(error: BaseException | None, final: Path) -> None:
     what = f"checkpoint {str(final)!r} was not written, earlier ones are intact"
-    raise_on_all_ranks(error, what, CheckpointError, remedy="choose another output_dir")
+    remedy = "choose another output_dir"
+    if error is not None and is_out_of_memory(error):
+        remedy = "memory ran out: checkpoint.async_save=false needs no copy in the host's memory"
+    raise_on_all_ranks(error, what, CheckpointError, remedy=remedy)

@@ -2,91 +2,93 @@
 
 Keys and shapes are those of Megatron's `fully_reshardable` format: every parameter has its full (tensor-parallel
 sharded) shape in `optimizer.state.{param,exp_avg,exp_avg_sq}.NAME`. Upstream gathers the whole optimizer state on
-every data-parallel rank to get there. Here each parameter is written by the data-parallel rank that holds the
-larger part of it, and only the few that straddle two ranks' shares travel, one at a time.
+every data-parallel rank to get there. Here each data-parallel rank writes the rows of each parameter that its share of
+the optimizer begins with (`rows`), of weights and moments alike, and reads the same way: only rows that straddle two
+shares travel, and nothing is put together that a rank holds a part of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from opd_megatron.mcore.checkpoint.rng import rng_state, set_rng_state
+from opd_megatron.mcore.checkpoint.rows import Entry, Spans, pieces
+from opd_megatron.mcore.checkpoint.streaming_reader import StreamingReader
 from opd_megatron.mcore.optimizer import MOMENTS, make_optimizer_state, set_update_count
 from opd_megatron.mcore.student import Student
 
-_CheckpointTensor: TypeAlias = ShardedTensor | ShardedTensorFactory
-
 
 @dataclass(frozen=True, slots=True)
-class _OptimizerShard:
-    """One parameter of a distributed optimizer and who holds which part of it."""
+class _Shared:
+    """One parameter of a distributed optimizer, and who holds which part of it."""
 
     parameter: torch.nn.Parameter
-    spans: list[range]
-    """Elements of the flattened parameter that each data-parallel rank holds; empty for most."""
+    entry: Entry
+    spans: Spans
+    state: dict[str, torch.Tensor]
+    """Name -> [span] fp32: this rank's part of main weight and moments."""
 
     @property
-    def owner(self) -> int:
-        return max(range(len(self.spans)), key=lambda rank: len(self.spans[rank]))
+    def is_copy(self) -> bool:
+        """Whether another tensor-parallel rank or stage writes the same values."""
+        return any(self.entry.replica_id[:-1])
+
+    @property
+    def main(self) -> tuple[int, ...]:
+        return (*self.entry.replica_id[:-1], 0)
 
 
 def state_to_save(student: Student) -> ShardedStateDict:
     """Collects what this rank writes: sharded tensors, and `common`, which is the same on every rank. Collective."""
-    model = _model_entries(student)
-    entries = _by_parameter(model)
-    state: ShardedStateDict = {}
+    entries = _entries(student.model, student)
+    blocks: list[ShardedTensor] = []
     trained: set[torch.Tensor] = set()
     for part in student.optimizer.chained_optimizers:
         group = part.data_parallel_group
-        for shared in _shared_parameters(part):
-            trained.add(shared.parameter)
-            entry = entries[shared.parameter]
-            if any(entry.replica_id[:-1]):  # another tensor-parallel rank's or stage's copy of the same values
-                continue
-            mine = shared.owner == group.rank()
-            main = (*entry.replica_id[:-1], 0)
-            if mine:
-                state[f"{len(state)}"] = replace(entry, replica_id=main)
-            for name in _state_names(shared.parameter):
-                full = _gather(_local_state(part, shared.parameter, name), shared, group)
-                if full is not None:
-                    data = full.view(shared.parameter.shape)
-                    state[f"{len(state)}"] = _with_data(entry, _state_key(name, entry), data, replica_id=main)
-    # Buffers and the extra state of Transformer Engine's layers are written as upstream says.
-    rest = {key: entry for key, entry in model.items() if not _is_one_of(entry, trained)}
+        shared = list(_shared_parameters(part, entries))
+        trained.update(each.parameter for each in shared)
+        ours = [each for each in shared if not each.is_copy]
+        seams = _gather_seams(ours, group)
+        for each in ours:
+            rows = each.spans.owned(group.rank())
+            weights = each.parameter.detach()[rows.start : rows.stop]
+            blocks += pieces(each.entry, "", rows, weights, each.main)
+            blocks += _state_blocks(each, group.rank(), seams)
+    # Buffers are written as upstream says.
+    rest = {f"{n}": entry for n, entry in enumerate(entries.values()) if entry.data not in trained}
     common = {"updates": int(student.scheduler.num_steps), "rng": rng_state(student.grid)}
-    return {"trained": state, "rest": rest, "averages": _averages(student), "common": common}
+    blocks += _average_blocks(student, each_its_share=True)
+    return {"trained": {f"{n}": block for n, block in enumerate(blocks)}, "rest": rest, "common": common}
 
 
 def load_state(path: Path, student: Student) -> bool:
     """Fills weights, optimizer, schedule and random states; False when the layout is another one than saved, so that
     random numbers go on from new seeds. Collective.
 
-    The optimizer state comes in three passes, which bounds what is held beside it to a third.
+    Everything is read into its place, a few MiB at a time.
     """
     common = dist_checkpointing.load_common_state_dict(str(path))["common"]
-    model = _model_entries(student)
-    entries = _by_parameter(model)
-    loaded = _load({"model": model}, path)["model"]
-    student.model.load_state_dict(loaded, strict=False)  # strictness is the loader's: it names the tensor
-    del loaded
+    entries = _entries(student.model, student)
+    _read(path, (block for tensor, entry in entries.items() for block in _in_place(entry, "", tensor.detach())))
     make_optimizer_state(student.optimizer)
-    for name in ("param", *MOMENTS):
-        if name in _state_names(next(iter(entries))):
-            _load_optimizer_state(path, student, entries, name)
+    _read_optimizer_state(path, student, entries)
     if student.averages:
-        _fill_averages(student, _load(_averages(student), path))
+        _read(path, _average_blocks(student))
+        for average in student.averages.values():
+            average.apply()
     updates = int(common["updates"])
     set_update_count(student.optimizer, updates)
     student.scheduler.num_steps = 0
@@ -94,80 +96,137 @@ def load_state(path: Path, student: Student) -> bool:
     return set_rng_state(common["rng"], student.grid)
 
 
-def _load(state: ShardedStateDict, path: Path) -> dict[str, Any]:
-    # Ranks ask only for what they need, so that not every shard has a main replica among the requests.
-    return dist_checkpointing.load(state, str(path), validate_access_integrity=False)
+def _state_blocks(
+    each: _Shared, rank: int, seams: dict[tuple[torch.Tensor, str, int], torch.Tensor]
+) -> Iterator[ShardedTensor]:
+    """Yields the rows of main weight and moments that this rank writes."""
+    whole, span = each.spans.whole(rank), each.spans.spans[rank]
+    for name, held in each.state.items():
+        prefix = _prefix(name)
+        if whole:
+            first = whole.start * each.spans.row - span.start
+            rows = held[first : first + len(whole) * each.spans.row].view(len(whole), *each.spans.shape[1:])
+            yield from pieces(each.entry, prefix, whole, rows, each.main)
+        for row in each.spans.owned(rank)[len(whole) :]:
+            yield from pieces(each.entry, prefix, range(row, row + 1), seams[each.parameter, name, row], each.main)
 
 
-def _load_optimizer_state(
-    path: Path, student: Student, entries: dict[torch.Tensor, _CheckpointTensor], name: str
-) -> None:
-    wanted: dict[str, ShardedBase] = {}
-    places: dict[str, tuple[torch.Tensor, range]] = {}
-    for part in student.optimizer.chained_optimizers:
-        for shared in _shared_parameters(part):
-            span = shared.spans[part.data_parallel_group.rank()]
-            if not span:
+@torch.no_grad()
+def _gather_seams(shared: list[_Shared], group: dist.ProcessGroup) -> dict[tuple[torch.Tensor, str, int], torch.Tensor]:
+    """Returns the rows, [1, ...], that this rank owns and holds a part of. Every rank walks them in the same order."""
+    found: dict[tuple[torch.Tensor, str, int], torch.Tensor] = {}
+    messages: list[dist.P2POp] = []
+    arriving: list[tuple[torch.Tensor, torch.Tensor]] = []
+    rank = group.rank()
+    for each in shared:
+        for row, parts in each.spans.seams():
+            owner, first = min(parts), row * each.spans.row
+            if rank not in parts:
                 continue
-            entry, place = entries[shared.parameter], _local_state(part, shared.parameter, name)
-            assert place is not None
-            whole = len(span) == shared.parameter.numel()
-            # Rows of padding that the checkpoint lacks are not read: they keep the 0 they start with.
-            data = place if whole else place.new_zeros(shared.parameter.numel())
-            index = f"{len(wanted)}"
-            wanted[index] = _with_data(entry, _state_key(name, entry), data.view(shared.parameter.shape))
-            places[index] = (place, span)
-    loaded = _load(wanted, path)
-    with torch.no_grad():
-        for index, (place, span) in places.items():
-            values = loaded.pop(index).reshape(-1)[span.start : span.stop]
-            if values.data_ptr() != place.data_ptr():
-                place.copy_(values)
-
-
-def _model_entries(student: Student) -> ShardedStateDict:
-    return student.model.sharded_state_dict(metadata={"dp_cp_group": student.grid.groups.dp_cp})
-
-
-def _averages(student: Student) -> ShardedStateDict:
-    """Entries of the averages that follow the student, in fp32: `averages.NAME.KEY`."""
-    found: ShardedStateDict = {}
-    for name, average in student.averages.items():
-        model = average.model.sharded_state_dict(metadata={"dp_cp_group": student.grid.groups.dp_cp})
-        entries = _by_parameter(model)
-        for parameter_name, parameter in average.model.named_parameters():
-            entry = entries[parameter.data] if parameter.data in entries else entries[parameter]
-            found[f"{name}/{parameter_name}"] = _with_data(
-                entry, f"averages.{name}.{entry.key}", average.values[parameter_name]
-            )
+            start = each.spans.spans[rank].start
+            for name, held in each.state.items():
+                mine = held[parts[rank].start - start : parts[rank].stop - start]
+                if rank != owner:
+                    messages.append(dist.P2POp(dist.isend, mine.contiguous(), group=group, group_peer=owner))
+                    continue
+                whole = held.new_empty(each.spans.row)
+                found[each.parameter, name, row] = whole.view(1, *each.spans.shape[1:])
+                whole[: len(mine)] = mine
+                for other in sorted(parts.keys() - {rank}):
+                    piece = held.new_empty(len(parts[other]))
+                    arriving.append((whole[parts[other].start - first : parts[other].stop - first], piece))
+                    messages.append(dist.P2POp(dist.irecv, piece, group=group, group_peer=other))
+    for work in dist.batch_isend_irecv(messages) if messages else ():
+        work.wait()
+    for place, piece in arriving:
+        place.copy_(piece)
     return found
 
 
 @torch.no_grad()
-def _fill_averages(student: Student, loaded: dict[str, Any]) -> None:
+def _read_optimizer_state(path: Path, student: Student, entries: dict[torch.Tensor, Entry]) -> None:
+    """Reads this rank's spans: whole rows into their place, the rows at the ends into one of their own first."""
+    blocks: list[ShardedTensor] = []
+    ends: list[tuple[torch.Tensor, torch.Tensor]] = []
+    parts = student.optimizer.chained_optimizers
+    held_here = (
+        (part.data_parallel_group.rank(), each) for part in parts for each in _shared_parameters(part, entries)
+    )
+    for rank, each in held_here:
+        span, row = each.spans.spans[rank], each.spans.row
+        if not span:
+            continue
+        whole, shape = each.spans.whole(rank), each.spans.shape[1:]
+        partial = {span.start // row} if span.start % row else set()
+        partial |= {span.stop // row} if span.stop % row else set()
+        for name, held in each.state.items():
+            if whole:
+                first = whole.start * row - span.start
+                rows = held[first : first + len(whole) * row].view(len(whole), *shape)
+                blocks += pieces(each.entry, _prefix(name), whole, rows, 0)
+            for index in sorted(partial):
+                # Rows of padding that the checkpoint lacks are not read: they keep the 0 they start with.
+                values = held.new_zeros(1, *shape)
+                blocks += pieces(each.entry, _prefix(name), range(index, index + 1), values, 0)
+                low, high = max(span.start, index * row), min(span.stop, (index + 1) * row)
+                ends.append((held[low - span.start : high - span.start], values.view(-1)[low - index * row :]))
+    _read(path, blocks)
+    for place, values in ends:
+        place.copy_(values[: len(place)])
+
+
+def _read(path: Path, blocks: Iterable[ShardedTensor]) -> None:
+    """Reads blocks into their data. Collective."""
+    named: dict[str, list[ShardedTensor]] = {}
+    for block in blocks:
+        named.setdefault(block.key, []).append(block)
+    first = [each[0] for each in named.values()]
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[block for block in first if not block.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={block.key: block for block in first if block.allow_shape_mismatch},
+    )
+    dcp.load(mcore_to_pyt_state_dict(named, is_loading=True), storage_reader=StreamingReader(path), planner=planner)
+
+
+def _in_place(entry: Entry, prefix: str, data: torch.Tensor) -> Iterator[ShardedTensor]:
+    return pieces(entry, prefix, range(len(data)), data, 0)
+
+
+def _entries(model: Any, student: Student) -> dict[torch.Tensor, Entry]:
+    """What Megatron says of each parameter and buffer of a model, by the tensor itself.
+
+    Objects are left out: the extra state of Transformer Engine's layers says nothing that a layer does not know, but
+    for scales of FP8's delayed recipe, and a checkpoint must be readable with and without that library.
+    """
+    state = model.sharded_state_dict(metadata={"dp_cp_group": student.grid.groups.dp_cp})
+    tensors, _ = extract_sharded_tensors_and_factories(state)
+    found = (entry for entry in nested_values(tensors) if isinstance(entry, ShardedTensor | ShardedTensorFactory))
+    return {entry.data: entry for entry in found}
+
+
+def _average_blocks(student: Student, *, each_its_share: bool = False) -> Iterator[ShardedTensor]:
+    """Yields the averages that follow the student, in fp32: `averages.NAME.KEY`; or a data-parallel rank's share."""
     for name, average in student.averages.items():
-        for parameter_name, values in average.values.items():
-            values.copy_(loaded[f"{name}/{parameter_name}"])
-        average.apply()
+        entries = _entries(average.model, student)
+        for parameter_name, parameter in average.model.named_parameters():
+            entry = entries[parameter.data] if parameter.data in entries else entries[parameter]
+            values = average.values[parameter_name]
+            rows = range(len(values))
+            if each_its_share:
+                rows = _share(student, parameter, rows)
+            main = (*entry.replica_id[:-1], 0)
+            yield from pieces(entry, f"averages.{name}.", rows, values[rows.start : rows.stop], main)
 
 
-def _by_parameter(model: ShardedStateDict) -> dict[torch.Tensor, _CheckpointTensor]:
-    tensors, _ = extract_sharded_tensors_and_factories(model)
-    return {entry.data: entry for entry in nested_values(tensors)}
+def _share(student: Student, parameter: torch.Tensor, rows: range) -> range:
+    groups = student.grid.groups
+    group = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.expt_dp
+    rank, ranks = group.rank(), group.size()
+    return range(len(rows) * rank // ranks, len(rows) * (rank + 1) // ranks)
 
 
-def _is_one_of(entry: Any, tensors: set[torch.Tensor]) -> bool:
-    return isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data in tensors
-
-
-def _with_data(entry: _CheckpointTensor, key: str, data: torch.Tensor, **changes: Any) -> ShardedBase:
-    if isinstance(entry, ShardedTensor):
-        changes["dtype"] = data.dtype
-    return replace(entry, key=key, data=data, **changes)
-
-
-def _state_key(name: str, entry: _CheckpointTensor) -> str:
-    return f"optimizer.state.{name}.{entry.key}"
+def _prefix(name: str) -> str:
+    return f"optimizer.state.{name}."
 
 
 def _state_names(parameter: torch.Tensor) -> tuple[str, ...]:
@@ -175,7 +234,7 @@ def _state_names(parameter: torch.Tensor) -> tuple[str, ...]:
     return MOMENTS if parameter.dtype == torch.float32 else ("param", *MOMENTS)
 
 
-def _shared_parameters(part: DistributedOptimizer) -> Iterator[_OptimizerShard]:
+def _shared_parameters(part: DistributedOptimizer, entries: dict[torch.Tensor, Entry]) -> Iterator[_Shared]:
     """Lists every parameter of `part`, in the same order on all its data-parallel ranks."""
     ranks = part.data_parallel_group.size()
     for buffer in part.buffers:
@@ -187,35 +246,12 @@ def _shared_parameters(part: DistributedOptimizer) -> Iterator[_OptimizerShard]:
                 first = bucket.offset + rank * share
                 low, high = max(first, start), min(first + share, stop)
                 spans.append(range(low - start, max(low, high) - start))
-            yield _OptimizerShard(parameter, spans)
+            yield _Shared(parameter, entries[parameter], Spans(spans, parameter.shape), _held(part, parameter))
 
 
-def _local_state(part: DistributedOptimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor | None:
-    """Returns [span] fp32: this rank's part of a parameter's main weight or moment; None where it holds none."""
+def _held(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """This rank's part of main weight and moments; empty where it holds none."""
     if parameter not in part.model_param_group_index_map:
-        return None
-    state = part._get_main_param_and_optimizer_states(parameter)[name]
-    return state.detach()
-
-
-def _gather(mine: torch.Tensor | None, shared: _OptimizerShard, group: dist.ProcessGroup) -> torch.Tensor | None:
-    """Gathers the flattened whole on its owner; None elsewhere. Every rank walks the parameters in the same order."""
-    span = shared.spans[group.rank()]
-    if shared.owner != group.rank():
-        if span:
-            assert mine is not None
-            dist.send(mine.contiguous(), group_dst=shared.owner, group=group)
-        return None
-    assert mine is not None
-    assert len(span) == mine.numel()
-    if len(span) == shared.parameter.numel():
-        return mine
-    # In the host's memory, where it goes anyway: such a parameter is wholly on none of the devices.
-    whole = torch.empty(shared.parameter.numel(), dtype=mine.dtype, device="cpu")
-    whole[span.start : span.stop] = mine
-    for rank, other in enumerate(shared.spans):
-        if rank != group.rank() and other:
-            piece = mine.new_empty(len(other))
-            dist.recv(piece, group_src=rank, group=group)
-            whole[other.start : other.stop] = piece
-    return whole
+        return {}
+    state = part._get_main_param_and_optimizer_states(parameter)
+    return {name: state[name].detach().view(-1) for name in _state_names(parameter)}

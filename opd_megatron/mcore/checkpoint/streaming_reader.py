@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from opd_megatron.errors import WeightsError
+from opd_megatron.errors import WeightsError, is_out_of_memory
 
 _READ_BYTES = 32 * 2**20
 
@@ -32,6 +32,8 @@ class StreamingReader(FileSystemReader):
                     self._read_into(target, item, _Part(stream, info.offset, info.length), planner)
                     planner.commit_tensor(item, target)
             except Exception as error:  # damaged bytes raise anything
+                if is_out_of_memory(error):
+                    raise
                 cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise WeightsError(
                     f"tensor {item.storage_index.fqn!r} in {str(path)!r} cannot be read: the file is damaged, copy the "

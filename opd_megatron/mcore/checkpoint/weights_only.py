@@ -38,7 +38,7 @@ from opd_megatron.system.collectives import raise_on_all_ranks
 Progress = Callable[[int], None]
 """Called with the number of bytes that are done since the last call."""
 
-_OPTIMIZER = ("optimizer", "chained_")
+_BESIDE = ("optimizer", "chained_", "averages.")
 """Beginnings of tensor names that a training checkpoint holds beside the model's."""
 
 
@@ -183,7 +183,7 @@ def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     return {
         name: entry
         for name, entry in read_index(folder).state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith(_OPTIMIZER)
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(_BESIDE)
     }
 
 
