@@ -17,7 +17,7 @@ export PYTHON EXTRAS TORCH_INDEX
 STAMP := .venv/.made-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-long lint bench clean
+.PHONY: help env demo test test-long test-slurm lint bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -38,6 +38,12 @@ test: env  ## the test suite, all but the long proofs
 
 test-long: env  ## the long proofs: twenty kills, every engine layout, plans against real memory
 	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+test-slurm: env  ## launch/slurm.sbatch on a real two-node cluster on this host (root; installs SLURM with apt-get)
+	@command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || \
+	    { [ "$$(id -u)" = 0 ] && apt-get install -y --no-install-recommends slurm-wlm munge >/dev/null; } || \
+	    echo "SLURM is not here and could not be installed: install slurm-wlm and munge" >&2
+	@$(BIN)/python -m pytest -m slurm -rs tests/slurm $(PYTEST_ARGS)
 
 lint: env  ## ruff, mypy
 	@$(BIN)/ruff check .

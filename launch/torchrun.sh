@@ -10,7 +10,8 @@
 # NODE_RANK        which of them this is, from 0 (0)
 # MASTER_ADDR      name or address of machine 0; needed when NNODES is above 1
 # MASTER_PORT      a free port on it (29500)
-# OMP_NUM_THREADS  threads of each rank; by default the machine's cores shared among its ranks
+# OMP_NUM_THREADS  threads of each rank; by default the cores that this shell may use, shared among its ranks
+# INTERFACE        network interface of gloo and NCCL, where the host name's address is another (`opd-megatron doctor`)
 #
 # output_dir must lie on storage that all machines see. SIGTERM or SIGUSR1 to this process, on any machine, lets the run
 # save its current step and end with exit code 0; the same command goes on from there.
@@ -24,11 +25,16 @@ fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$here/.venv/bin/python
 [ -x "$python" ] || python=python3
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+else
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
 nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 nnodes=${NNODES:-1}
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(command nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
 if [ "$nnodes" -eq 1 ]; then
@@ -36,5 +42,8 @@ if [ "$nnodes" -eq 1 ]; then
 else
     rendezvous=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the name of machine 0}" --master-port "${MASTER_PORT:-29500}")
+fi
+if [ -n "${INTERFACE:-}" ]; then
+    export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
 exec "$python" -m opd_megatron.command.agent "${rendezvous[@]}" --nproc-per-node "$nproc" -m opd_megatron.train "$@"

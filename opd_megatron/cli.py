@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from opd_megatron import __version__
 from opd_megatron.command import launcher
 from opd_megatron.command.cli_args import Parser, add_checkpoint, config_reference, parse_run, run_parser
-from opd_megatron.config import GOLD
+from opd_megatron.config import GOLD, load_config
 from opd_megatron.errors import ConfigError
 from opd_megatron.train import check, describe, settle_precision, train
 
@@ -175,10 +175,31 @@ def _report(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    Parser(prog="opd-megatron doctor", description="What is installed, and can a run work here?").parse_args(argv)
-    from opd_megatron.doctor import run_doctor
+    parser = Parser(
+        prog="opd-megatron doctor", description="What is installed, and can a run work here?",
+        epilog="torchrun --nproc-per-node 8 -m opd_megatron.cli doctor --world CONFIG",
+    )  # fmt: skip
+    parser.add_argument(
+        "--world", action="store_true",
+        help="on every rank under torchrun or srun: compare the nodes' code, packages, addresses and clocks, and time "
+        "all-reduce, all-to-all and broadcast over every kind of group",
+    )  # fmt: skip
+    parser.add_argument(
+        "config", nargs="*", metavar="CONFIG | key.path=value", help="whose groups; data-parallel ones without it"
+    )
+    known = parser.parse_args(argv)
+    if not known.world:
+        if known.config:
+            raise ConfigError(f"{known.config[0]!r} says nothing to doctor without --world: leave it out")
+        from opd_megatron.doctor import run_doctor
 
-    return run_doctor()
+        return run_doctor()
+    from opd_megatron.world_check import run_world_check
+
+    paths, overrides = [w for w in known.config if "=" not in w], [w for w in known.config if "=" in w]
+    if len(paths) > 1:
+        raise ConfigError(f"two config files, {paths[0]!r} and {paths[1]!r}: give one")
+    return run_world_check(load_config(paths[0], overrides) if paths else None)
 
 
 def _config(argv: list[str]) -> int:

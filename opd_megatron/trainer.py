@@ -37,7 +37,7 @@ from opd_megatron.run.identity import check_identity, student_only, unchanged_pa
 from opd_megatron.run.report import write_report
 from opd_megatron.run.step_plan import StepPlanner
 from opd_megatron.system.collectives import all_ranks_max
-from opd_megatron.system.signals import stop_requested
+from opd_megatron.system.signals import leave_word_of_stop, stop_requested
 from opd_megatron.teacher import ask_teachers, meters
 from opd_megatron.types import Rollout, Sampling, StepMetrics, StepOutput
 
@@ -234,6 +234,8 @@ class OPDTrainer(RunParts):
         if self.step_count == self.config.steps:
             self._finish()
         else:
+            if dist.get_rank() == 0:
+                leave_word_of_stop()
             self.display.note(f"stopped after step {self.step_count}: the same command goes on from there")
 
     def restore(self, name: str = "latest") -> None:

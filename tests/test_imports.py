@@ -20,7 +20,7 @@ LEVELS = [
     {"models", "places", "weight_sync"},
     {"mcore", "rollout"},
     {"teacher", "doctor", "evaluation"},
-    {"run"},
+    {"run", "world_check"},
     {"planning", "convert", "trainer"},
     {"train"},
     {"evaluate"},

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from opd_megatron.config import RunConfig
 from opd_megatron.errors import ConfigError, OPDError
 from opd_megatron.system.ranks import launched
-from opd_megatron.system.signals import STOP_SIGNALS, is_repeated
+from opd_megatron.system.signals import STOP_SIGNALS, is_repeated, leave_word_of_stop
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -110,6 +110,7 @@ def run_agent(agent: Callable[[], object]) -> int:
         agent()
     except ChildFailedError as error:
         if stop.first is not None and all(failure.exitcode in _STOPPED for failure in error.failures.values()):
+            leave_word_of_stop()
             return 0  # ranks that were still importing: there was nothing to save
         return _exit_code_of(error.failures)
     except SignalException as error:

@@ -17,7 +17,14 @@ from opd_megatron.data.stages import RolloutStage
 from opd_megatron.errors import ConfigError
 from opd_megatron.evaluation import AccuracyEvaluator
 from opd_megatron.mcore.checkpoint import BestCheckpoint, CheckpointSaver, FoundCheckpoint, choose_checkpoint
-from opd_megatron.mcore.cpu.platform import device, free_caches, has_gpu, init_distributed, narrow_world
+from opd_megatron.mcore.cpu.platform import (
+    device,
+    free_caches,
+    has_gpu,
+    init_distributed,
+    let_transfers_overtake,
+    narrow_world,
+)
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
@@ -38,6 +45,7 @@ from opd_megatron.run.siblings import Siblings
 from opd_megatron.run.teacher_lines import teacher_lines
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.ranks import launched
+from opd_megatron.system.world import check_versions
 from opd_megatron.teacher import Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
 from opd_megatron.types import Prompt
 from opd_megatron.weight_sync.publisher import WeightPublisher
@@ -271,7 +279,9 @@ def _checked(
         config = with_fingerprints(config, teacher_fingerprints(config, models, identity))
     if sampling:
         inputs.notes.extend(run_dir.check_content(identity, config.checkpoint.allow_changed))
+    let_transfers_overtake(config.parallel.tensor)
     init_distributed()
+    check_versions()
     config = _rank_0s_precision(config)
     return run_dir, config, models, inputs, identity | settings_identity(config.model_dump(mode="json"))
 

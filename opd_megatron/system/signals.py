@@ -6,9 +6,11 @@ limit. The first one only leaves a note, which the trainer reads between steps; 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 from opd_megatron.errors import StopRequestedError
@@ -16,6 +18,10 @@ from opd_megatron.errors import StopRequestedError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 3.0
 """One request often arrives more than once: SLURM signals every process of a step, launchers pass it on."""
+
+STOPPED_FILE = "OPD_MEGATRON_STOPPED_FILE"
+"""Variable that names a file to make when a run stops before its last step: a job script cannot tell that from its
+end otherwise, as both are exit code 0."""
 
 _first: float | None = None
 
@@ -32,6 +38,13 @@ def note_stop_signals() -> None:
 def stop_requested() -> bool:
     """Tells whether this process was asked to stop. Other ranks may not have been."""
     return _first is not None
+
+
+def leave_word_of_stop() -> None:
+    """Makes the file that `STOPPED_FILE` names, where a job script asks for it."""
+    path = os.environ.get(STOPPED_FILE)
+    if path:
+        Path(path).touch()
 
 
 def raise_if_stop_requested() -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+from opd_megatron.errors import ConfigError
 from opd_megatron.system.ranks import Ranks, forget, launched
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
@@ -74,7 +75,7 @@ def init_platform() -> None:
     _applied = True
     quiet_upstream()
     if has_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_gpu_of_this_rank())
     else:
         _patch_torch_cuda()
         _patch_factories()
@@ -96,8 +97,35 @@ def init_platform() -> None:
 _meetings = itertools.count()
 
 
+def _gpu_of_this_rank() -> int:
+    """Index of its GPU, among those that this node's ranks share.
+
+    Raises ConfigError when there are fewer than ranks.
+    """
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = f"{gpus} GPUs" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else "")
+        raise ConfigError(
+            f"{ranks} ranks were started on this node, which has {seen}: each needs one of its own, "
+            f"start {gpus} (NPROC_PER_NODE={gpus}) or make more GPUs visible"
+        )
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def let_transfers_overtake(tensor: int) -> None:
+    """Has the GPU take work in the order that it was given, so that tensor-parallel transfers begin before the products
+    that hide them (Megatron-Core, `tensor_parallel/layers.py`). Before CUDA starts; a user's own setting stays."""
+    if tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def init_distributed(timeout_minutes: float = 30.0) -> None:
-    """Joins the default process group from torchrun's environment, or makes one of a single rank."""
+    """Joins the default process group from torchrun's environment, or makes one of a single rank.
+
+    Raises:
+        ConfigError: this node has more ranks than GPUs.
+    """
     init_platform()
     if dist.is_initialized():
         return
@@ -114,7 +142,11 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # Ranks that meet again, for another model, must not find where the groups of the last time were.
         store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
-        dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            _backend(), store=store, rank=rank, world_size=world_size, timeout=timeout,
+            # Groups are split from one communicator then, and messages between two ranks need none of their own.
+            device_id=device() if has_gpu() else None,
+        )  # fmt: skip
 
 
 def narrow_world(size: int) -> None:

@@ -1,0 +1,81 @@
+"""Two machines imitated by two agents of launch/torchrun.sh on this one: what one does, the other hears of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_megatron.mcore.checkpoint import list_checkpoints
+from opd_megatron.metrics import read_metrics
+from tests.e2e.runs import make_inputs
+from tests.e2e.test_interruptions import ROOT, _family_of, _is_running, config_file, environment, wait_for_step
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+ENDLESS: dict[str, Any] = {"steps": 100_000, "checkpoint.every": 1, "evaluation.every": 0, "parallel.data": 2}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _agents(config: Path, *, addresses: tuple[str, str] = ("localhost", "localhost"), **more: str) -> list[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = Path(sys.executable).parent
+    common = environment() | {"NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_PORT": port}
+    common["PATH"] = f"{here}:{os.environ['PATH']}"
+    return [
+        subprocess.Popen(
+            ["bash", "launch/torchrun.sh", str(config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=common | {"NODE_RANK": str(rank), "MASTER_ADDR": addresses[rank]} | more,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_stop_signal_to_one_agent_saves_and_ends_both(inputs: dict[str, str], tmp_path: Path, told: int) -> None:
+    run = tmp_path / "run"
+    agents = _agents(config_file(inputs, run, **ENDLESS))
+    wait_for_step(agents[0], run, 2)
+    agents[told].send_signal(signal.SIGTERM)
+    ends = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert list_checkpoints(run / "checkpoints")[-1][0] == read_metrics(run)[-1]["step"]
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_one_machine_dies_the_other_ends_with_one_line_and_the_run_goes_on_later(
+    inputs: dict[str, str], tmp_path: Path, dies: int
+) -> None:
+    run = tmp_path / "run"
+    agents = _agents(config_file(inputs, run, **ENDLESS))
+    wait_for_step(agents[0], run, 2)
+    families = [_family_of(agent.pid) for agent in agents]
+    began = time.monotonic()
+    for pid in families[dies]:
+        os.kill(pid, signal.SIGKILL)
+    _, errors = agents[1 - dies].communicate(timeout=180)
+    assert time.monotonic() - began < 120
+    assert agents[1 - dies].returncode not in (0, None)
+    lines = [line for line in errors.splitlines() if line.startswith("opd-megatron:")]
+    assert len(lines) == 1, errors[-3000:]
+    assert not any(_is_running(pid) for pid in families[1 - dies])
+
+    reached = list_checkpoints(run / "checkpoints")[-1][0]
+    agents = _agents(config_file(inputs, run, **ENDLESS))
+    wait_for_step(agents[0], run, reached + 1)
+    agents[0].send_signal(signal.SIGTERM)
+    for agent in agents:
+        agent.communicate(timeout=120)
+        assert agent.returncode == 0
