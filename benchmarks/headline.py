@@ -16,7 +16,6 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,7 +257,6 @@ def measure(arguments: argparse.Namespace) -> Report:
     if not (folder / "test.jsonl").exists():
         make_models(folder)
         make_data(folder)
-    began = time.monotonic()
     teacher = schooled("teacher-sft", "teacher", folder, "mostly_worked", scale.teacher_steps, 3e-3, scale)
     able = schooled("student-sft", "student", folder, "half", scale.student_steps, 3e-3, scale)
     weak = schooled("student-weak", "student-sft/hf", folder, "guesses", scale.weak_steps, 2e-4, scale)
@@ -279,16 +277,16 @@ def measure(arguments: argparse.Namespace) -> Report:
     if not arguments.quick:
         picture, data = Path(arguments.picture), Path(arguments.data)
         draw(picture, chosen, start, strong)
-        data.write_text(json.dumps(_tree(everything, report, start, strong, time.monotonic() - began), indent=1) + "\n")
+        data.write_text(json.dumps(_tree(everything, report, start, strong), indent=1) + "\n")
         print(f"written: {data} and {picture}")
     return report
 
 
-def _tree(curves: Sequence[Curve], report: Report, start: float, teacher: float, seconds: float) -> dict[str, Any]:
+def _tree(curves: Sequence[Curve], report: Report, start: float, teacher: float) -> dict[str, Any]:
     from opd_megatron.system.processor import processor
 
     return {
-        "target": TARGET, "start": start, "teacher": teacher, "seconds of the last invocation": round(seconds),
+        "target": TARGET, "start": start, "teacher": teacher,
         "processor": processor().reason, "rows": report.rows, "note": report.note,
         "runs": [
             {
