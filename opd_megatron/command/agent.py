@@ -6,17 +6,39 @@ when they have saved and stopped. torchrun by itself dies of SIGUSR1, and kills 
 
 from __future__ import annotations
 
+import argparse
+import socket
 import sys
 from collections.abc import Sequence
 
 from opd_megatron.command import launcher
+from opd_megatron.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed import run
 
     words = ["--signals-to-handle", launcher.AGENT_SIGNALS, *(sys.argv[1:] if argv is None else argv)]
-    return launcher.run_agent(lambda: run.run(run.parse_args(words)))
+    arguments = run.parse_args(words)
+    try:
+        _check_address(arguments)
+    except ConfigError as error:
+        print(f"opd-megatron: error: {error}", file=sys.stderr)
+        return launcher.USER_ERROR
+    return launcher.run_agent(lambda: run.run(arguments))
+
+
+def _check_address(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a name that means nothing here: torchrun would ask for its address for minutes."""
+    if arguments.standalone or arguments.rdzv_endpoint:
+        return
+    try:
+        socket.getaddrinfo(arguments.master_addr, arguments.master_port)
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_ADDR={arguments.master_addr!r} has no address on {socket.gethostname()} ({error.strerror}): give "
+            "the name or address of machine 0 as this machine knows it"
+        ) from None
 
 
 if __name__ == "__main__":

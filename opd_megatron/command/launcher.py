@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _STOPPED = (TERMINATED, *(-number for number in STOP_SIGNALS))
 """Exit codes of a rank that a stop signal ended before it could take note of it."""
 PARENT_REPORTS = "OPD_MEGATRON_PARENT_REPORTS"
+_DEAF_SECONDS = 1.0
+"""After which a main thread that has not taken note of a signal is taken to wait in foreign code."""
 AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 """What torchrun ends its ranks on. Not SIGTERM: half a minute later it kills them, however much they have to save."""
 
@@ -113,6 +116,8 @@ def run_agent(agent: Callable[[], object]) -> int:
             leave_word_of_stop()
             return 0  # ranks that were still importing: there was nothing to save
         return _exit_code_of(error.failures)
+    except _NothingRunsError:
+        return _stopped_at_the_start()
     except SignalException as error:
         interrupted = error.sigval == signal.SIGINT
         print(f"opd-megatron: {'interrupted' if interrupted else f'ended by {error.sigval.name}'}", file=sys.stderr)
@@ -130,13 +135,27 @@ class _PassStopSignalsOn:
     def __init__(self) -> None:
         self.first: float | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._reads, self._writes = os.pipe()
 
     def install(self) -> None:
         self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        os.set_blocking(self._writes, False)
+        self._other_fd = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
 
     def uninstall(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._other_fd)
+        os.close(self._writes)
+
+    def _watch(self) -> None:
+        """Ends the process where its main thread cannot: torchrun waits for other machines in C++ for minutes."""
+        with open(self._reads, "rb", buffering=0) as told:
+            while numbers := told.read(64):
+                time.sleep(_DEAF_SECONDS)
+                if self.first is None and not set(numbers).isdisjoint(STOP_SIGNALS) and not _child_pids():
+                    os._exit(_stopped_at_the_start())
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         from torch.distributed.elastic.multiprocessing import SignalException
@@ -145,9 +164,22 @@ class _PassStopSignalsOn:
             raise SignalException(f"signal {number} again", sigval=signal.Signals(number))
         if self.first is None:
             self.first = time.monotonic()
-            for pid in _child_pids():
+            ranks = _child_pids()
+            if not ranks:
+                raise _NothingRunsError
+            for pid in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
+
+
+class _NothingRunsError(BaseException):
+    """A stop signal came before there were ranks."""
+
+
+def _stopped_at_the_start() -> int:
+    leave_word_of_stop()
+    print("opd-megatron: stopped before its ranks had started: the same command starts it", file=sys.stderr, flush=True)
+    return 0
 
 
 def _child_pids() -> list[int]:

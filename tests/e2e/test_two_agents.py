@@ -79,3 +79,29 @@ def test_when_one_machine_dies_the_other_ends_with_one_line_and_the_run_goes_on_
     for agent in agents:
         agent.communicate(timeout=120)
         assert agent.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_agent_that_waits_for_the_other_machine_stops_when_it_is_told(
+    inputs: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    config = config_file(inputs, tmp_path / "run", **ENDLESS)
+    agents = _agents(config, OPD_MEGATRON_STOPPED_FILE=str(tmp_path / "stopped"))
+    agents[0].kill()
+    agents[0].communicate()
+    time.sleep(8)
+    agents[1].send_signal(number)
+    _, errors = agents[1].communicate(timeout=30)
+    assert agents[1].returncode == 0
+    assert "stopped before its ranks had started" in errors
+    assert (tmp_path / "stopped").exists(), "a job script would put it into the queue again"
+
+
+def test_a_name_that_means_nothing_is_one_line_at_once(inputs: dict[str, str], tmp_path: Path) -> None:
+    config = config_file(inputs, tmp_path / "run", **ENDLESS)
+    agents = _agents(config, addresses=("no-such-host.invalid", "no-such-host.invalid"))
+    for agent in agents:
+        _, errors = agent.communicate(timeout=60)
+        assert agent.returncode == 2
+        assert errors.count("\n") == 1, errors
+        assert "MASTER_ADDR='no-such-host.invalid' has no address" in errors

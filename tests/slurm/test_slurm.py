@@ -49,10 +49,15 @@ def _log(folder: Path, job: int) -> str:
 
 def _wait_for_step(nodes: Cluster, run: Path, job: int, step: int, folder: Path) -> None:
     until = time.monotonic() + 180
-    while not (run / "metrics.jsonl").exists() or read_metrics(run)[-1]["step"] < step:
+    while _reached(run) < step:
         assert time.monotonic() < until, _log(folder, job)[-3000:]
         assert nodes.show(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), _log(folder, job)[-3000:]
         time.sleep(0.1)
+
+
+def _reached(run: Path) -> int:
+    rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    return int(rows[-1]["step"]) if rows else -1
 
 
 def _losses(run: Path) -> list[float]:
@@ -123,7 +128,8 @@ def test_a_node_that_dies_ends_the_job_and_the_requeued_one_resumes(
     _wait_for_step(nodes, tmp_path / "run", job, 5, tmp_path)
     nodes.kill_node("n2")
     nodes.wait(job, "PENDING", seconds=120)
-    assert "NODE FAILURE" in _log(tmp_path, job)
+    assert "does not answer: requeueing job" in _log(tmp_path, job)
+    assert "opd-megatron: rank 0 failed" in _log(tmp_path, job)
     nodes.start_node("n2")
     nodes.wait_for_nodes()
     nodes.start_again(job)
@@ -150,7 +156,7 @@ def test_engines_on_a_node_of_their_own_teach_the_same(nodes: Cluster, inputs: d
 def test_a_users_mistake_fails_the_job_with_one_line_and_is_not_tried_again(
     nodes: Cluster, inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    config = config_file(inputs, tmp_path / "run", **_settings(tmp_path, **{"parallel.data": 3}))
+    config = config_file(inputs, tmp_path / "run", **_settings(tmp_path, **{"parallel.data": 4}))
     job = _submit(nodes, tmp_path, config)
     known = nodes.wait(job, "COMPLETED", "FAILED", seconds=120)
     assert known["JobState"] == "FAILED"
