@@ -14,6 +14,7 @@ from typing import Any
 from _runs import made
 from harness import REPOSITORY, BenchmarkError, Report, main
 
+from opd_megatron.config import recipes
 from opd_megatron.losses.objectives import OBJECTIVES
 
 RECIPES = ("exopd", "iw_opd", "mopd", "thinking_machines")
@@ -32,7 +33,9 @@ def measure(arguments: argparse.Namespace) -> Report:
         "divergences are from its extrapolated teacher."
     )
     for name in names:
-        chosen = {"recipe": name} if name in RECIPES else {"objective.type": name}
+        chosen = {"objective.type": name}
+        if name in RECIPES:  # the demo names a type, so that the recipe's own has to be said
+            chosen = {"recipe": name, "objective.type": recipes.RECIPES[name].fixed["objective.type"]}
         settings: dict[str, Any] = {
             **chosen, "steps": steps, "evaluation.every": steps, "checkpoint.every": 0, "logging.tensorboard": False,
             "logging.sample_every": 0, "logging.progress": False, "evaluation.agreement": False,

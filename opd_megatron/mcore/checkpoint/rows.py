@@ -40,6 +40,12 @@ class Spans:
         owned = self.owned(rank)
         return range(owned.start, max(owned.start, self.spans[rank].stop // self.row)) if owned else owned
 
+    def view_whole(self, rank: int, held: torch.Tensor) -> torch.Tensor:
+        """The rows of `whole`, [rows, ...], of what a rank holds, [span]."""
+        rows = self.whole(rank)
+        first = rows.start * self.row - self.spans[rank].start
+        return held[first : first + len(rows) * self.row].view(len(rows), *self.shape[1:])
+
     def seams(self) -> Iterator[tuple[int, dict[int, range]]]:
         """Yields rows that lie on several ranks, and the elements of the parameter that each of them holds of it; the
         first of these ranks owns it."""

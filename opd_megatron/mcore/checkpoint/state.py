@@ -100,13 +100,11 @@ def _state_blocks(
     each: _Shared, rank: int, seams: dict[tuple[torch.Tensor, str, int], torch.Tensor]
 ) -> Iterator[ShardedTensor]:
     """Yields the rows of main weight and moments that this rank writes."""
-    whole, span = each.spans.whole(rank), each.spans.spans[rank]
+    whole = each.spans.whole(rank)
     for name, held in each.state.items():
         prefix = _prefix(name)
         if whole:
-            first = whole.start * each.spans.row - span.start
-            rows = held[first : first + len(whole) * each.spans.row].view(len(whole), *each.spans.shape[1:])
-            yield from pieces(each.entry, prefix, whole, rows, each.main)
+            yield from pieces(each.entry, prefix, whole, each.spans.view_whole(rank, held), each.main)
         for row in each.spans.owned(rank)[len(whole) :]:
             yield from pieces(each.entry, prefix, range(row, row + 1), seams[each.parameter, name, row], each.main)
 
@@ -161,9 +159,7 @@ def _read_optimizer_state(path: Path, student: Student, entries: dict[torch.Tens
         partial |= {span.stop // row} if span.stop % row else set()
         for name, held in each.state.items():
             if whole:
-                first = whole.start * row - span.start
-                rows = held[first : first + len(whole) * row].view(len(whole), *shape)
-                blocks += pieces(each.entry, _prefix(name), whole, rows, 0)
+                blocks += pieces(each.entry, _prefix(name), whole, each.spans.view_whole(rank, held), 0)
             for index in sorted(partial):
                 # Rows of padding that the checkpoint lacks are not read: they keep the 0 they start with.
                 values = held.new_zeros(1, *shape)
