@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +36,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _submit(nodes: Cluster, folder: Path, config: Path, *words: str, count: int = 2) -> int:
-    """From a folder of its own, which holds nothing but the configuration."""
-    return nodes.submit(f"--nodes={count}", *words, SCRIPT, config.name, cwd=config.parent, NPROC_PER_NODE="1")
+def _submit(nodes: Cluster, config: Path, count: int = 2, ranks: int = 1) -> int:
+    """From the configuration's folder, which holds nothing else."""
+    return nodes.submit(f"--nodes={count}", SCRIPT, config.name, cwd=config.parent, NPROC_PER_NODE=str(ranks))
 
 
 def _log(folder: Path, job: int) -> str:
@@ -71,22 +70,34 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def uninterrupted(nodes: Cluster, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_nodes")
-    job = _submit(nodes, folder, config_file(inputs, folder / "run", **_settings(folder)))
+    job = _submit(nodes, config_file(inputs, folder / "run", **_settings()))
     nodes.wait(job, "COMPLETED", "FAILED", seconds=240)
     assert nodes.show(job)["JobState"] == "COMPLETED", _log(folder, job)[-3000:]
     assert nodes.show(job)["NumNodes"] == "2"
     return folder / "run"
 
 
-def _settings(folder: Path, **more: Any) -> dict[str, Any]:
+def _settings(**more: Any) -> dict[str, Any]:
     return {"steps": 12, "checkpoint.every": 4, "evaluation.every": 0, "parallel.data": 2} | more
+
+
+def _comes_back(nodes: Cluster, job: int, folder: Path, uninterrupted: Path) -> None:
+    """Starts a requeued job again, which ends as a run does that nothing stopped, bit for bit."""
+    nodes.start_again(job)
+    nodes.wait(job, "COMPLETED", "FAILED", seconds=240)
+    known = nodes.show(job)
+    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), _log(folder, job)[-3000:]
+    assert _losses(folder / "run") == _losses(uninterrupted)
+    found, expected = _weights(folder / "run"), _weights(uninterrupted)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_two_nodes_train_as_one_does(
     nodes: Cluster, inputs: dict[str, str], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    config = config_file(inputs, tmp_path / "run", **_settings(tmp_path))
-    job = nodes.submit("--nodes=1", SCRIPT, config.name, cwd=tmp_path, NPROC_PER_NODE="2")
+    config = config_file(inputs, tmp_path / "run", **_settings())
+    job = _submit(nodes, config, count=1, ranks=2)
     nodes.wait(job, "COMPLETED", "FAILED", seconds=240)
     assert nodes.show(job)["JobState"] == "COMPLETED", _log(tmp_path, job)[-3000:]
     assert _losses(tmp_path / "run") == pytest.approx(_losses(uninterrupted), rel=1e-6)
@@ -97,7 +108,7 @@ def test_two_nodes_train_as_one_does(
 def test_a_job_that_is_stopped_comes_back_and_ends_with_the_same_weights(
     nodes: Cluster, inputs: dict[str, str], uninterrupted: Path, tmp_path: Path, how: str
 ) -> None:
-    job = _submit(nodes, tmp_path, config_file(inputs, tmp_path / "run", **_settings(tmp_path)))
+    job = _submit(nodes, config_file(inputs, tmp_path / "run", **_settings()))
     _wait_for_step(nodes, tmp_path / "run", job, 2, tmp_path)
     other = None
     if how == "preempted":
@@ -112,19 +123,13 @@ def test_a_job_that_is_stopped_comes_back_and_ends_with_the_same_weights(
     assert 2 <= stopped_at < 12
     if other is not None:
         nodes.wait(other, "COMPLETED")
-    nodes.start_again(job)
-    nodes.wait(job, "COMPLETED", "FAILED", seconds=240)
-    known = nodes.show(job)
-    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), _log(tmp_path, job)[-3000:]
-    assert _losses(tmp_path / "run") == _losses(uninterrupted)
-    expected = _weights(uninterrupted)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "run").items())
+    _comes_back(nodes, job, tmp_path, uninterrupted)
 
 
 def test_a_node_that_dies_ends_the_job_and_the_requeued_one_resumes(
     nodes: Cluster, inputs: dict[str, str], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    job = _submit(nodes, tmp_path, config_file(inputs, tmp_path / "run", **_settings(tmp_path)))
+    job = _submit(nodes, config_file(inputs, tmp_path / "run", **_settings()))
     _wait_for_step(nodes, tmp_path / "run", job, 5, tmp_path)
     nodes.kill_node("n2")
     nodes.wait(job, "PENDING", seconds=120)
@@ -132,13 +137,7 @@ def test_a_node_that_dies_ends_the_job_and_the_requeued_one_resumes(
     assert "opd-megatron: rank 0 failed" in _log(tmp_path, job)
     nodes.start_node("n2")
     nodes.wait_for_nodes()
-    nodes.start_again(job)
-    nodes.wait(job, "COMPLETED", "FAILED", seconds=240)
-    known = nodes.show(job)
-    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), _log(tmp_path, job)[-3000:]
-    assert _losses(tmp_path / "run") == _losses(uninterrupted)
-    expected = _weights(uninterrupted)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "run").items())
+    _comes_back(nodes, job, tmp_path, uninterrupted)
 
 
 def test_engines_on_a_node_of_their_own_teach_the_same(nodes: Cluster, inputs: dict[str, str], tmp_path: Path) -> None:
@@ -146,8 +145,8 @@ def test_engines_on_a_node_of_their_own_teach_the_same(nodes: Cluster, inputs: d
     for name, settings, count in (("one", {"parallel.data": 1}, 1), ("own", own, 2)):
         folder = tmp_path / name
         folder.mkdir()
-        config = config_file(inputs, folder / "run", **_settings(folder, **settings))
-        job = _submit(nodes, folder, config, count=count)
+        config = config_file(inputs, folder / "run", **_settings(**settings))
+        job = _submit(nodes, config, count)
         nodes.wait(job, "COMPLETED", "FAILED", seconds=240)
         assert nodes.show(job)["JobState"] == "COMPLETED", _log(folder, job)[-3000:]
     assert _losses(tmp_path / "own" / "run") == pytest.approx(_losses(tmp_path / "one" / "run"), rel=1e-6)
@@ -156,12 +155,11 @@ def test_engines_on_a_node_of_their_own_teach_the_same(nodes: Cluster, inputs: d
 def test_a_users_mistake_fails_the_job_with_one_line_and_is_not_tried_again(
     nodes: Cluster, inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    config = config_file(inputs, tmp_path / "run", **_settings(tmp_path, **{"parallel.data": 4}))
-    job = _submit(nodes, tmp_path, config)
+    config = config_file(inputs, tmp_path / "run", **_settings(**{"parallel.data": 4}))
+    job = _submit(nodes, config)
     known = nodes.wait(job, "COMPLETED", "FAILED", seconds=120)
     assert known["JobState"] == "FAILED"
     assert known["Restarts"] == "0"
     said = [line for line in _log(tmp_path, job).splitlines() if "opd-megatron" in line]
     assert "world size 2 must equal" in said[0]
     assert "Traceback" not in _log(tmp_path, job)
-    shutil.rmtree(tmp_path)
