@@ -20,12 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = ["--signals-to-handle", launcher.AGENT_SIGNALS, *(sys.argv[1:] if argv is None else argv)]
     arguments = run.parse_args(words)
-    try:
+
+    def start() -> int:
         _check_address(arguments)
-    except ConfigError as error:
-        print(f"opd-megatron: error: {error}", file=sys.stderr)
-        return launcher.USER_ERROR
-    return launcher.run_agent(lambda: run.run(arguments))
+        return launcher.run_agent(lambda: run.run(arguments))
+
+    return launcher.run_command(start)
 
 
 def _check_address(arguments: argparse.Namespace) -> None:

@@ -136,6 +136,7 @@ class _PassStopSignalsOn:
         self.first: float | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._reads, self._writes = os.pipe()
+        self._other_fd = -1
 
     def install(self) -> None:
         self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
