@@ -67,9 +67,20 @@ class Cluster:
         return known
 
     def start_again(self, job: int) -> None:
-        """Starts a requeued job without the two minutes that SLURM lets it wait for."""
+        """Starts a requeued job without the two minutes that SLURM lets it wait for.
+
+        Those are there for a reason: its nodes refuse a job that starts in the second in which its last run was ended
+        ("credential revoked"), and it cannot be changed while that is being cleared away.
+        """
         self.wait(job, "PENDING", seconds=60)
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        time.sleep(3)
+        until = time.monotonic() + 60
+        while self.show(job)["JobState"] == "PENDING":
+            try:
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            except AssertionError:
+                assert time.monotonic() < until, f"job {job} cannot be started again: {self.show(job)}"
+            time.sleep(0.5)
 
     def kill_node(self, name: str) -> None:
         """Kills a node: its daemon, and all that runs there, as when its power is cut."""
