@@ -36,13 +36,13 @@ KINDS = {
     for name, family in DIVERGENCES.items()
     for parameter in (FEW_PARAMETERS.get(family.argument, PARAMETERS) if family.argument else (0.0,))
 }
-ONE_OF_EACH = [next(known for known in KINDS if known.partition("-")[0] == name) for name in DIVERGENCES]
 every_divergence = pytest.mark.parametrize("divergence", KINDS.values(), ids=KINDS)
-one_of_each = pytest.mark.parametrize("divergence", [KINDS[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
-at_temperatures = pytest.mark.parametrize(
-    ("name", "temperature"), [*((name, 1.0) for name in KINDS), *((n, t) for n in ONE_OF_EACH for t in (0.5, 2.0))]
+one_of_each = pytest.mark.parametrize(
+    "divergence",
+    [next(kind for known, kind in KINDS.items() if known.partition("-")[0] == name) for name in DIVERGENCES],
+    ids=DIVERGENCES,
 )
-"""A temperature scales logits before any divergence sees them: one of each kind is enough for the others."""
+every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 
 
 def _normalisers(x: Statistics) -> Normalisers:
@@ -101,9 +101,10 @@ class Numbers:
         with DEVICE:
             yield
 
-    @at_temperatures
-    def test_every_stage_equals_float64(self, name: str, temperature: float) -> None:
-        check_against_float64(KINDS[name], temperature, *logits(1, 1300, torch.float32, torch.float32))
+    @every_divergence
+    @every_temperature
+    def test_every_stage_equals_float64(self, divergence: Divergence, temperature: float) -> None:
+        check_against_float64(divergence, temperature, *logits(1, 1300, torch.float32, torch.float32))
 
     @one_of_each
     def test_bf16_student_and_an_fp32_mixture_of_teachers(self, divergence: Divergence) -> None:

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +25,9 @@ REQUESTS = requests_of(prompts_of(8, 12), seed=50)
 SAMPLING = Sampling(max_new_tokens=160)
 
 
-@pytest.fixture
-def engines(tmp_path: Path) -> Iterator[list[VLLMEngine]]:
-    folder = tmp_path
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMEngine]]:
+    folder = tmp_path_factory.mktemp("fleet")
     options: dict[str, Any] = {"dtype": "fp32", "kv_cache_gib": 0.1, "share": MachineShare(neighbours=2)}
     model = save_config(folder / "model")
     engines = [
@@ -74,13 +73,6 @@ def _agree(some: list[Rollout], others: list[Rollout]) -> bool:
     return ids_of(some) == ids_of(others) and close
 
 
-def test_two_engines_give_the_answers_of_one(engines: list[VLLMEngine]) -> None:
-    fleet = _client(engines, [])
-    fleet.start(0)
-    assert _agree(_sample_alone(engines[0]), fleet.sample(REQUESTS, SAMPLING))
-
-
-@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_two_engines_give_the_answers_of_one_also_when_one_is_killed(
     engines: list[VLLMEngine], monkeypatch: pytest.MonkeyPatch
