@@ -184,8 +184,11 @@ class RolloutConfig(Section):
     their own, and with `steps_ahead`."""
     max_restarts: NonNegativeInt = 3
     """How often in a row a dead engine is restarted before the run stops; counted for each engine."""
+    startup_timeout: PositiveFloat = 1800.0
+    """Seconds an engine may take to start: load its model, compile, capture graphs."""
     request_timeout: PositiveFloat = 600.0
-    """Seconds the engine may take to start or to answer a call."""
+    """Seconds an engine may be silent. One that samples tells how far it is, so that answers may take hours; any other
+    request must be done by then."""
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -229,6 +232,11 @@ class ParallelConfig(Section):
     """Sum gradients over data-parallel ranks, bucket by bucket, while the backward pass goes on; on GPUs by default."""
     bucket_size: PositiveInt | None = None
     """Parameters of such a bucket; Megatron's 40 million, or a million for each data-parallel rank, by default."""
+    start_timeout: PositiveFloat = 1800.0
+    """Seconds for all ranks to find each other."""
+    collective_timeout: PositiveFloat = 1800.0
+    """Seconds that ranks wait for each other in one collective. Answers may take longer: engines tell how far they are
+    (`rollout.request_timeout`). What a teacher may take for a micro batch must be less."""
     micro_batch_size: PositiveInt | None = None
     """Sequences in one forward pass of a rank; the largest divisor of its sequences up to 8 by default."""
 

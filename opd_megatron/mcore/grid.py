@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from opd_megatron.system.groups import model_group
 from opd_megatron.weights.layout import ShardLayout
 
 
@@ -46,21 +48,25 @@ class ParallelGrid:
             f"{dp_size} data-parallel ranks do not split into expert-parallel groups of {ep_size}"
         )
         comm = HyperCommGrid([tp_size, 1, dp_size, pp_size], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
+        alone = _Groups()
+        made = _Groups(alone)
         groups = ProcessGroupCollection(
-            tp=comm.create_pg("tp"),
-            cp=comm.create_pg("cp"),
-            pp=comm.create_pg("pp"),
-            dp=comm.create_pg("dp"),
-            dp_cp=comm.create_pg(["cp", "dp"]),
-            mp=comm.create_pg(["tp", "pp"]),
-            tp_cp=comm.create_pg(["tp", "cp"]),
-            tp_dp_cp=comm.create_pg(["tp", "cp", "dp"]),
+            tp=made.of(comm.get_rank_enum("tp")),
+            cp=made.of(comm.get_rank_enum("cp")),
+            pp=made.of(comm.get_rank_enum("pp")),
+            dp=made.of(comm.get_rank_enum("dp")),
+            dp_cp=made.of(comm.get_rank_enum(["cp", "dp"])),
+            mp=made.of(comm.get_rank_enum(["tp", "pp"])),
+            tp_cp=made.of(comm.get_rank_enum(["tp", "cp"])),
+            tp_dp_cp=made.of(comm.get_rank_enum(["tp", "cp", "dp"])),
         )
-        world = comm.create_pg(["tp", "cp", "dp", "pp"])
-        groups.embd = _first_and_last_stage_group(comm)
+        world = made.of(comm.get_rank_enum(["tp", "cp", "dp", "pp"]))
+        # First and last pipeline stage hold copies of a tied embedding; the ranks in between are in no such group.
+        groups.embd = made.of([ranks[0], ranks[-1]] for ranks in comm.get_rank_enum("pp"))
+        assert world is not None, "this rank is of another grid"
         groups.pos_embd = None  # rotary models have no position embedding to keep in step
         groups.intra_dist_opt = world
-        _add_expert_groups(groups, tp_size, ep_size, dp_size // ep_size, pp_size, rank_offset)
+        _add_expert_groups(groups, alone, tp_size, ep_size, dp_size // ep_size, pp_size, rank_offset)
         return cls(tp_size, pp_size, dp_size, ep_size, sequence_parallel, groups, world)
 
     @property
@@ -106,28 +112,47 @@ class ParallelGrid:
         )
 
 
+class _Groups:
+    """Makes a group for each partition of ranks, once whatever it is called: with sizes of 1 many are the same, and
+    every group is a communicator more."""
+
+    def __init__(self, alone: _Groups | None = None) -> None:
+        """`alone`: where groups of one rank are looked up and made; here by default."""
+        self._made: dict[frozenset[tuple[int, ...]], dist.ProcessGroup | None] = {}
+        self._alone = alone or self
+
+    def of(self, partition: Iterable[Iterable[int]]) -> dist.ProcessGroup | None:
+        """This rank's group of the partition; None where it is in none. Every rank asks for the same ones in the same
+        order."""
+        sets = sorted(tuple(sorted(set(ranks))) for ranks in partition)
+        made = self._made if any(len(ranks) > 1 for ranks in sets) else self._alone._made
+        key = frozenset(sets)
+        if key not in made:
+            mine = None
+            for ranks in sets:
+                group = model_group(ranks)
+                if dist.get_rank() in ranks:
+                    mine = group
+            made[key] = mine
+        return made[key]
+
+
 def _add_expert_groups(
-    groups: ProcessGroupCollection, tp_size: int, ep_size: int, expert_dp_size: int, pp_size: int, rank_offset: int
-) -> None:
-    """Makes the expert-parallel groups; `expert_dp_size` ranks hold the same experts."""
+    groups: ProcessGroupCollection, alone: _Groups, tp_size: int, ep_size: int, expert_dp_size: int, pp_size: int,
+    rank_offset: int,
+) -> None:  # fmt: skip
+    """Makes the expert-parallel groups; `expert_dp_size` ranks hold the same experts.
+
+    Of their own also where the ranks are those of a dense group: tokens travel while gradients are summed, and in one
+    communicator they would wait for each other.
+    """
     groups.expt_tp = groups.tp
     if ep_size == 1:  # upstream wants the groups even so
         groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.mp, groups.dp
         return
     comm = HyperCommGrid([tp_size, ep_size, expert_dp_size, pp_size], ["tp", "ep", "dp", "pp"], rank_offset=rank_offset)
-    groups.ep = comm.create_pg("ep")
-    groups.tp_ep = comm.create_pg(["tp", "ep"])
-    groups.tp_ep_pp = comm.create_pg(["tp", "ep", "pp"])
-    groups.expt_dp = comm.create_pg("dp")
-
-
-def _first_and_last_stage_group(comm: HyperCommGrid) -> dist.ProcessGroup | None:
-    """Makes the group of first and last pipeline stage, which hold copies of a tied embedding; None on ranks in
-    between."""
-    mine = None
-    for ranks in comm.get_rank_enum("pp"):
-        members = sorted({ranks[0], ranks[-1]})
-        group = dist.new_group(members)
-        if dist.get_rank() in members:
-            mine = group
-    return mine
+    made = _Groups(alone)
+    groups.ep = made.of(comm.get_rank_enum("ep"))
+    groups.tp_ep = made.of(comm.get_rank_enum(["tp", "ep"]))
+    groups.tp_ep_pp = made.of(comm.get_rank_enum(["tp", "ep", "pp"]))
+    groups.expt_dp = made.of(comm.get_rank_enum("dp"))

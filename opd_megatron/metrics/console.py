@@ -16,6 +16,9 @@ from rich.text import Text
 
 from opd_megatron.types import StepMetrics
 
+_PLAIN_ANSWERS_SECONDS = 60.0
+"""Between two lines about answers under way, where there is no bar."""
+
 
 class NullDisplay:
     """Shows nothing: what every rank but the first holds."""
@@ -28,6 +31,9 @@ class NullDisplay:
 
     def sample(self, text: str) -> None:
         """Shows a prompt and an answer of the student, as text."""
+
+    def answers(self, done: int, of: int) -> None:
+        """Shows how far the answers are that are waited for; called every few seconds."""
 
     def print(self, renderable: Any) -> None:
         """Prints anything that rich can draw, such as `result_table(rows)`."""
@@ -65,6 +71,7 @@ class TrainingDisplay(NullDisplay):
         self._total, self._start, self._plain_seconds = total_steps, start_step, plain_seconds
         self._began = time.monotonic()
         self._last_line = -plain_seconds
+        self._last_answers = time.monotonic()
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
             self._bar = _progress(self.console)
@@ -91,6 +98,14 @@ class TrainingDisplay(NullDisplay):
             self._show(self.console.print, Panel(Text(text), title="sample", title_align="left", border_style="dim"))
         else:
             self.note("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+
+    def answers(self, done: int, of: int) -> None:
+        text = f"sampling: {done} of {of} answers"
+        if self._bar is not None:
+            self._show(self._bar.update, self._task, status=text)
+        elif time.monotonic() - self._last_answers >= _PLAIN_ANSWERS_SECONDS:
+            self._last_answers = time.monotonic()
+            self.note(text)
 
     def print(self, renderable: Any) -> None:
         self._show(self.console.print, renderable)

@@ -35,6 +35,9 @@ class RolloutEngine(Protocol):
     every rank knows from the configuration (`rollout.weight_format`).
     Every method raises EngineDiedError when the process behind it has ended; `wait_ready` then brings up a new one,
     which has no usable weights until the next `update_weights`.
+
+    One whose answers take long may have an attribute `answered`, how many of those that it was last asked for are done:
+    the display shows it.
     """
 
     policy_version: int

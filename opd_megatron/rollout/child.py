@@ -36,9 +36,24 @@ class ChildProcess:
     still needs it, and `close` ends it.
     """
 
-    def __init__(self, module: str, environment: Mapping[str, str], log_path: Path | None, timeout: float) -> None:
-        """Starts the process. `timeout`: seconds any one request may take."""
-        self._timeout = timeout
+    def __init__(
+        self,
+        module: str,
+        environment: Mapping[str, str],
+        log_path: Path | None,
+        timeout: float,
+        *,
+        start_timeout: float | None = None,
+    ) -> None:
+        """Starts the process.
+
+        Args:
+            timeout: seconds that a request may take, counted anew when the child says how far it is.
+            start_timeout: the same for the request `start`; `timeout` by default.
+        """
+        self._timeout, self._start_timeout = timeout, start_timeout or timeout
+        self.progress: Any = None
+        """What the child last said of the request that it is at; None when it has said nothing."""
         self.log_hint = f"; see {log_path}" if log_path else ""
         if log_path is None:
             scratch = Path(tempfile.mkdtemp(prefix="opd-rollout-"))
@@ -64,33 +79,48 @@ class ChildProcess:
         return self.receive(name)
 
     def send(self, name: str, arguments: Any) -> None:
+        self.progress = None
         with self._death_is_an_error(name):
             self._connection.send((name, arguments))
 
     def receive(self, name: str) -> Any:
-        deadline = time.monotonic() + self._timeout
         with self._death_is_an_error(name):
-            while not self._connection.poll(_POLL_SECONDS):
-                # Processes that the child forked may keep its end of the pair open.
-                if self.process.poll() is not None and not self._connection.poll(0):
-                    raise EOFError
-                if name == "start":
-                    self._shared_memory.look(self.process.pid)
-                    if stop_requested():
-                        self._kill()  # it may take minutes to come up, and would have nothing to do then
-                        raise_if_stop_requested()
-                if time.monotonic() > deadline:
-                    self._kill()
-                    raise EngineDiedError(
-                        f"rollout engine did not finish {name!r} within rollout.request_timeout={self._timeout:g} s "
-                        f"and was ended: raise it{self.log_hint}"
-                    )
-            status, value = self._connection.recv()
+            status, value = self._next(name)
+            while status == "progress":
+                self.progress = value
+                status, value = self._next(name)
         if name == "start":
             self._shared_memory.look(self.process.pid)
         if status == "refused":
             raise RolloutError(value)
         return value
+
+    def _next(self, name: str) -> tuple[str, Any]:
+        """Waits for the next message of the child, which is at the request `name`."""
+        setting, seconds = (
+            ("startup_timeout", self._start_timeout) if name == "start" else ("request_timeout", self._timeout)
+        )
+        deadline = time.monotonic() + seconds
+        while not self._connection.poll(_POLL_SECONDS):
+            # Processes that the child forked may keep its end of the pair open.
+            if self.process.poll() is not None and not self._connection.poll(0):
+                raise EOFError
+            if name == "start":
+                self._shared_memory.look(self.process.pid)
+                if stop_requested():
+                    self._kill()  # it may take minutes to come up, and would have nothing to do then
+                    raise_if_stop_requested()
+            if time.monotonic() > deadline:
+                self._kill()
+                raise EngineDiedError(
+                    f"rollout engine did not finish {name!r} within rollout.{setting}={seconds:g} s and was ended: "
+                    f"raise it{self.log_hint}"
+                    if self.progress is None
+                    else f"rollout engine went no further in {name!r} for rollout.{setting}={seconds:g} s and was "
+                    f"ended: raise it{self.log_hint}"
+                )
+        status, value = self._connection.recv()
+        return status, value
 
     @contextlib.contextmanager
     def _death_is_an_error(self, name: str) -> Iterator[None]:

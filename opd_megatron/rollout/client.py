@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 from opd_megatron.errors import EngineDiedError, EngineMemoryError, OPDError, StalePolicyError
 from opd_megatron.rollout.base import RolloutEngine, Sleeper
 from opd_megatron.rollout.shares import share_out
-from opd_megatron.rollout.side_by_side import InThreads, Outcome, fed_from, gathered, in_threads
+from opd_megatron.rollout.side_by_side import InThreads, Outcome, fed_from, gathered, gathered_in_time, in_threads
 from opd_megatron.system.commands import Commands
 from opd_megatron.types import Rollout, SampleRequest, Sampling
 from opd_megatron.weight_sync.format import WeightPayload
@@ -68,6 +68,7 @@ class RolloutClient:
         sleeps: bool = False,
         make_room: Callable[[], None] = lambda: None,
         take_back: Callable[[], None] = lambda: None,
+        on_progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         """
         Args:
@@ -83,6 +84,7 @@ class RolloutClient:
             sleeps: engines give their memory back when they have sampled, and take it again before they sample next.
             make_room: frees what this rank holds without need while engines are awake, before they take memory.
             take_back: undoes that when the engines have fallen asleep.
+            on_progress: gets (done, of) of the answers every few seconds while they are waited for, on rank 0.
         """
         assert count > 0
         assert not (sleeps and commands), "engines on ranks of their own have nobody to take turns with"
@@ -94,6 +96,7 @@ class RolloutClient:
         self._on_event = on_event
         self._commands = commands
         self._sleeps, self._make_room, self._take_back = sleeps, make_room, take_back
+        self._on_progress = on_progress
         self._asleep = False
         self._is_first = group is None or dist.get_rank(group) == 0
         self._sampling: _Sampling | None = None
@@ -166,7 +169,7 @@ class RolloutClient:
         step, self._sampling = self._sampling, None
         assert step is not None, "nothing was begun"
         while True:
-            outcomes = gathered(step.asked.outcomes(), self._group)
+            outcomes = gathered_in_time(step.asked, self._group, self._answered, functools.partial(self._told, step))
             for index in [index for index, outcome in outcomes.items() if not outcome.died]:
                 share = step.waiting.pop(index)
                 rollouts = _unpack([step.requests[i] for i in share], outcomes[index].value)
@@ -177,6 +180,13 @@ class RolloutClient:
                 self._fall_asleep()
                 return [step.answers[i] for i in range(len(step.requests))]
             self._ask(step)
+
+    def _answered(self) -> int:
+        return sum(getattr(engine, "answered", 0) for engine in self._engines.values())
+
+    def _told(self, step: _Sampling, count: int) -> None:
+        if self._is_first:
+            self._on_progress(len(step.answers) + count, len(step.requests))
 
     def _fall_asleep(self) -> None:
         """Whoever dies of it is found dead at the next sync, when its memory is wanted again."""
@@ -294,7 +304,7 @@ class RolloutClient:
             for index, engine in self._engines.items()
             if index in which
         }
-        return gathered(in_threads(mine), self._group)
+        return gathered_in_time(InThreads(mine), self._group)
 
     def _sample_fresh(
         self, engine: RolloutEngine, requests: Sequence[SampleRequest], sampling: Sampling

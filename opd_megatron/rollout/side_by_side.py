@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ from opd_megatron.errors import EngineDiedError, OPDError, RolloutError
 from opd_megatron.system.collectives import raise_on_all_ranks
 from opd_megatron.weight_sync.format import WeightPayload
 
+_PULSE_SECONDS = 10.0
+"""Between two signs of life of a rank whose engines are at work."""
 _TRAINER = -1
 """Stands beside the engines' numbers for the trainer's own side of a weight sync."""
 
@@ -54,6 +57,13 @@ class InThreads:
     def _run(self, index: int, action: Callable[[], Any]) -> None:
         self._outcomes[index] = Outcome.of(action)
 
+    def ended(self, seconds: float) -> bool:
+        """Waits for all of them, but no longer than that; True when they are done."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
     def outcomes(self) -> dict[int, Outcome]:
         """Waits for all of them."""
         for thread in self._threads:
@@ -66,6 +76,31 @@ def in_threads(actions: Mapping[int, Callable[[], Any]]) -> dict[int, Outcome]:
     if len(actions) == 1:
         return {index: Outcome.of(action) for index, action in actions.items()}
     return InThreads(actions).outcomes()
+
+
+def gathered_in_time(
+    asked: InThreads,
+    group: ProcessGroup | None,
+    answered: Callable[[], int] = lambda: 0,
+    tell: Callable[[int], None] = lambda _: None,
+) -> dict[int, Outcome]:
+    """As `gathered`, of work that takes as long as it takes: an hour of sampling is no failure. Collective.
+
+    The ranks ask each other every few seconds, so that none waits longer in one collective, and one that is gone is
+    noticed.
+
+    Args:
+        answered: how many answers this rank's engines have so far.
+        tell: gets the sum of it over all ranks, each time.
+    """
+    while True:
+        state = torch.tensor([int(not asked.ended(_PULSE_SECONDS)), answered()])
+        if group is not None:
+            dist.all_reduce(state, group=group)
+        busy, count = state.tolist()
+        if not busy:
+            return gathered(asked.outcomes(), group)
+        tell(count)
 
 
 def gathered(mine: Mapping[int, Outcome], group: ProcessGroup | None) -> dict[int, Outcome]:

@@ -50,8 +50,10 @@ class VLLMOptions:
     """Key-value cache on CPU."""
     gpu_memory_utilization: float = 0.4
     seed: int = 0
+    startup_timeout: float = 1800.0
+    """Seconds the start may take."""
     request_timeout: float = 600.0
-    """Seconds the start, or any other call, may take."""
+    """Seconds of silence after which any other call is given up."""
     maps_memory: bool = False
     """Whether weights come in memory that its workers map, rather than in files."""
     banned_ids: tuple[int, ...] = ()
@@ -159,6 +161,7 @@ def build_engine(
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         seed=config.seed,
+        startup_timeout=rollout.startup_timeout,
         request_timeout=rollout.request_timeout,
         maps_memory=_maps_memory(config),
         banned_ids=tuple(banned_ids),
@@ -194,6 +197,12 @@ class VLLMEngine:
         self._started = False
 
     @property
+    def answered(self) -> int:
+        """How many of the requests that it is at it has answered; grows about once a second."""
+        progress = self._child.progress if self._child else None
+        return progress[0] if progress else 0
+
+    @property
     def pid(self) -> int | None:
         """Process id of the engine; None when it is not running."""
         return self._child.process.pid if self._child else None
@@ -207,6 +216,7 @@ class VLLMEngine:
             self.options.environment(torch.cuda.is_available()),
             self.options.log_path,
             self.options.request_timeout,
+            start_timeout=self.options.startup_timeout,
         )
 
     def wait_ready(self) -> None:
@@ -215,7 +225,7 @@ class VLLMEngine:
         Raises:
             EngineMemoryError: the GPU has less memory free than `gpu_memory_utilization` asks for.
             RolloutError: vLLM does not take the model or the sizes asked for.
-            EngineDiedError: the process ended, or took longer than `request_timeout`.
+            EngineDiedError: the process ended, or took longer than `startup_timeout`.
         """
         if self._child is None or self._started:
             self.spawn()

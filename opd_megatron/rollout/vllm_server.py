@@ -1,10 +1,11 @@
 """The engine's side of the pipe: `python -m opd_megatron.rollout.vllm_server FD`, a process that owns `vllm.LLM`.
 
 Started by `vllm_engine.VLLMEngine` with the descriptor of a connected socket. Requests are `(name, arguments)`,
-replies `("ok", value)` or `("refused", reason)`; all of them plain Python numbers, strings and lists. The first
-request is `start`. vLLM checks what it is asked to sample before it samples: a request that it refuses is refused to
-the client, which would be no wiser after a new start. Any other exception ends the process: a vLLM that has raised
-once is not to be trusted, and the client knows how to start another one.
+replies `("ok", value)` or `("refused", reason)`; before its reply, a request that samples sends
+`("progress", (done, of))` now and then. All of them are plain Python numbers, strings and lists. The first request is
+`start`. vLLM checks what it is asked to sample before it samples: a request that it refuses is refused to the client,
+which would be no wiser after a new start. Any other exception ends the process: a vLLM that has raised once is not to
+be trusted, and the client knows how to start another one.
 """
 
 from __future__ import annotations
@@ -20,15 +21,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _SAMPLING = ("generate", "token_logprobs")
+_TELL_SECONDS = 1.0
 
 
 class Server:
     """One vLLM engine; public methods are the requests."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], tell: Callable[[tuple[int, int]], None] = lambda _: None) -> None:
+        """`tell`: gets (done, of) of the sequences that are sampled, at most once a second."""
         from vllm import LLM
 
         self.llm = LLM(**options)
+        self._tell, self._of, self._told = tell, 0, 0.0
+        engine = self.llm.llm_engine
+        engine.step = self._telling(engine.step)
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int | None], sampling: dict[str, Any]
@@ -90,7 +96,20 @@ class Server:
         self.llm.wake_up(tags=[tag])
 
     def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+        self._of, self._told = len(prompts), time.monotonic()
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+
+    def _telling(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """The engine's step, which says that it lives: one that hangs has no other sign than silence."""
+
+        def run() -> Any:
+            outputs, now = step(), time.monotonic()
+            if now - self._told >= _TELL_SECONDS:
+                self._told = now
+                self._tell((self._of - self.llm.llm_engine.get_num_unfinished_requests(), self._of))
+            return outputs
+
+        return run
 
     def is_idle(self) -> bool:
         """Tells whether a request that failed left nothing behind: vLLM takes back what it had added of it."""
@@ -129,7 +148,7 @@ def serve(connection: Connection) -> None:
 
 def _start(connection: Connection, options: dict[str, Any]) -> Server:
     try:
-        return Server(options)
+        return Server(options, lambda progress: connection.send(("progress", progress)))
     except Exception as error:
         # A model or a size that vLLM does not take will not be taken at the next start either.
         with contextlib.suppress(OSError):

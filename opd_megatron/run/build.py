@@ -44,6 +44,7 @@ from opd_megatron.run.run_dir import RunDir
 from opd_megatron.run.siblings import Siblings
 from opd_megatron.run.teacher_lines import teacher_lines
 from opd_megatron.system.collectives import on_all_ranks
+from opd_megatron.system.groups import cpu_group
 from opd_megatron.system.ranks import launched
 from opd_megatron.system.world import check_versions
 from opd_megatron.teacher import Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
@@ -280,7 +281,8 @@ def _checked(
     if sampling:
         inputs.notes.extend(run_dir.check_content(identity, config.checkpoint.allow_changed))
     let_transfers_overtake(config.parallel.tensor)
-    init_distributed()
+    parallel = config.parallel
+    init_distributed(start_timeout=parallel.start_timeout, patience=parallel.collective_timeout)
     check_versions()
     config = _rank_0s_precision(config)
     return run_dir, config, models, inputs, identity | settings_identity(config.model_dump(mode="json"))
@@ -377,7 +379,7 @@ def _rollout_client(
     publisher = WeightPublisher(
         student,
         weight_format(config, student.hf_config),
-        dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None,
+        cpu_group() if dist.get_world_size() > 1 else None,
         bucket_bytes=config.rollout.bucket_mib * 2**20,
         on_event=display.note,
         fan_out=fleet.fan_out,
@@ -395,7 +397,9 @@ def _rollout_client(
         for model in in_turns:
             model.move_back()
 
-    return fleet.client(config, publisher.stream, display.note, make_room=make_room, take_back=take_back)
+    return fleet.client(
+        config, publisher.stream, display.note, make_room=make_room, take_back=take_back, on_progress=display.answers
+    )
 
 
 def _saver(config: RunConfig, run_dir: RunDir) -> CheckpointSaver:

@@ -87,7 +87,8 @@ def cache_teachers(
     identity = run_identity(config, models, inputs.tokenizer, inputs.prompts, inputs.teacher_tokenizers)
     fingerprints = teacher_fingerprints(config, models, identity)
     sequences = _sequences(config, inputs, rollouts, answers=answers)
-    init_distributed()
+    parallel = config.parallel
+    init_distributed(start_timeout=parallel.start_timeout, patience=parallel.collective_timeout)
     try:
         return [
             _Pass(config, models, inputs, number, entry, fingerprints[number]).run(

@@ -18,6 +18,7 @@ from opd_megatron.rollout.turns import sleeps
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.commands import Commands
+from opd_megatron.system.groups import cpu_group
 from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.fan_out import FanOut
 from opd_megatron.weight_sync.format import WeightPayload
@@ -44,7 +45,7 @@ class Fleet:
         fan_out = None
         if places.leaders != [0]:
             fan_out = FanOut(places.leaders, places.nodes, bucket_store(takes, device()), device())
-        group = dist.new_group(places.sampling, backend="gloo") if places.world_size > 1 else None
+        group = cpu_group(places.sampling) if places.world_size > 1 else None
         commands = Commands(start_store(), "rollout") if places.hosts_engines_apart else None
         return cls(places=places, group=group, fan_out=fan_out, commands=commands)
 
@@ -71,6 +72,7 @@ class Fleet:
         *,
         make_room: Callable[[], None] = free_caches,
         take_back: Callable[[], None] = lambda: None,
+        on_progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> RolloutClient:
         """Makes the fleet look like one engine. Arguments: see `RolloutClient`."""
         return RolloutClient(
@@ -84,6 +86,7 @@ class Fleet:
             sleeps=sleeps(config, on_gpu=has_gpu()),
             make_room=make_room,
             take_back=take_back,
+            on_progress=on_progress,
         )
 
     def serve(self, config: RunConfig) -> None:

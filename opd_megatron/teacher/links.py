@@ -18,6 +18,7 @@ from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.models import ResolvedModels
 from opd_megatron.places import Places
 from opd_megatron.system.commands import Commands
+from opd_megatron.system.groups import cpu_group
 from opd_megatron.teacher.route import Grid, Route
 
 
@@ -78,8 +79,8 @@ def _link(config: RunConfig, teacher: TeacherConfig, number: int, route: Route) 
         layout.tensor, layout.pipeline, layout.data, ep_size=expert, rank_offset=layout.first
     )  # fmt: skip
     members = route.members
-    states = dist.new_group(members, backend="gloo") if len(members) > 1 else None
-    told = dist.new_group([0, *layout.ranks], backend="gloo") if own else None
+    states = cpu_group(members) if len(members) > 1 else None
+    told = cpu_group([0, *layout.ranks]) if own else None
     return TeacherLink(
         route,
         built if rank in layout.ranks else None,

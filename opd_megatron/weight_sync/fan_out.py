@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.errors import OPDError, RolloutError, one_line
+from opd_megatron.system.groups import cpu_group, model_group
 from opd_megatron.weight_sync.bucket_store import BucketStore
 from opd_megatron.weight_sync.format import ShardFiles, SharedFiles, WeightPayload, tensors_of
 
@@ -56,8 +57,8 @@ class FanOut:
         self._device = device or torch.device("cpu")
         heads = {nodes[rank]: rank for rank in reversed(self._members)}
         self._is_head = self._rank in heads.values()
-        self._group = _group(self._members, backend="gloo")
-        self._heads = _group(sorted(heads.values()), backend=None)
+        self._group = _several(self._members, cpu_group)
+        self._heads = _several(sorted(heads.values()), model_group)
         self._many_nodes = len(heads) > 1
         self.nbytes = 0
         """Of all that this rank has sent or received so far, each node counted once."""
@@ -182,11 +183,9 @@ class _InThread:
             raise self._error
 
 
-def _group(ranks: Sequence[int], backend: str | None) -> ProcessGroup | None:
+def _several(ranks: Sequence[int], make: Callable[[Sequence[int]], ProcessGroup]) -> ProcessGroup | None:
     """None where there is nobody to talk to. Collective over all ranks."""
-    if len(ranks) == 1:
-        return None
-    return dist.new_group(list(ranks), backend=backend)
+    return make(ranks) if len(ranks) > 1 else None
 
 
 def _remove(paths: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from opd_megatron.system.groups import cpu_group
 from opd_megatron.types import Bucket
 from opd_megatron.weight_sync.bucket_store import bucket_store
 from opd_megatron.weight_sync.fan_out import FanOut
@@ -73,7 +74,7 @@ class WeightPublisher:
         """Makes the transport of shard files, and tells whether the engine's host can read every rank's."""
         # Tensor parallelism is the fastest axis of the grid: these are the ranks of rank 0's stage and replica.
         tp_size = self._student.layout.tp_size
-        senders = dist.new_group(list(range(tp_size)), backend="gloo")
+        senders = cpu_group(range(tp_size))
         reached = [True]
         if dist.get_rank() < tp_size:
             self._transport = ShardFileTransport(senders, bucket_store(self._format, self._device, writers=tp_size))

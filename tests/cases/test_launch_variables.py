@@ -76,8 +76,10 @@ def test_who_waits_for_other_ranks_says_so(tmp_path: Path) -> None:
     script = (
         "from opd_megatron.mcore.cpu import platform\n"
         "platform._PATIENCE_SECONDS = 0.2\n"
-        "platform.init_distributed(timeout_minutes=0.05)\n"
+        "platform.init_distributed(start_timeout=3)\n"
     )
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert "rank 0 of 2 is waiting for the others at localhost:0" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "rank 0 of 2 did not meet the others at localhost:0 within parallel.start_timeout=3 s" in last

@@ -21,6 +21,14 @@ def main() -> None:
             os._exit(3)
         elif name == "hang" or (name == "start" and argument == "forever"):
             time.sleep(600)
+        elif name == "slow":  # says how far it is, for longer than any one request may take
+            for done in range(argument):
+                time.sleep(0.5)
+                connection.send(("progress", (done, argument)))
+            connection.send(("ok", argument))
+        elif name == "stall":
+            connection.send(("progress", (1, 2)))
+            time.sleep(600)
         elif name == "start":
             connection.send(("ok", _hold_shared_memory()))
         else:

@@ -72,6 +72,22 @@ def test_a_call_that_takes_too_long_ends_the_child(tmp_path):
     assert not is_running(child.process.pid)
 
 
+def test_a_child_that_says_how_far_it_is_may_take_longer_than_one_that_is_silent(tmp_path):
+    child = ChildProcess("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=30)
+    child.call("echo", 0)  # it has started
+    child._timeout = 2
+    assert child.call("slow", 6) == 6
+    assert child.progress == (5, 6)
+    with pytest.raises(EngineDiedError, match=r"went no further in 'stall' for rollout.request_timeout=2 s"):
+        child.call("stall", None)
+
+
+def test_a_start_has_a_time_of_its_own(tmp_path):
+    child = ChildProcess("tests.rollout.echo_child", ENVIRONMENT, tmp_path / "rollout.log", timeout=60, start_timeout=1)
+    with pytest.raises(EngineDiedError, match=r"'start' within rollout.startup_timeout=1 s"):
+        child.call("start", "forever")
+
+
 def test_a_stop_signal_gives_up_a_start_at_once_and_ends_the_child(tmp_path):
     script = (
         "import os; from pathlib import Path; from opd_megatron.system import signals\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.errors import EngineDiedError, RolloutError, StalePolicyError
+from opd_megatron.rollout import side_by_side
 from opd_megatron.rollout.client import RolloutClient
 from opd_megatron.types import Bucket, Prompt, Rollout, SampleRequest, Sampling
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 PROMPTS = [Prompt("a", (1, 2), "a"), Prompt("b", (3,), "b")]
 REQUESTS = [SampleRequest(prompt, seed=i, group=i) for i, prompt in enumerate(PROMPTS)]
@@ -99,6 +102,45 @@ def _plain(rollouts: list[Rollout]) -> list[Any]:
         (r.prompt, r.response_ids.tolist(), r.logprobs.tolist(), r.policy_version, r.finish_reason, r.group)
         for r in rollouts
     ]
+
+
+class SlowEngine(FakeEngine):
+    def generate(self, requests: Any, sampling: Sampling) -> list[Rollout]:
+        rollouts = super().generate(requests, sampling)
+        time.sleep(4)
+        return rollouts
+
+
+def _sample_slowly(rank: int, world_size: int, pulse: float) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side_by_side, "_PULSE_SECONDS", pulse)
+        return _sampled_slowly(rank)
+
+
+def _sampled_slowly(rank: int) -> Any:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    seen: list[tuple[int, int]] = []
+    client = RolloutClient(
+        {0: SlowEngine()} if rank == 0 else {}, 1, collective_export(group), group, max_restarts=0,
+        on_event=lambda line: None, on_progress=lambda done, of: seen.append((done, of)),
+    )  # fmt: skip
+    client.start(0)
+    rollouts = client.sample(REQUESTS, SAMPLING)
+    client.close()
+    return _plain(rollouts), seen
+
+
+def test_answers_may_take_longer_than_ranks_wait_in_a_collective() -> None:
+    (answers, seen), (others, nothing) = run_ranks(2, _sample_slowly, 0.5)
+    assert answers == others
+    assert seen
+    assert set(seen) == {(2, 2)}  # this engine has answered before it sleeps
+    assert nothing == []
+
+
+def test_without_a_sign_of_life_they_do_not_wait_for_ever() -> None:
+    with pytest.raises(RankError, match=r"(?i)timed ?out|connection closed"):
+        run_ranks(2, _sample_slowly, 60.0)
 
 
 def _run_two_versions(rank: int, world_size: int, faults: dict[str, int]) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -66,6 +67,27 @@ def test_there_is_nothing_to_sample_from_before_the_first_sync(engine):
     assert engine.policy_version == -1
     with pytest.raises(RolloutError, match="no weights yet"):
         engine.generate(REQUESTS, SAMPLING)
+
+
+def test_an_engine_says_how_far_it_is_while_it_samples(engine, monkeypatch):
+    engine.update_weights(buckets_of(tiny_model(seed=0)), 0)
+    monkeypatch.setattr(engine._child, "_timeout", 4.0)
+    seen, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            seen.append(engine.answered)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    # Short and long ones, so that some are done long before others.
+    requests = requests_of(prompts_of(64, 8), seed=3)
+    rollouts = engine.generate(requests, Sampling(max_new_tokens=240, stop_token_ids=tuple(range(2))))
+    done.set()
+    watcher.join()
+    assert len(rollouts) == 64
+    assert seen == sorted(seen)
+    assert 0 < max(seen) <= 64
 
 
 def test_after_each_sync_long_prompts_are_continued_by_the_new_weights(engine, monkeypatch):

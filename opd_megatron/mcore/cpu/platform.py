@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
-from opd_megatron.errors import ConfigError
+from opd_megatron.errors import ConfigError, one_line
+from opd_megatron.system.groups import DEFAULT_TIMEOUT, collective_timeout
 from opd_megatron.system.ranks import Ranks, forget, launched
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
@@ -120,11 +121,15 @@ def let_transfers_overtake(tensor: int) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def init_distributed(timeout_minutes: float = 30.0) -> None:
+def init_distributed(*, start_timeout: float = DEFAULT_TIMEOUT, patience: float = DEFAULT_TIMEOUT) -> None:
     """Joins the default process group from torchrun's environment, or makes one of a single rank.
 
+    Args:
+        start_timeout: seconds for all ranks to come.
+        patience: seconds that a rank waits for the others in a collective, also in those of groups made later.
+
     Raises:
-        ConfigError: this node has more ranks than GPUs.
+        ConfigError: this node has more ranks than GPUs, or not all ranks came in time.
     """
     init_platform()
     if dist.is_initialized():
@@ -134,16 +139,15 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         forget()
         # An in-memory store needs no port, so that two plain runs on one machine never collide.
         dist.init_process_group(
-            _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=timeout_minutes)
+            _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=patience)
         )
         return
-    timeout = timedelta(minutes=timeout_minutes)
-    with _telling_who_is_waited_for(ranks):
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    with _telling_who_is_waited_for(ranks, start_timeout):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=start_timeout)))
         # Ranks that meet again, for another model, must not find where the groups of the last time were.
         store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
         dist.init_process_group(
-            _backend(), store=store, rank=rank, world_size=world_size, timeout=timeout,
+            _backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience),
             # Groups are split from one communicator then, and messages between two ranks need none of their own.
             device_id=device() if has_gpu() else None,
         )  # fmt: skip
@@ -155,7 +159,7 @@ def narrow_world(size: int) -> None:
 
     The other ranks keep the whole world, where they have their own number.
     """
-    group = dist.new_group(list(range(size)))
+    group = dist.new_group(list(range(size)), timeout=collective_timeout())
     if dist.get_rank() < size:
         # A rank's number is the same in both, which is what torch reckons with when it looks a group's ranks up.
         dist.distributed_c10d._update_default_pg(group)
@@ -168,8 +172,8 @@ def start_store() -> dist.Store:
 
 
 @contextlib.contextmanager
-def _telling_who_is_waited_for(ranks: Ranks) -> Iterator[None]:
-    """Says after a while that other ranks have not come: silence would look like a hang."""
+def _telling_who_is_waited_for(ranks: Ranks, patience: float) -> Iterator[None]:
+    """Says after a while that other ranks have not come: silence would look like a hang. In the end it is an error."""
     text = (
         f"rank {ranks.rank} of {ranks.world_size} is waiting for the others at {ranks.meeting_point}: are all of them "
         "started, with the same MASTER_ADDR and MASTER_PORT?"
@@ -179,6 +183,12 @@ def _telling_who_is_waited_for(ranks: Ranks) -> Iterator[None]:
     timer.start()
     try:
         yield
+    except dist.DistError as error:
+        raise ConfigError(
+            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {ranks.meeting_point} within "
+            f"parallel.start_timeout={patience:g} s ({one_line(error)}): start all of them with the same MASTER_ADDR, "
+            "MASTER_PORT and number of nodes; `opd-megatron doctor` shows the interface that is used, INTERFACE sets it"
+        ) from error
     finally:
         timer.cancel()
 
