@@ -12,6 +12,7 @@
 # MASTER_PORT      a free port on it (29500)
 # OMP_NUM_THREADS  threads of each rank; by default the cores that this shell may use, shared among its ranks
 # INTERFACE        network interface of gloo and NCCL, where the host name's address is another (`opd-megatron doctor`)
+# OPD_MEGATRON_NUMA  0 leaves ranks on all cores; otherwise each stays on those near its GPU
 #
 # output_dir must lie on storage that all machines see. SIGTERM or SIGUSR1 to this process, on any machine, lets the run
 # save its current step and end with exit code 0; the same command goes on from there.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,22 @@ MINUTES_FIRST = (
 """Files that take longest, handed out first, so that the workers end together."""
 
 
+def asks_for_gpu(marks: str) -> bool:
+    """Whether an expression of `-m` selects a test that is marked `gpu` and nothing else."""
+    from _pytest.mark.expression import Expression
+
+    named = re.search(r"\bgpu\b", marks) is not None
+    return named and Expression.compile(marks).evaluate(lambda name, **_: name == "gpu")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Shares the cores out among the workers: with more threads than cores they mostly wait for each other."""
+    """Keeps the suite off GPUs unless it is asked for them (`-m gpu`): its ranks are more than there are cards, and
+    what a CPU shows is meant to be shown on every machine.
+
+    Shares the cores out among the workers: with more threads than cores they mostly wait for each other.
+    """
+    if not asks_for_gpu(str(config.getoption("markexpr"))):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers is not None:
         import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def main(what: str, argv: Sequence[str] | None = None, prog: str | None = None) 
     """Runs one conversion as a command of its own. Returns the exit code: 0, 1 for a difference, 2 for a user's
     error."""
     words = sys.argv[1:] if argv is None else list(argv)
-    return launcher.run_command(lambda: COMMANDS[what][0](words, prog or f"{what.replace('-', '_')}.py"))
+    return launcher.run_command(lambda: _run(what, words, prog or f"{what.replace('-', '_')}.py"))
 
 
 def dispatch(words: Sequence[str]) -> int:
@@ -44,7 +45,14 @@ def dispatch(words: Sequence[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(f"unknown conversion {words[0]!r}: use one of {', '.join(COMMANDS)}")
-    return COMMANDS[words[0]][0](list(words[1:]), f"{prog} {words[0]}")
+    return _run(words[0], words[1:], f"{prog} {words[0]}")
+
+
+def _run(what: str, words: Sequence[str], prog: str) -> int:
+    # Ranks of a conversion are as many as a layout has, not as this machine has GPUs, and it only moves bytes: the
+    # GPUs are left to whoever trains on them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return COMMANDS[what][0](list(words), prog)
 
 
 def hf_to_megatron(argv: list[str], prog: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -43,7 +44,8 @@ class ParallelGrid:
         sequence_parallel: bool = False,
         rank_offset: int = 0,
     ) -> ParallelGrid:
-        """Makes the groups; every rank of the default process group must call it with the same arguments."""
+        """Makes the groups; every rank of the default process group must call it with the same arguments, also one that
+        is not of this grid and has no use for what it gets."""
         assert dp_size % ep_size == 0, (
             f"{dp_size} data-parallel ranks do not split into expert-parallel groups of {ep_size}"
         )
@@ -63,7 +65,6 @@ class ParallelGrid:
         world = made.of(comm.get_rank_enum(["tp", "cp", "dp", "pp"]))
         # First and last pipeline stage hold copies of a tied embedding; the ranks in between are in no such group.
         groups.embd = made.of([ranks[0], ranks[-1]] for ranks in comm.get_rank_enum("pp"))
-        assert world is not None, "this rank is of another grid"
         groups.pos_embd = None  # rotary models have no position embedding to keep in step
         groups.intra_dist_opt = world
         _add_expert_groups(groups, alone, tp_size, ep_size, dp_size // ep_size, pp_size, rank_offset)
@@ -121,7 +122,7 @@ class _Groups:
         self._made: dict[frozenset[tuple[int, ...]], dist.ProcessGroup | None] = {}
         self._alone = alone or self
 
-    def of(self, partition: Iterable[Iterable[int]]) -> dist.ProcessGroup | None:
+    def of(self, partition: Iterable[Iterable[int]]) -> Any:
         """This rank's group of the partition; None where it is in none. Every rank asks for the same ones in the same
         order."""
         sets = sorted(tuple(sorted(set(ranks))) for ranks in partition)

@@ -26,6 +26,7 @@ from torch.utils._device import _device_constructors
 
 from opd_megatron.errors import ConfigError, one_line
 from opd_megatron.system.groups import DEFAULT_TIMEOUT, collective_timeout
+from opd_megatron.system.numa import stay_near
 from opd_megatron.system.ranks import Ranks, forget, launched
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
@@ -77,6 +78,8 @@ def init_platform() -> None:
     quiet_upstream()
     if has_gpu():
         torch.cuda.set_device(_gpu_of_this_rank())
+        gpu: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+        stay_near(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
     else:
         _patch_torch_cuda()
         _patch_factories()
