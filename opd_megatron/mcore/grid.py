@@ -110,6 +110,9 @@ class ParallelGrid:
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             ep_group=self.groups.ep,
+            dp_group=self.groups.dp,
+            expert_dp_group=self.groups.expt_dp,
+            world=self.world,
         )
 
 

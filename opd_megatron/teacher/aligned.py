@@ -24,6 +24,7 @@ from opd_megatron.teacher.base import Teacher
 from opd_megatron.teacher.heads import Heads
 from opd_megatron.types import DTYPES, Batch, TeacherInputs
 from opd_megatron.weights.load import load_head_rows
+from opd_megatron.weights.shared_reading import read_once
 
 
 class AlignedTeacher:
@@ -108,7 +109,10 @@ class TranslatedHeads(Heads):
         others = [token_id for token_id in range(theirs) if token_id not in paired][rank::ranks]
         ids = torch.tensor([*(other for _, other in own), *others], dtype=torch.int64)
         weight = torch.empty(len(ids), hf_config.hidden_size, dtype=DTYPES[dtype], device=device())
-        load_head_rows(folder, hf_config, ids, weight)
+        read_once(
+            lambda: load_head_rows(folder, hf_config, ids, weight),
+            weight, self._grid.groups.dp, f"the head of {str(folder)!r} could not be read",
+        )  # fmt: skip
         places = torch.full((theirs,), -1, dtype=torch.int64)
         places[ids] = torch.arange(len(ids))
         return TranslatedHead(

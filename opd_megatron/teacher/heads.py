@@ -11,6 +11,7 @@ from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.types import DTYPES
 from opd_megatron.weights.load import load_head
+from opd_megatron.weights.shared_reading import read_once
 
 
 class Heads:
@@ -28,6 +29,10 @@ class Heads:
         key = (folder.resolve(), dtype)
         if key not in self._heads:
             head = torch.empty(self._rows, hf_config.hidden_size, dtype=DTYPES[dtype], device=device())
-            load_head(folder, hf_config, head, tp_rank=self._grid.tp_rank, tp_size=self._grid.tp_size)
+            rank, ranks = self._grid.tp_rank, self._grid.tp_size
+            read_once(
+                lambda: load_head(folder, hf_config, head, tp_rank=rank, tp_size=ranks),
+                head, self._grid.groups.dp, f"the head of {str(folder)!r} could not be read",
+            )  # fmt: skip
             self._heads[key] = head
         return self._heads[key]

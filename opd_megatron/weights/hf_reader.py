@@ -35,8 +35,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Anything else (int8, fp8, packed 4-bit) is a quantized checkpoint, whose numbers are not the weights.
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_READ_BYTES = 32 * 2**20
+READ_BYTES = 32 * 2**20
 """Read at a time where only some columns are wanted, and copied at a time: what loading needs beyond the model."""
+_PAGE_BYTES = 4096
+"""Columns that are narrower are read with what is beside them: storage gives no less at a time."""
 
 
 def resolve_model(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
@@ -115,7 +117,7 @@ def _has_own_head(folder: Path) -> bool:
             if not {EMBEDDING, HEAD} <= set(source.names) or source.shape(EMBEDDING) != source.shape(HEAD):
                 return False
             rows, columns = source.shape(HEAD)
-            step = max(1, _READ_BYTES // max(1, columns * 4))
+            step = max(1, READ_BYTES // max(1, columns * 4))
             parts = (slice(start, start + step) for start in range(0, rows, step))
             return any(
                 not torch.equal(source.get_slice(EMBEDDING, (part,)).float(), source.get_slice(HEAD, (part,)).float())
@@ -189,7 +191,12 @@ class SafetensorsSource:
             return out
         left, right = bounds[1]
         out = torch.empty((last - first, right - left, *shape[2:]), dtype=dtype)
-        step = max(1, _READ_BYTES // max(1, row * dtype.itemsize))
+        column = math.prod(shape[2:])
+        if (right - left) * column * dtype.itemsize >= _PAGE_BYTES:
+            for index in range(first, last):
+                self._read(name, (index * row + left * column) * dtype.itemsize, out[index - first])
+            return out
+        step = max(1, READ_BYTES // max(1, row * dtype.itemsize))
         for start in range(first, last, step):
             rows = torch.empty((min(step, last - start), *shape[1:]), dtype=dtype)
             self._read(name, start * row * dtype.itemsize, rows)
@@ -206,7 +213,7 @@ class SafetensorsSource:
         first, last, _ = rows.indices(self.shape(name)[0])
         assert last - first == blocks * width, f"{name}: {last - first} rows for {blocks} x {width}"
         row_bytes = math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
-        step = max(1, _READ_BYTES // max(1, row_bytes))
+        step = max(1, READ_BYTES // max(1, row_bytes))
         if blocks > 1:  # whole blocks at a time
             step = max(1, step // width) * width
         for start in range(0, last - first, step):

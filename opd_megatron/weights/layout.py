@@ -31,6 +31,13 @@ class ShardLayout:
     ep_group: ProcessGroup | None = None
     """Ranks of this stage and tensor-parallel rank that divide the experts; None only when ep_size is 1."""
 
+    dp_group: ProcessGroup | None = None
+    """Ranks that hold the same, experts aside; None where each reads for itself."""
+    expert_dp_group: ProcessGroup | None = None
+    """Ranks that hold the same experts."""
+    world: ProcessGroup | None = None
+    """All ranks of the model; None with the two before."""
+
     @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0

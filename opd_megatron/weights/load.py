@@ -1,9 +1,10 @@
-"""A Hugging Face checkpoint into this rank's Megatron parameters, reading only what the rank holds."""
+"""A Hugging Face checkpoint into this rank's Megatron parameters; what several ranks hold is read once."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from opd_megatron.errors import WeightsError
+from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.hf_reader import EMBEDDING, HEAD, SafetensorsSource
 from opd_megatron.weights.layout import ShardLayout
-from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table, stage_parameters
+from opd_megatron.weights.sharding import ShardingTable, ShardSlice, StageParameter, sharding_table, stage_parameters
+from opd_megatron.weights.shared_reading import SharedReading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,23 +35,36 @@ def load_weights(
 ) -> None:
     """Fills every parameter of `model`, cast to its dtype; vocabulary padding rows become zero.
 
-    No collective; `progress` is told the bytes of each parameter that is filled. With tied embeddings and several
-    pipeline stages the last stage's output layer gets the embedding.
+    Collective over the groups of the layout (`weights.shared_reading`); without groups a rank reads all that it holds.
+    `progress` is told the bytes of each parameter that is filled. With tied embeddings and several pipeline stages the
+    last stage's output layer gets the embedding.
 
-    Raises:
+    Raises, on all ranks of the layout:
         UnsupportedModelError: see `families.family_of`.
         WeightsError: a tensor is absent, damaged, of the wrong shape, or has no place in the model; or the model has
             a parameter that the checkpoint cannot fill.
     """
     table = sharding_table(hf_config, layout)
     pairs = stage_parameters(model, table, layout)
-    with SafetensorsSource(source_dir) as source:
-        if table.tied and EMBEDDING not in source.names and HEAD in source.names:
-            source.rename(HEAD, EMBEDDING)  # tied either way round
-        _refuse_unknown(source, table)
+    shared, what = SharedReading(layout), f"{str(source_dir)!r} could not be read"
+    with ExitStack() as stack:
+        source: SafetensorsSource | None = None
+
+        def open_source() -> None:
+            nonlocal source
+            source = stack.enter_context(SafetensorsSource(source_dir))
+            _check(source, table, [param for param, _ in pairs])
+
+        shared.attempt(open_source)
+        shared.finish(what)  # most mistakes are found here, before anything large is read
+        assert source is not None
         for param, tensor in pairs:
-            _fill(tensor, param, table, layout, source)
+            expert = param.expert_rank is not None
+            if shared.reads(expert=expert):
+                _fill(tensor, param, table, layout, source, shared)
+            shared.hand_on(tensor, expert=expert)
             progress(tensor.nbytes)
+        shared.finish(what)
 
 
 @torch.no_grad()
@@ -66,9 +82,9 @@ def load_head(
     wanted = EMBEDDING if table.tied else HEAD
     [param] = [param for param in table.params if wanted in param.hf_tensors]
     with SafetensorsSource(source_dir) as source:
-        if table.tied and EMBEDDING not in source.names and HEAD in source.names:
-            source.rename(HEAD, EMBEDDING)
-        _fill(tensor, param, table, layout, source)
+        _find_tied(source, table)
+        _expect_shapes(source, param)
+        _fill_rows(tensor, table.pieces(param, layout, layout.tp_rank), source)
 
 
 _HEAD_ROWS = 8192
@@ -92,12 +108,41 @@ def load_head_rows(source_dir: Path, hf_config: PretrainedConfig, ids: torch.Ten
             tensor[wanted.to(tensor.device)] = rows[ids[wanted] - first].to(tensor)
 
 
-def _fill(
-    tensor: torch.Tensor, param: StageParameter, table: ShardingTable, layout: ShardLayout, source: SafetensorsSource
-) -> None:
+def _check(source: SafetensorsSource, table: ShardingTable, params: Iterable[StageParameter]) -> None:
+    """Makes sure that the files hold what the model is made of, and nothing else; reads their headers alone."""
+    _find_tied(source, table)
+    _refuse_unknown(source, table)
+    for param in params:
+        _expect_shapes(source, param)
+
+
+def _find_tied(source: SafetensorsSource, table: ShardingTable) -> None:
+    if table.tied and EMBEDDING not in source.names and HEAD in source.names:
+        source.rename(HEAD, EMBEDDING)  # tied either way round
+
+
+def _expect_shapes(source: SafetensorsSource, param: StageParameter) -> None:
     for name, shape in param.hf_tensors.items():
         source.expect_shape(name, shape)
+        source.dtype(name)
+
+
+def _fill(
+    tensor: torch.Tensor,
+    param: StageParameter,
+    table: ShardingTable,
+    layout: ShardLayout,
+    source: SafetensorsSource,
+    shared: SharedReading,
+) -> None:
     pieces = table.pieces(param, layout, layout.tp_rank)
+    if param.shard is TPSharding.ROW and layout.tp_size > 1 and layout.tp_group is not None:
+        shared.read_columns(source, pieces[0].name, tensor)
+    else:
+        shared.attempt(lambda: _fill_rows(tensor, pieces, source))
+
+
+def _fill_rows(tensor: torch.Tensor, pieces: Sequence[ShardSlice], source: SafetensorsSource) -> None:
     if sum(piece.blocks * piece.width for piece in pieces) < tensor.shape[0]:
         tensor.zero_()
     for piece in pieces:
