@@ -38,7 +38,7 @@ from opd_megatron.run.checks import check_run
 from opd_megatron.run.engines import Fleet
 from opd_megatron.run.evaluation import Evaluator
 from opd_megatron.run.identity import run_identity, settings_identity, teacher_fingerprints, with_fingerprints
-from opd_megatron.run.inputs import RunInputs, read_inputs
+from opd_megatron.run.inputs import RunInputs, inputs_once_a_node
 from opd_megatron.run.lock import RunLock
 from opd_megatron.run.run_dir import RunDir
 from opd_megatron.run.siblings import Siblings
@@ -272,7 +272,7 @@ def _checked(
     config, _ = decide_precision(config, run_dir.settings())
     models = models or check_run(config)
     run_dir.check(config, training=sampling)
-    inputs = read_inputs(config, models)
+    inputs = inputs_once_a_node(config, models)
     identity = run_identity(
         config, models, inputs.tokenizer, inputs.prompts, inputs.teacher_tokenizers, given=inputs.given, scoring=scoring
     )

@@ -32,7 +32,7 @@ from opd_megatron.run.agreement import agreement_sequence
 from opd_megatron.run.build import scored_prompts
 from opd_megatron.run.evaluation import evaluated, gold
 from opd_megatron.run.identity import run_identity, teacher_fingerprints
-from opd_megatron.run.inputs import RunInputs, read_inputs
+from opd_megatron.run.inputs import RunInputs, inputs_once_a_node
 from opd_megatron.run.lock import RunLock
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.teacher import Views, check_tasks
@@ -83,7 +83,7 @@ def cache_teachers(
     Raises:
         OPDError: on every rank.
     """
-    inputs = read_inputs(config, models)
+    inputs = inputs_once_a_node(config, models)
     identity = run_identity(config, models, inputs.tokenizer, inputs.prompts, inputs.teacher_tokenizers)
     fingerprints = teacher_fingerprints(config, models, identity)
     sequences = _sequences(config, inputs, rollouts, answers=answers)

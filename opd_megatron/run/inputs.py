@@ -19,6 +19,7 @@ from opd_megatron.data.tokenizer import check_same_tokenizer, load_tokenizer, st
 from opd_megatron.models import ResolvedModels
 from opd_megatron.rewards import check_rewards
 from opd_megatron.run.preflight import check_ids
+from opd_megatron.system.once_a_node import once_a_node
 from opd_megatron.teacher import check_tasks
 from opd_megatron.types import Prompt
 
@@ -45,6 +46,11 @@ class RunInputs:
     """Tokens that a prompt may have in the context of each teacher, by its number."""
     given: GivenAnswers | None = None
     """Answers that are not sampled; None where all are."""
+
+
+def inputs_once_a_node(config: RunConfig, models: ResolvedModels) -> RunInputs:
+    """The same as `read_inputs`, of ranks of which one on each machine reads, checks and tokenizes."""
+    return once_a_node("inputs", lambda: read_inputs(config, models))
 
 
 def read_inputs(config: RunConfig, models: ResolvedModels) -> RunInputs:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opd_megatron.errors import MissingPathError, UnsupportedModelError, WeightsError
+from opd_megatron.system.once_a_node import once_a_node
 from opd_megatron.system.reading import read_json_object
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ def resolve_model(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
         raise MissingPathError(f"model path {path!r} holds no config.json: give a Hugging Face model folder")
     if not _HUB_ID.fullmatch(path) or path.startswith("."):
         raise MissingPathError(f"model path {path!r} does not exist: give a Hugging Face model folder or a hub id")
+    return once_a_node(f"{path} {files}", lambda: _snapshot(path, files))
+
+
+def _snapshot(path: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
