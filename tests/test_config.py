@@ -310,3 +310,10 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     of_disk = [f"{key}={yaml.safe_dump(defaults[key])}" for key in sorted(cached)]
     assert load_config(None, [*on_disk, *of_disk]) == load_config(None, on_disk)
     assert load_config(None, [*there, *set_too]) == load_config(None, there)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("auto", "auto"), ("false", "off"), ("on", "auto")])
+def test_transformer_engine_is_switched_off_as_it_is_written(written: str, meant: str) -> None:
+    """YAML reads `off` as false."""
+    config = load_config(None, [f"student.transformer_engine={written}"])
+    assert config.student.transformer_engine == meant

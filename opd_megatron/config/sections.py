@@ -60,6 +60,11 @@ class StudentConfig(Section):
     transformer_engine: Literal["auto", "off"] = "auto"
     """`auto` uses Transformer Engine layers on a GPU where it is installed."""
 
+    @field_validator("transformer_engine", mode="before")
+    @classmethod
+    def _off_is_false_in_yaml(cls, value: Any) -> Any:
+        return {False: "off", True: "auto"}[value] if isinstance(value, bool) else value
+
 
 class DataSourceConfig(Section):
     source: UserPath

@@ -1,0 +1,103 @@
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transformer_engine.pytorch.norms import _Extra, rms_norm
+
+
+def _marked(parameter, parallel_mode, dim):
+    """As `set_tensor_model_parallel_attributes` of Transformer Engine does."""
+    parameter.tensor_model_parallel = parallel_mode is not None
+    parameter.partition_dim = dim
+    parameter.partition_stride = 1
+
+
+class Linear(_Extra):
+    def __init__(
+        self, in_features, out_features, *, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
+        tp_size=1, get_rng_state_tracker=None, init_method=None, bias=True, return_bias=False, parallel_mode=None,
+        params_dtype=None, device=None, **_,
+    ):  # fmt: skip
+        super().__init__()
+        assert parallel_mode in (None, "column", "row")
+        if parallel_mode == "column":
+            out_features //= tp_size
+        elif parallel_mode == "row":
+            in_features //= tp_size
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
+        self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
+        self.sequence_parallel = sequence_parallel and tp_size > 1
+        self.return_bias, self.apply_bias = return_bias, bias and not return_bias
+        self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+        init_method(self.weight)
+        _marked(self.weight, parallel_mode, 1 if parallel_mode == "row" else 0)
+        self.bias = torch.Tensor()
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device=device))
+            if parallel_mode == "row":
+                self.bias.sequence_parallel = sequence_parallel
+            else:
+                _marked(self.bias, parallel_mode, 0)
+
+    def forward(self, x, is_first_microbatch=None):
+        from megatron.core.tensor_parallel import mappings
+
+        if self.parallel_mode == "column" and self.tp_size > 1:
+            if self.sequence_parallel:
+                x = mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
+            else:
+                x = mappings.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        out = F.linear(x, self.weight, self.bias if self.apply_bias else None)
+        if self.parallel_mode == "row" and self.tp_size > 1:
+            if self.sequence_parallel:
+                out = mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+            else:
+                out = mappings.reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
+        return (out, self.bias) if self.return_bias else out
+
+
+class LayerNormLinear(Linear):
+    def __init__(
+        self, in_features, out_features, *, eps=1e-5, normalization="LayerNorm", zero_centered_gamma=False,
+        return_layernorm_output=False, params_dtype=None, device=None, sequence_parallel=False, **settings,
+    ):  # fmt: skip
+        super().__init__(
+            in_features, out_features, params_dtype=params_dtype, device=device, sequence_parallel=sequence_parallel,
+            **settings,
+        )  # fmt: skip
+        assert normalization == "RMSNorm"
+        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
+        self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype, device=device))
+        self.layer_norm_weight.sequence_parallel = sequence_parallel
+
+    def forward(self, x, is_first_microbatch=None):
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps, self.zero_centered_gamma))
+
+
+class GroupedLinear(_Extra):
+    def __init__(
+        self, num_gemms, in_features, out_features, *, init_method=None, bias=True, return_bias=False,
+        parallel_mode=None, tp_size=1, params_dtype=None, device=None, **_,
+    ):  # fmt: skip
+        super().__init__()
+        assert not bias
+        if parallel_mode == "column":
+            out_features //= tp_size
+        elif parallel_mode == "row":
+            in_features //= tp_size
+        self.num_gemms, self.use_bias, self.tp_size = num_gemms, bias, tp_size
+        self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        for index in range(num_gemms):
+            weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+            init_method(weight)
+            _marked(weight, parallel_mode, 1 if parallel_mode == "row" else 0)
+            self.register_parameter(f"weight{index}", weight)
+
+    def init_fp8_metadata(self, num_gemms=1): ...
+
+    def forward(self, x, m_splits, is_first_microbatch=None):
+        parts = x.split(list(m_splits))
+        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)])

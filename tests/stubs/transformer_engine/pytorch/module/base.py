@@ -1,0 +1,2 @@
+def get_dummy_wgrad(*_, **__):
+    raise NotImplementedError
