@@ -10,6 +10,7 @@
 # NODE_RANK        which of them this is, from 0 (0)
 # MASTER_ADDR      name or address of machine 0; needed when NNODES is above 1
 # MASTER_PORT      a free port on it (29500)
+# START_TIMEOUT    seconds that machines wait for each other at the start (600)
 # OMP_NUM_THREADS  threads of each rank; by default the cores that this shell may use, shared among its ranks
 # INTERFACE        network interface of gloo and NCCL, where the host name's address is another (`opd-megatron doctor`)
 # OPD_MEGATRON_NUMA  0 leaves ranks on all cores; otherwise each stays on those near its GPU
@@ -42,7 +43,8 @@ if [ "$nnodes" -eq 1 ]; then
     rendezvous=(--standalone)
 else
     rendezvous=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-0}"
-        --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the name of machine 0}" --master-port "${MASTER_PORT:-29500}")
+        --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the name of machine 0}" --master-port "${MASTER_PORT:-29500}"
+        --rdzv-conf "timeout=${START_TIMEOUT:-600}")
 fi
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE

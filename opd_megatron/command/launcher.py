@@ -155,7 +155,7 @@ class _PassStopSignalsOn:
         with open(self._reads, "rb", buffering=0) as told:
             while numbers := told.read(64):
                 time.sleep(_DEAF_SECONDS)
-                if self.first is None and not set(numbers).isdisjoint(STOP_SIGNALS) and not _child_pids():
+                if self.first is None and not set(numbers).isdisjoint(STOP_SIGNALS) and not child_pids():
                     os._exit(_stopped_at_the_start())
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -165,7 +165,7 @@ class _PassStopSignalsOn:
             raise SignalException(f"signal {number} again", sigval=signal.Signals(number))
         if self.first is None:
             self.first = time.monotonic()
-            ranks = _child_pids()
+            ranks = child_pids()
             if not ranks:
                 raise _NothingRunsError
             for pid in ranks:
@@ -183,7 +183,8 @@ def _stopped_at_the_start() -> int:
     return 0
 
 
-def _child_pids() -> list[int]:
+def child_pids() -> list[int]:
+    """Processes that this one has started and that run."""
     lists = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
     return [int(pid) for pids in lists for pid in pids]
 

@@ -46,6 +46,7 @@ from opd_megatron.run.teacher_lines import teacher_lines
 from opd_megatron.system.collectives import on_all_ranks
 from opd_megatron.system.groups import cpu_group
 from opd_megatron.system.ranks import launched
+from opd_megatron.system.shared_folder import check_shared
 from opd_megatron.system.world import check_versions
 from opd_megatron.teacher import Teacher, TeacherLink, Views, build_host, build_teachers, join_teachers
 from opd_megatron.types import Prompt
@@ -301,6 +302,12 @@ def _own(run_dir: RunDir, config: RunConfig, identity: dict[str, Any]) -> RunLoc
             except BaseException:
                 lock.release()
                 raise
+    try:
+        check_shared(run_dir.root, f"output_dir={config.output_dir!r}")
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     return lock
 
 

@@ -7,6 +7,9 @@ import os
 import socket
 import struct
 
+from opd_megatron.errors import ConfigError
+from opd_megatron.system.ranks import Ranks
+
 _SIOCGIFADDR = 0x8915
 
 
@@ -37,6 +40,47 @@ def meeting_address() -> tuple[str, str, str]:
         return "none", "none", f"the host name {host} resolves to nothing"
     name = next((name for name, own in known.items() if own == address), "lo" if is_loopback(address) else "none")
     return name, address, f"the host name {host} resolves to it"
+
+
+def check_reachable(ranks: Ranks) -> None:
+    """Makes sure, on one of several machines, that the others reach the address that its ranks meet at.
+
+    Raises:
+        ConfigError: it is this machine's own alone. Where MASTER_ADDR is too, all machines are one.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    if here >= ranks.world_size or _is_here_alone(ranks.meeting_point.rpartition(":")[0]):
+        return
+    found = _gloo_address()
+    if found is not None and not is_loopback(found):
+        return
+    name = os.environ.get("GLOO_SOCKET_IFNAME")
+    why = f"GLOO_SOCKET_IFNAME={name}" if name else f"the address of the host name {socket.gethostname()}"
+    others = ", ".join(f"{name} ({own})" for name, own in interfaces().items() if not is_loopback(own)) or "none"
+    raise ConfigError(
+        f"rank {ranks.rank} would meet the others at {found or 'no address'} ({why}), which no other machine reaches: "
+        f"start with INTERFACE (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME) set to one of {others}"
+    )
+
+
+def _gloo_address() -> str | None:
+    """Where gloo listens: at the interface that it is given, else at the host name's address; None for nowhere. An
+    interface may have an IPv6 address alone, which stands for any here."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if chosen:
+        exists = chosen in (name for _, name in socket.if_nameindex())
+        return interfaces().get(chosen, "::") if exists else None
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
+    except OSError:
+        return None
+
+
+def _is_here_alone(host: str) -> bool:
+    try:
+        return is_loopback(socket.gethostbyname(host))
+    except OSError:
+        return False
 
 
 def is_loopback(address: str) -> bool:

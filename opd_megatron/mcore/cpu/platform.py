@@ -26,6 +26,7 @@ from torch.utils._device import _device_constructors
 
 from opd_megatron.errors import ConfigError, one_line
 from opd_megatron.system.groups import DEFAULT_TIMEOUT, collective_timeout
+from opd_megatron.system.network import check_reachable
 from opd_megatron.system.numa import stay_near
 from opd_megatron.system.ranks import Ranks, forget, launched
 
@@ -132,7 +133,8 @@ def init_distributed(*, start_timeout: float = DEFAULT_TIMEOUT, patience: float 
         patience: seconds that a rank waits for the others in a collective, also in those of groups made later.
 
     Raises:
-        ConfigError: this node has more ranks than GPUs, or not all ranks came in time.
+        ConfigError: this node has more ranks than GPUs, or an address that no other reaches, or not all ranks came in
+            time.
     """
     init_platform()
     if dist.is_initialized():
@@ -145,6 +147,7 @@ def init_distributed(*, start_timeout: float = DEFAULT_TIMEOUT, patience: float 
             _backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=patience)
         )
         return
+    check_reachable(ranks)
     with _telling_who_is_waited_for(ranks, start_timeout):
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=start_timeout)))
         # Ranks that meet again, for another model, must not find where the groups of the last time were.
