@@ -27,17 +27,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _agents(config: Path, *, addresses: tuple[str, str] = ("localhost", "localhost"), **more: str) -> list[Any]:
+def _agents(
+    config: Path,
+    *,
+    addresses: tuple[str, str] = ("localhost", "localhost"),
+    folders: tuple[Path, Path] = (ROOT, ROOT),
+    **more: str,
+) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     here = Path(sys.executable).parent
     common = environment() | {"NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_PORT": port}
     common["PATH"] = f"{here}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "launch/torchrun.sh"), str(config)]
+    own = [{"NODE_RANK": str(rank), "MASTER_ADDR": addresses[rank]} for rank in (0, 1)]
     return [
         subprocess.Popen(
-            ["bash", "launch/torchrun.sh", str(config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=common | {"NODE_RANK": str(rank), "MASTER_ADDR": addresses[rank]} | more,
+            command, cwd=folders[rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=common | own[rank] | more,
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -95,6 +103,34 @@ def test_an_agent_that_waits_for_the_other_machine_stops_when_it_is_told(
     assert agents[1].returncode == 0
     assert "stopped before its ranks had started" in errors
     assert (tmp_path / "stopped").exists(), "a job script would put it into the queue again"
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_machine_that_never_comes_is_one_line(inputs: dict[str, str], tmp_path: Path, missing: int) -> None:
+    agents = _agents(config_file(inputs, tmp_path / "run", **ENDLESS), START_TIMEOUT="5")
+    agents[missing].kill()
+    agents[missing].communicate()
+    _, errors = agents[1 - missing].communicate(timeout=60)
+    assert agents[1 - missing].returncode == 1, "no mistake of the user's: a job script tries again"
+    assert errors.count("\n") == 1, errors
+    assert f"error: machine {1 - missing} of 2 did not meet the others at localhost:" in errors
+    assert errors.strip().endswith("START_TIMEOUT is the seconds that one waits")
+
+
+def test_a_run_directory_that_is_not_the_same_everywhere_is_one_line(inputs: dict[str, str], tmp_path: Path) -> None:
+    config = config_file(inputs, tmp_path / "run", **ENDLESS)
+    config.write_text(config.read_text().replace(f"output_dir: {tmp_path / 'run'}", "output_dir: run"))
+    folders = tmp_path / "node0", tmp_path / "node1"
+    for folder in folders:
+        folder.mkdir()
+    agents = _agents(config, folders=folders)
+    ends = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [2, 2]
+    for _, errors in ends:
+        lines = [line for line in errors.splitlines() if line.startswith("opd-megatron:")]
+        assert len(lines) == 1, errors
+        assert "output_dir='run' is not one folder for all machines" in lines[0]
+        assert str(folders[1] / "run") in lines[0]
 
 
 def test_a_name_that_means_nothing_is_one_line_at_once(inputs: dict[str, str], tmp_path: Path) -> None:
