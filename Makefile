@@ -45,10 +45,12 @@ test-slurm: env  ## launch/slurm.sbatch on a real two-node cluster on this host 
 	    echo "SLURM is not here and could not be installed: install slurm-wlm and munge" >&2
 	@$(BIN)/python -m pytest -m slurm -rs tests/slurm $(PYTEST_ARGS)
 
-lint: env  ## ruff, mypy
+lint: env  ## ruff, mypy; shellcheck and hadolint of launch/ where they are
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@[ ! -x $(BIN)/shellcheck ] || $(BIN)/shellcheck launch/*.sh launch/slurm.sbatch tools/*.sh .ci/run
+	@[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint launch/Dockerfile
 
 bench: env  ## measure what README's table claims, in a quick form
 	@for script in $(filter-out benchmarks/_% benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \

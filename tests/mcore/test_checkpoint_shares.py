@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,16 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from opd_megatron.errors import CheckpointError
-from opd_megatron.mcore.checkpoint import CheckpointSaver, checkpoint_path, load_checkpoint, state, streaming_reader
+from opd_megatron.mcore.checkpoint import (
+    CheckpointSaver,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    state,
+    streaming_reader,
+)
 from opd_megatron.mcore.checkpoint.rows import Spans
+from opd_megatron.mcore.checkpoint.writer import ShardWriter
 from tests.mcore.test_checkpoint import _resumed_equals_uninterrupted, _Run
 from tests.mcore.test_student import _batches
 from tests.ranks import run_ranks
@@ -170,3 +179,48 @@ def test_too_little_memory_is_not_called_damage(pair: tuple[Path, Path], tmp_pat
     assert "its files are whole" in said
     assert "damaged" not in said
     assert "remove" not in said
+
+
+def _fails_on_rank_1(
+    rank: int, world: int, pair: tuple[Path, Path], folder: Path, asynchronous: bool, method: str, problem: Exception
+) -> str:
+    run = _Run(pair, (1, 1, 2), "fp32", **OVERLAPPED)
+    saver = CheckpointSaver(folder, asynchronous=asynchronous)
+    run.step(_batches(1)[0])
+
+    def save(step: int) -> None:
+        saver.save(step, run.student, {})
+        saver.finish()
+
+    def fail(*arguments: Any) -> None:
+        raise problem
+
+    save(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(ShardWriter, method, fail)
+        with pytest.raises(CheckpointError) as caught:
+            save(2)
+    save(3)  # when there is room again
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(
+    ("method", "problem", "advice"),
+    [
+        ("_write_file", OSError(errno.ENOSPC, "No space left on device"), "free disk space"),
+        ("_write_file", OSError(errno.EIO, "Input/output error"), "choose another output_dir"),
+        ("prepare_write_data", MemoryError("Cannot allocate memory"), "checkpoint.async_save=false needs no copy"),
+    ],
+    ids=["full disk", "broken disk", "no memory"],
+)
+def test_what_stops_one_rank_from_saving_is_one_line_on_all_and_the_checkpoint_before_stays(
+    pair: tuple[Path, Path], tmp_path: Path, asynchronous: bool, method: str, problem: Exception, advice: str
+) -> None:
+    said = run_ranks(2, _fails_on_rank_1, pair, tmp_path, asynchronous, method, problem, timeout=60)
+    assert len(set(said)) == 1
+    assert "step_00000002' was not written, earlier ones are intact (rank 1: " in said[0]
+    assert advice in said[0]
+    assert "\n" not in said[0]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
