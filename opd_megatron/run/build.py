@@ -29,7 +29,7 @@ from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
-from opd_megatron.places import cut_places, ranks_per_node
+from opd_megatron.places import Places, cut_places, ranks_per_node
 from opd_megatron.rewards import Rewards
 from opd_megatron.rollout import weight_format
 from opd_megatron.rollout.client import RolloutClient
@@ -243,10 +243,14 @@ def _places(config: RunConfig, models: ResolvedModels) -> tuple[Fleet, list[Teac
     Raises ConfigError on every rank when the engines do not fit their place.
     """
     world = dist.get_world_size()
-    places = cut_places(config, world, ranks_per_node(world), on_gpu=has_gpu())
+    return join_groups(config, models, cut_places(config, world, ranks_per_node(world), on_gpu=has_gpu()))
+
+
+def join_groups(config: RunConfig, models: ResolvedModels, places: Places) -> tuple[Fleet, list[TeacherLink | None]]:
+    """The groups alone. Collective over all ranks."""
     fleet = Fleet.join(config, models, places)
     links = join_teachers(config, models, places)
-    if places.student.size < world:
+    if places.student.size < dist.get_world_size():
         narrow_world(places.student.size)
     return fleet, links
 
