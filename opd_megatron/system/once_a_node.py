@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_megatron.errors import OPDError
+from opd_megatron.system.ranks import launched
 
 Result = TypeVar("Result")
 _PAUSE_SECONDS = 0.02
@@ -54,6 +55,8 @@ def once_a_node(work: str, action: Callable[[], Result]) -> Result:
 
 def _local_ranks() -> tuple[int, int]:
     """(this rank's number on its machine, how many there are)."""
+    if launched() is None:  # what a scheduler has left behind
+        return 0, 1
     rank, ranks = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "")
     return (int(rank), int(ranks)) if rank.isdecimal() and ranks.isdecimal() else (0, 1)
 

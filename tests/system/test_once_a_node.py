@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from opd_megatron.system.once_a_node import once_a_node
 
 ROOT = Path(__file__).parents[2]
+
+WHOLE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
 RANK = """
 import os, sys, time
@@ -49,7 +53,8 @@ def ranks(tmp_path: Path, count: int, *works: str, first_late: bool = False) -> 
         if rank == 0 and first_late:
             time.sleep(1.5)
         environment = os.environ | {
-            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path),
+            **WHOLE, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path),
         }  # fmt: skip
         words = [sys.executable, "-c", RANK, str(log), *works]
         started.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
@@ -88,16 +93,20 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert [list(folder.iterdir()) for folder in folders] in ([], [[]])
 
 
-def test_a_process_that_is_no_rank_works_alone(monkeypatch) -> None:
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+@pytest.mark.parametrize("left_behind", [{}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])
+def test_a_process_that_is_no_rank_works_alone(monkeypatch: pytest.MonkeyPatch, left_behind: dict[str, str]) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    for name, value in left_behind.items():
+        monkeypatch.setenv(name, value)
     assert once_a_node("rows", lambda: 3) == 3
 
 
 def test_a_rank_whose_launcher_is_gone_does_not_wait_for_ever(tmp_path: Path) -> None:
     starter = (
         "import os, subprocess, sys\n"
-        "environment = os.environ | {'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '2'}\n"
+        f"environment = os.environ | {WHOLE | {'RANK': '1', 'WORLD_SIZE': '2'}}\n"
+        "environment |= {'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '2'}\n"
         f"p = subprocess.Popen([sys.executable, '-c', {RANK!r}, {str(tmp_path / 'log')!r}, 'rows'], env=environment)\n"
         "print(p.pid, flush=True)\n"
         "import time; time.sleep(1.5)\n"
