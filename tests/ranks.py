@@ -145,9 +145,11 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         faulthandler.dump_traceback_later(0.9 * timeout)  # where it hangs goes to the test's stderr
+        os.environ.pop("LOCAL_WORLD_SIZE", None)  # of a body that imitated several machines
         os.environ.update(  # as torchrun would
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT="1"
-        )
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT="1",
+            TORCHELASTIC_RUN_ID=store,
+        )  # fmt: skip
         joined = False
         try:
             dist.init_process_group(

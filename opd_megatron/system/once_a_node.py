@@ -36,6 +36,7 @@ def once_a_node(work: str, action: Callable[[], Result]) -> Result:
     local_rank, ranks = _local_ranks()
     if ranks == 1:
         return action()
+    work = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {work}"
     name = f"{sha256(work.encode()).hexdigest()[:16]}-{_calls[work]}"
     _calls[work] += 1
     folder = _folder()
@@ -58,7 +59,8 @@ def _local_ranks() -> tuple[int, int]:
     if launched() is None:  # what a scheduler has left behind
         return 0, 1
     rank, ranks = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "")
-    return (int(rank), int(ranks)) if rank.isdecimal() and ranks.isdecimal() else (0, 1)
+    whole = rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)
+    return (int(rank), int(ranks)) if whole else (0, 1)
 
 
 def _folder() -> Path:

@@ -86,8 +86,7 @@ def _stored(folder: Path) -> tuple[int, int]:
         ("llama_untied", (1, 2, 2, 1)), ("qwen3_moe", (1, 1, 4, 2)), ("qwen3_moe", (2, 1, 2, 2)),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("read_bytes", [32 * 2**20, 5000])
+@pytest.mark.parametrize(("dtype", "read_bytes"), [("fp32", 32 * 2**20), ("bf16", 5000)])
 def test_all_ranks_together_read_the_files_once(
     checkpoints: dict[str, Path], name: str, layout: Layout, dtype: str, read_bytes: int
 ) -> None:
