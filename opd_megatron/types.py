@@ -90,7 +90,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One data-parallel rank's sequences, right-padded to one length.
+    """One data-parallel rank's sequences: right-padded to one length, or one after another in a single row.
 
     Position i of a sequence predicts token i + 1, so `weights[b, i]` is 1 exactly where `tokens[b, i + 1]` is a
     response token; prompt and padding positions are 0. Where a token stands and which sequence it belongs to is said by
@@ -117,6 +117,9 @@ class Batch:
     routes: torch.Tensor | None = None
     """[B, S] int64: which teachers a position's sequence is for (`teacher.routing`); None where all teachers score all
     of them."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of the sequences in the row of a packed batch, which attend to themselves alone; they sum to S. None where
+    every row is one sequence."""
 
     def __post_init__(self) -> None:
         rows, length = self.tokens.shape
@@ -138,6 +141,7 @@ class Batch:
 
     def rows(self, rows: slice) -> Batch:
         """Selects some of the sequences."""
+        assert self.lengths is None, "a packed batch has one row"
         return self._map(lambda values: values[rows])
 
     def with_rows(self, rows: int) -> Batch:
@@ -154,7 +158,7 @@ class Batch:
         changed: dict[str, Any] = {}
         for column in fields(self):
             value = getattr(self, column.name)
-            changed[column.name] = None if value is None else change(value)
+            changed[column.name] = change(value) if isinstance(value, torch.Tensor) else value
         return Batch(**changed)
 
     @property

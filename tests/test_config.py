@@ -317,3 +317,19 @@ def test_transformer_engine_is_switched_off_as_it_is_written(written: str, meant
     """YAML reads `off` as false."""
     config = load_config(None, [f"student.transformer_engine={written}"])
     assert config.student.transformer_engine == meant
+
+
+def test_a_pack_holds_the_longest_sequence_and_no_number_of_sequences() -> None:
+    too_small = refusal(
+        "parallel.tokens_per_micro_batch=600", "data.max_prompt_tokens=512", "rollout.max_new_tokens=100"
+    )
+    assert "parallel.tokens_per_micro_batch=600 must hold the longest sequence" in too_small
+    assert "512 + rollout.max_new_tokens 100 = 612 tokens" in too_small
+    both = refusal("parallel.tokens_per_micro_batch=4096", "parallel.micro_batch_size=2")
+    assert "parallel.micro_batch_size=2 has no effect with parallel.tokens_per_micro_batch=4096" in both
+
+
+def test_packs_need_no_number_of_sequences_that_divides() -> None:
+    words = ["rollout.prompts_per_step=7", "parallel.data=2"]
+    assert "must be a multiple of data-parallel size 2" in refusal(*words)
+    load_config(None, [*words, "parallel.tokens_per_micro_batch=4096"])

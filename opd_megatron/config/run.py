@@ -208,8 +208,25 @@ class RunConfig(Section):
         self._check_temperatures()
         self._check_engines()
         self._check_given_answers()
+        self._check_packs()
         self.micro_batch_size(parallel.data or 1)
         return self
+
+    def _check_packs(self) -> None:
+        budget, size = self.parallel.tokens_per_micro_batch, self.parallel.micro_batch_size
+        if budget is None:
+            return
+        if size is not None:
+            raise ValueError(
+                f"parallel.micro_batch_size={size} has no effect with parallel.tokens_per_micro_batch={budget}: leave "
+                "one of them out"
+            )
+        prompt, answer = self.data.max_prompt_tokens, self.rollout.max_new_tokens
+        if budget < prompt + answer:
+            raise ValueError(
+                f"parallel.tokens_per_micro_batch={budget} must hold the longest sequence, data.max_prompt_tokens "
+                f"{prompt} + rollout.max_new_tokens {answer} = {prompt + answer} tokens: raise it, or shorten them"
+            )
 
     def _check_best_metric(self) -> None:
         objective = self.objective
@@ -286,6 +303,8 @@ class RunConfig(Section):
     def micro_batch_size(self, data_parallel: int) -> int:
         """Sequences in one forward pass. Raises ConfigError unless a step's sequences split evenly over ranks."""
         total, size = self.sequences_per_step, self.parallel.micro_batch_size
+        if self.parallel.tokens_per_micro_batch is not None:
+            return 1  # packs have tokens
         if total % (data_parallel * (size or 1)):
             raise ConfigError(
                 f"rollout.prompts_per_step * rollout.samples_per_prompt = {total} must be a multiple of data-parallel "

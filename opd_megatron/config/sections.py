@@ -242,6 +242,9 @@ class ParallelConfig(Section):
     collective_timeout: PositiveFloat = 1800.0
     """Seconds that ranks wait for each other in one collective. Answers may take longer: engines tell how far they are
     (`rollout.request_timeout`). What a teacher may take for a micro batch must be less."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Tokens in one forward pass of a rank, of sequences that follow each other without padding; at least the longest
+    prompt and answer. By default micro batches are `micro_batch_size` sequences, padded to one length."""
     micro_batch_size: PositiveInt | None = None
     """Sequences in one forward pass of a rank; the largest divisor of its sequences up to 8 by default."""
 

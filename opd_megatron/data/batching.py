@@ -1,7 +1,9 @@
-"""Rollouts to padded micro batches: which sequence goes to which rank, how long a batch is, which positions count."""
+"""Rollouts to micro batches, padded or packed: which sequence goes to which rank, how long a batch is, which positions
+count."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from opd_megatron.data.packing import packs_of, shares_by_work
 from opd_megatron.types import Batch, Rollout
 
 Balance = Literal["tokens", "samples", "tasks"]
@@ -48,15 +51,26 @@ class MicroBatchBuilder:
     """What has equal weight in the loss (`token_scales`)."""
     in_step: bool = False
     """Let every data-parallel rank run equally many micro batches of a teacher: their experts wait for each other."""
+    tokens: int | None = None
+    """Tokens of a micro batch, in which sequences follow each other without padding; `size` and `one_length` count for
+    nothing then. None pads them."""
+    attention_length: float = math.inf
+    """Of the student (`packing.shares_by_work`)."""
 
     def build(self, rollouts: Sequence[Rollout]) -> StepBatches:
-        """Builds micro batches of `size` from this rank's balanced share of a step (`shard_rollouts`)."""
+        """Builds micro batches of `size`, or of `tokens`, from this rank's balanced share of a step."""
+        if self.tokens is not None:
+            return StepBatches(self, rollouts, self._packed(rollouts, list(range(len(rollouts)))), self.balance)
         shares = _shares(rollouts, self.dp_size, self._routes(rollouts))
         return StepBatches(self, rollouts, [_cut(share, self.size) for share in shares], self.balance)
 
     def build_any_number(self, rollouts: Sequence[Rollout]) -> StepBatches:
-        """Does the same for any number of rollouts, for evaluation: some are repeated until every rank has equally
-        many, and a micro batch has the largest size up to `size` that divides them. Every token has equal weight."""
+        """Does the same for any number of rollouts, for evaluation: unless they are packed, some are repeated until
+        every rank has equally many, and a micro batch has the largest size up to `size` that divides them. Every token
+        has equal weight."""
+        if self.tokens is not None:
+            fewer = [0] * (self.dp_size - len(rollouts))  # than ranks
+            return StepBatches(self, rollouts, self._packed(rollouts, [*range(len(rollouts)), *fewer]))
         routes = self._routes(rollouts)
         indices = list(range(len(rollouts)))
         indices += indices[: -len(indices) % self.dp_size]
@@ -68,6 +82,16 @@ class MicroBatchBuilder:
         most = len(shares[0])
         size = max(n for n in range(1, self.size + 1) if most % n == 0)
         return StepBatches(self, rollouts, [_cut(share, size) for share in shares])
+
+    def _packed(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[list[Portion]]:
+        assert self.tokens is not None
+        routes = self._routes([rollouts[i] for i in indices])
+        lengths = [_length(rollouts[i]) for i in indices]
+        shares = shares_by_work(lengths, routes, self.dp_size, self.attention_length)
+        return [
+            [Portion(number, tuple(sorted(indices[i] for i in pack))) for number, pack in enumerate(packs)]
+            for packs in packs_of(shares, lengths, routes, self.tokens)
+        ]
 
     def _routes(self, rollouts: Sequence[Rollout]) -> list[int]:
         return [0 if self.route_of is None else self.route_of(rollout) for rollout in rollouts]
@@ -115,9 +139,9 @@ class StepBatches(list[Batch]):
         """Gives every token the advantage of its answer, in the order of the rollouts."""
         for place, portion in enumerate(self.deal[self.builder.dp_rank]):
             batch = self[place]
-            rows = torch.zeros(len(batch.tokens), 1, device=batch.tokens.device)
-            rows[: len(portion.rollouts), 0] = torch.tensor([advantages[i] for i in portion.rollouts])
-            self[place] = replace(batch, advantages=(batch.weights > 0) * rows)
+            worth = torch.zeros(max(len(batch.tokens), len(batch.lengths or ())), device=batch.tokens.device)
+            worth[: len(portion.rollouts)] = torch.tensor([advantages[i] for i in portion.rollouts])
+            self[place] = replace(batch, advantages=(batch.weights > 0) * worth[batch.sequence_ids])
 
     def numbers(self, dp_rank: int) -> list[int]:
         """The student's numbers of a rank's micro batches, without the empty ones at their end."""
@@ -138,10 +162,10 @@ class StepBatches(list[Batch]):
         if not any(everyones):
             return []
         length = rows = None
-        if builder.one_length:
+        if builder.one_length and builder.tokens is None:
             length = max(_length(self.rollouts[i]) for portion in everyones for i in portion)
             rows = max(len(portion) for portion in everyones)
-        some = self.rollouts[next(portion[0] for portion in everyones if portion)]
+        some = min((self.rollouts[i] for portion in everyones for i in portion), key=_length)
         made = []
         for portion in self.deal[builder.dp_rank]:
             rollouts = [self.rollouts[i] for i in portion.rollouts]
@@ -149,6 +173,7 @@ class StepBatches(list[Batch]):
                 rollouts or [some],
                 multiple_of=builder.multiple_of,
                 length=length,
+                packed=builder.tokens is not None,
                 scales=[self._scales[i] for i in portion.rollouts] or [0.0],
                 sampled=self._sampled,
                 routes=None if builder.route_of is None else [builder.route_of(each) for each in rollouts or [some]],
@@ -166,34 +191,40 @@ def make_batch(
     scales: Sequence[float] | None = None,
     routes: Sequence[int] | None = None,
     sampled: bool | None = None,
+    packed: bool = False,
 ) -> Batch:
-    """Pads the rollouts on the right to one batch, in their order.
+    """Pads the rollouts on the right to one batch, in their order, or lays them one after another in one row.
 
     Position i predicts token i + 1, so a response of r tokens after a prompt of p tokens has weight 1 at the
     positions p - 1 .. p + r - 2 and 0 elsewhere: the last prompt position predicts the first response token.
 
     Args:
-        multiple_of: S is rounded up to a multiple of this.
+        multiple_of: S is rounded up to a multiple of this; of a packed batch by a last sequence of padding.
         length: S before rounding; the longest sequence by default.
         scales: the weight of each rollout's tokens instead of 1.
         routes: which teachers each rollout is for; `Batch.routes`.
         sampled: whether the batch has their log-probabilities, which are left out where some of a step have none; by
             default whether they do.
+        packed: one after another.
     """
     assert rollouts, "a batch needs at least one sequence"
-    longest = max(_length(rollout) for rollout in rollouts)
+    lengths = [_length(rollout) for rollout in rollouts]
+    longest = max(lengths)
     assert length is None or length >= longest, f"length {length} does not hold a sequence of {longest} tokens"
-    size = round_up(longest if length is None else length, multiple_of)
-    tokens = torch.full((len(rollouts), size), pad_id, dtype=torch.int64)
+    size = round_up(sum(lengths) if packed else longest if length is None else length, multiple_of)
+    if packed and size > sum(lengths):
+        lengths.append(size - sum(lengths))
+    tokens = torch.full((1 if packed else len(rollouts), size), pad_id, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
     weights, logprobs, advantages, given = (torch.zeros(tokens.shape, dtype=torch.float32) for _ in range(4))
-    for row, rollout in enumerate(rollouts):
-        start, end = len(rollout.prompt.token_ids), _length(rollout)
-        assert start > 0, "a response needs a prompt position that predicts its first token"
-        tokens[row, :start] = torch.tensor(rollout.prompt.token_ids, dtype=torch.int64)
+    for index, rollout in enumerate(rollouts):
+        row, begin = (0, sum(lengths[:index])) if packed else (index, 0)
+        start, end = begin + len(rollout.prompt.token_ids), begin + lengths[index]
+        assert start > begin, "a response needs a prompt position that predicts its first token"
+        tokens[row, begin:start] = torch.tensor(rollout.prompt.token_ids, dtype=torch.int64)
         tokens[row, start:end] = rollout.response_ids
-        targets[row, : end - 1] = tokens[row, 1:end]
-        weights[row, start - 1 : end - 1] = 1.0 if scales is None else scales[row]
+        targets[row, begin : end - 1] = tokens[row, begin + 1 : end]
+        weights[row, start - 1 : end - 1] = 1.0 if scales is None else scales[index]
         if rollout.policy_version < 0:
             given[row, start - 1 : end - 1] = 1
         if rollout.logprobs is not None:
@@ -208,14 +239,18 @@ def make_batch(
         assert all((rollout.logprobs is not None) == sampled for rollout in rollouts), "some were sampled, some not"
     scored = rollouts[0].advantage is not None
     assert all((rollout.advantage is not None) == scored for rollout in rollouts), "some have an advantage, some none"
+    columns = (tokens, targets, weights, logprobs if sampled else None, advantages if scored else None, given)
+    if not packed:
+        own = None if routes is None else torch.tensor(routes).unsqueeze(1).expand_as(tokens).contiguous()
+        return Batch(*columns, routes=own)
+    counts = torch.tensor(lengths)
+    last = [] if routes is None else [routes[-1]] * (len(lengths) - len(rollouts))
     return Batch(
-        tokens,
-        targets,
-        weights,
-        logprobs if sampled else None,
-        advantages if scored else None,
-        given,
-        routes=None if routes is None else torch.tensor(routes).unsqueeze(1).expand_as(tokens).contiguous(),
+        *columns,
+        position_ids=torch.cat([torch.arange(each) for each in lengths]).unsqueeze(0),
+        sequence_ids=torch.arange(len(lengths)).repeat_interleave(counts).unsqueeze(0),
+        routes=None if routes is None else torch.tensor([*routes, *last]).repeat_interleave(counts).unsqueeze(0),
+        lengths=tuple(lengths),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from opd_megatron.mcore.cpu.attention import Packing
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel
 from opd_megatron.types import Batch
@@ -32,14 +34,16 @@ def run_schedule(
     """Runs forward (and backward) of all micro batches; returns what `loss_function` gave as its third item.
 
     `model` is a HiddenStatesModel or a DDP wrapper of one. The list is empty on all but the last pipeline stage.
-    All micro batches of all ranks of a pipeline must share one shape.
+    All micro batches of all ranks of a pipeline must share one shape, unless they are packed.
     """
     core: HiddenStatesModel = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     config = get_model_config(model)
 
     def forward_step(batches: Iterator[tuple[int, Batch]], chunk: torch.nn.Module, *_: Any) -> tuple[Any, Any]:
         index, batch = next(batches)
-        hidden = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None)
+        hidden = chunk(
+            input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None, **_packing_of(batch)
+        )
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             return loss_function(index, core.response_rows(output, batch.weights > 0), batch)
@@ -47,6 +51,7 @@ def run_schedule(
         return hidden, loss
 
     batch_size, length = micro_batches[0].tokens.shape
+    config.variable_seq_lengths = micro_batches[0].lengths is not None  # stages say the shape before each tensor
     run = get_forward_backward_func(pp_size=grid.pp_size, vp_size=None)
     return run(
         forward_step_func=forward_step,
@@ -59,6 +64,23 @@ def run_schedule(
         pg_collection=grid.groups,
         p2p_communicator=P2PCommunicator(pp_group=grid.groups.pp, config=config),
     )
+
+
+def _packing_of(batch: Batch) -> dict[str, Any]:
+    """What attention and rotary positions must know of a packed batch; nothing of a padded one."""
+    if batch.lengths is None:
+        return {}
+    bounds = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32, device=batch.tokens.device)
+    # Upstream keeps a table of angles for each bound, so there are few; one that equals the row's length would let
+    # positions run on from sequence to sequence.
+    longest = 1 << (max(batch.lengths) - 1).bit_length()
+    longest += longest == sum(batch.lengths)
+    return {
+        "packed_seq_params": Packing(
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest,
+            lengths=batch.lengths,
+        )
+    }  # fmt: skip
 
 
 @torch.no_grad()

@@ -56,6 +56,11 @@ class LayerSizes:
         """Weights that a token is multiplied with."""
         return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn)
 
+    @property
+    def attention_length(self) -> float:
+        """Tokens of a sequence of which attention over all of it takes as many operations as the products do."""
+        return self.matmul_params / self.query
+
     @staticmethod
     def of(hf_config: PretrainedConfig) -> LayerSizes:
         dims = Dims.of(hf_config)
@@ -109,12 +114,17 @@ class RunSizes:
 
     @property
     def micro_size(self) -> int:
-        """Sequences in a micro batch."""
-        return self.config.micro_batch_size(self.dp_size)
+        """Sequences in a micro batch; of a packed one the longest that it holds."""
+        budget = self.config.parallel.tokens_per_micro_batch
+        return self.config.micro_batch_size(self.dp_size) if budget is None else max(1, budget // self.length)
 
     @property
     def micro_batches(self) -> int:
         """Micro batches of a rank in a step."""
+        budget = self.config.parallel.tokens_per_micro_batch
+        if budget is not None:
+            tokens = self.config.sequences_per_step * self.expected_length / self.dp_size
+            return max(1, math.ceil(tokens / budget))
         return self.config.sequences_per_step // self.dp_size // self.micro_size
 
     @property
@@ -126,7 +136,7 @@ class RunSizes:
     @property
     def tokens(self) -> int:
         """Tokens in a micro batch of longest sequences."""
-        return self.micro_size * self.length
+        return self.config.parallel.tokens_per_micro_batch or self.micro_size * self.length
 
     @property
     def response_tokens(self) -> int:
@@ -144,7 +154,8 @@ class RunSizes:
         """Tokens that a sequence is expected to take: a longest prompt, and its answer padded to the longest of its
         micro batch, under pipeline parallelism to the longest of the step."""
         beside = self.config.sequences_per_step if self.pp_size > 1 else self.micro_size
-        answer = self.answers.mean if self.packed else self.answers.longest_of(beside)
+        packed = self.packed or self.config.parallel.tokens_per_micro_batch is not None
+        answer = self.answers.mean if packed else self.answers.longest_of(beside)
         return self.config.data.max_prompt_tokens + answer
 
     @property

@@ -113,7 +113,9 @@ def _layouts(sizes: RunSizes, memory: dict[str, Any]) -> Iterator[list[RunSizes]
                         "parallel.expert": ep_size, "parallel.sequence_parallel": tp_size > 1,
                         "rollout.tensor": engine_tensor, "rollout.hosts": hosts,
                     }  # fmt: skip
-                    ways = [_with(sizes, layout | {"parallel.micro_batch_size": micro}) for micro in _MICRO_SIZES]
+                    packs = sizes.config.parallel.tokens_per_micro_batch is not None
+                    micros = [{}] if packs else [{"parallel.micro_batch_size": micro} for micro in _MICRO_SIZES]
+                    ways = [_with(sizes, layout | micro) for micro in micros]
                     yield [way for way in ways if way is not None]
 
 

@@ -232,12 +232,17 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
 
 def _layout_lines(sizes: RunSizes) -> list[str]:
     padded = sizes.models.padded_vocab(sizes.tp_size)
-    sequences = sizes.micro_batches * sizes.micro_size
+    budget = sizes.config.parallel.tokens_per_micro_batch
+    if budget is None:
+        sequences = f"{sizes.micro_batches * sizes.micro_size} a data-parallel rank"
+        each = f"{sizes.micro_size}, {sizes.length} tokens each"
+    else:
+        sequences, each = f"about {sizes.expected_length:.0f} tokens each", f"up to {budget} tokens, packed"
     return [
         f"ranks            {sizes.ranks} = tensor {sizes.tp_size} x pipeline {sizes.pp_size} x data {sizes.dp_size}"
         + (f", experts over {sizes.ep_size}" if sizes.ep_size > 1 else ""),
-        f"step             {sizes.config.sequences_per_step} sequences, {sequences} a data-parallel rank in "
-        f"{sizes.micro_batches} micro batches of {sizes.micro_size}, {sizes.length} tokens each",
+        f"step             {sizes.config.sequences_per_step} sequences, {sequences} in {sizes.micro_batches} micro "
+        f"batches of {each}",
         f"vocabulary       {sizes.models.vocab_size} shared, padded to {padded}, {sizes.vocab_per_rank} columns a rank",
     ]
 

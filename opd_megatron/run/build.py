@@ -29,6 +29,7 @@ from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
+from opd_megatron.models.sizes import LayerSizes
 from opd_megatron.places import Places, cut_places, ranks_per_node
 from opd_megatron.rewards import Rewards
 from opd_megatron.rollout import weight_format
@@ -149,7 +150,7 @@ def build_run(
         grid = _grid(config, models)
         student, teachers = _models(config, models, grid, links, inputs, scoring)
         views = Views.of_run(config, models, inputs.pairs)
-        batches = _batches(config, grid, views)
+        batches = _batches(config, models, grid, views)
         scored = scored_prompts(inputs)
         display = _display(config, resume_from, trains=sampling)
         if config.left_out and scoring:
@@ -358,7 +359,7 @@ def _siblings(inputs: RunInputs) -> Siblings | None:
     return Siblings(dataset, inputs.tokenizer, inputs.rooms)
 
 
-def _batches(config: RunConfig, grid: ParallelGrid, views: Views) -> MicroBatchBuilder:
+def _batches(config: RunConfig, models: ResolvedModels, grid: ParallelGrid, views: Views) -> MicroBatchBuilder:
     return MicroBatchBuilder(
         grid.dp_rank,
         grid.dp_size,
@@ -369,6 +370,8 @@ def _batches(config: RunConfig, grid: ParallelGrid, views: Views) -> MicroBatchB
         route_of=None if views.routing is None else views.routing.route_of,
         balance=config.objective.balance,
         in_step=config.parallel.expert > 1,
+        tokens=config.parallel.tokens_per_micro_batch,
+        attention_length=LayerSizes.of(models.student_config).attention_length,
     )
 
 

@@ -219,6 +219,7 @@ def build_host(number: int, config: RunConfig, models: ResolvedModels, link: Tea
         one_length=student.pipeline > 1,
         multiple_of=student.tensor if sharded else 1,
         device=torch.device("cpu"),
+        tokens=student.tokens_per_micro_batch,
     )
     source = StatesSource(model, link.grid, link.route, sharded=sharded)
     return TeacherHost(source, link, batches, teacher.in_flight, repr(teacher.path))

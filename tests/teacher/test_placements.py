@@ -115,6 +115,24 @@ def test_a_teacher_in_a_layout_of_its_own_over_the_students_ranks_teaches_the_sa
     _agree(_run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **layout), alone)
 
 
+PACKED = {"parallel.micro_batch_size": None, "parallel.tokens_per_micro_batch": 120}
+"""Three sequences or four in a row, without padding."""
+
+
+@pytest.mark.parametrize(
+    ("student", "ranks", "teacher"),
+    [
+        ("one", 3, _own(pipeline=2)), ("SP2", 3, _own()), ("TP2 PP2", 6, _own(tensor=2)),
+        ("PP2", 2, {"teachers.0.tensor": 2, "teachers.0.pipeline": 1}), ("DP2", 2, {}),
+        ("SP2", 2, {"teachers.0.tensor": 1, "teachers.0.pipeline": 2}),
+    ],
+)  # fmt: skip
+def test_packed_sequences_are_taught_the_same(
+    inputs: dict[str, str], alone: Any, tmp_path: Path, student: str, ranks: int, teacher: dict[str, Any]
+) -> None:
+    _agree(_run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **teacher, **PACKED), alone)
+
+
 @pytest.fixture(scope="module")
 def two(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A second teacher, of another depth and width."""

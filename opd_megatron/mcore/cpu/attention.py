@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -15,10 +17,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 SCORES_AT_ONCE = 2**24
 
 
+@dataclass
+class Packing(PackedSeqParams):
+    """Upstream's, with the lengths on the host as well: reading them from a GPU would wait for it."""
+
+    lengths: tuple[int, ...] = ()
+
+
 class SdpaCoreAttention(MegatronModule):
     """Attention that stores no scores.
 
-    Sequences are right-padded, so that causality alone keeps real tokens from seeing padding.
+    Sequences are right-padded, so that causality alone keeps real tokens from seeing padding; or they follow each other
+    in one row (`Packing`), and each is attended to by itself.
     """
 
     def __init__(
@@ -50,11 +60,17 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Packing | None = None,
     ) -> torch.Tensor:
-        """[S, B, heads, d] queries and [S, B, groups, d] keys and values -> [S, B, heads * d]."""
-        assert packed_seq_params is None
+        """[S, B, heads, d] queries and [S, B, groups, d] keys and values -> [S, B, heads * d]; packed without B."""
         assert attention_bias is None
+        if packed_seq_params is None:
+            return self._of_rows(query, key, value)
+        lengths = packed_seq_params.lengths
+        parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._of_rows(*(each.unsqueeze(1) for each in part)).squeeze(1) for part in parts])
+
+    def _of_rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, n, S, d]
         batch, heads, length, _ = query.shape
         if query.is_cpu and query.requires_grad and batch * heads * length**2 <= SCORES_AT_ONCE:
