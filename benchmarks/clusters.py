@@ -170,13 +170,11 @@ def groups(arguments: argparse.Namespace) -> Report:
 
     report, left_out = Report(), []
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
-        if path.stem == "demo":
-            continue  # its models are made by tools/demo_assets.py
         try:
             report.rows += [groups_row(path, world) for world in ((8,) if arguments.quick else WORLDS)]
         except MissingPathError:  # of its models not even the config is here
             left_out.append(path.stem)
-    report.note = f"Without a network not {', '.join(left_out)}. " if left_out else ""
+    report.note = f"Not {', '.join(left_out)}, of whose models no config was within reach. " if left_out else ""
     report.note += "On one GPU without tensor and pipeline parallelism; engines' own ranks keep their share of all."
     return report
 

@@ -53,11 +53,30 @@ def cross(student: str, teacher: str, layout: str, folder: str) -> dict[str, Any
     return losses
 
 
-@pytest.mark.parametrize(("family", "layout"), [("llama", "DP2"), ("qwen2", "SP2"), ("qwen3_moe", "EP2")])
-def test_checkpoints_cross_transformer_engine_both_ways(tmp_path: Path, family: str, layout: str) -> None:
-    student = save_tiny(tmp_path / "student", family, seed=1, num_hidden_layers=2)
-    teacher = save_tiny(tmp_path / "teacher", seed=2)
-    losses = run_with_te(2, f"{__name__}.cross", student, teacher, LAYOUTS[layout], tmp_path / "checkpoints")
+CASES = [("llama", "DP2"), ("qwen2", "SP2"), ("qwen3_moe", "EP2")]
+
+
+def cross_all(folder: str) -> list[dict[str, Any]]:
+    """All cases in one pair of ranks: importing Megatron takes longer than a case."""
+    root = Path(folder)
+    return [
+        cross(str(root / family), str(root / "teacher"), LAYOUTS[layout], str(root / f"{family} checkpoints"))
+        for family, layout in CASES
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    root = tmp_path_factory.mktemp("models")
+    save_tiny(root / "teacher", seed=2)
+    for family, _ in CASES:
+        save_tiny(root / family, family, seed=1, num_hidden_layers=2)
+    return dict(zip(CASES, run_with_te(2, f"{__name__}.cross_all", root), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_checkpoints_cross_transformer_engine_both_ways(found: dict[Any, Any], case: tuple[str, str]) -> None:
+    losses = found[case]
     assert losses["auto"] == pytest.approx(losses["off"], rel=1e-5)
     for first in ("auto", "off"):
         assert losses[f"{first} {first}"] == losses[first][2:], "resumed bit for bit"
