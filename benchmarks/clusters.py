@@ -111,10 +111,14 @@ def fitted(config: Any, world: int) -> dict[str, Any]:
     if world < parallel.model + (hosts or 0):
         changes |= dict.fromkeys(("parallel.tensor", "parallel.pipeline", "parallel.expert", "rollout.tensor"), 1)
         changes |= {"parallel.sequence_parallel": "false", "rollout.hosts": "null", "rollout.placement": "student"}
-        return changes | {"parallel.data": world}
-    if hosts:
-        changes["rollout.hosts"] = hosts
-    return changes | {"parallel.data": (world - config.teacher_ranks - (hosts or 0)) // parallel.model}
+        data = world
+    else:
+        changes |= {"rollout.hosts": hosts} if hosts else {}
+        data = (world - config.teacher_ranks - (hosts or 0)) // parallel.model
+    # A step of so many ranks has at least a sequence for each.
+    prompts = -(-config.rollout.prompts_per_step // data) * data
+    changes |= {"rollout.prompts_per_step": prompts, "parallel.micro_batch_size": "null"}
+    return changes | {"parallel.data": data}
 
 
 def groups_row(path: Path, world: int) -> Row:
