@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from opd_megatron.types import Bucket
+from opd_megatron.weights.shared_reading import as_bytes
 
 PendingTransfer = Callable[[], Bucket | None]
 """Waits for a transfer that has begun; the bucket on the rank where it ends up, None on the others."""
@@ -83,7 +84,3 @@ def exchange(
         if flat.numel() > 0
     ]
     return dist.batch_isend_irecv(messages) if messages else []
-
-
-def as_bytes(flat: torch.Tensor) -> torch.Tensor:
-    return flat.view(torch.uint8)

@@ -48,7 +48,7 @@ class SharedReading:
         """Sends a parameter from the rank that read it to those that hold the same; the next one is read meanwhile."""
         copies = self._copies(expert)
         if copies is not None:
-            work = dist.broadcast(_as_bytes(tensor), group_src=0, group=copies, async_op=True)
+            work = dist.broadcast(as_bytes(tensor), group_src=0, group=copies, async_op=True)
             assert work is not None
             self._sending.append(work)
 
@@ -70,7 +70,7 @@ class SharedReading:
             if counts[rank]:
                 self.attempt(read)
             dist.all_to_all_single(
-                _as_bytes(target[first : first + sum(counts)]), _as_bytes(mine.flatten(0, 1).to(target.device)),
+                as_bytes(target[first : first + sum(counts)]), as_bytes(mine.flatten(0, 1).to(target.device)),
                 counts, [counts[rank]] * ranks, group=group,
             )  # fmt: skip
 
@@ -106,9 +106,9 @@ def read_once(fill: Callable[[], object], tensor: torch.Tensor, group: ProcessGr
             raise error
         return
     raise_on_all_ranks(error, what, WeightsError, group=group)
-    dist.broadcast(_as_bytes(tensor), group_src=0, group=group)
+    dist.broadcast(as_bytes(tensor), group_src=0, group=group)
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Not every backend knows every dtype."""
     return tensor.view(torch.uint8)
