@@ -117,9 +117,11 @@ class Batch:
     routes: torch.Tensor | None = None
     """[B, S] int64: which teachers a position's sequence is for (`teacher.routing`); None where all teachers score all
     of them."""
+    present: tuple[int, ...] = ()
+    """The routes in it, rising, so that nobody has to ask the device."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of the sequences in the row of a packed batch, which attend to themselves alone; they sum to S. None where
-    every row is one sequence."""
+    """Tokens of the sequences in the row of a packed batch, which attend to themselves alone; they sum to S, or to S
+    times the context-parallel size where the row is one rank's part of them. None where every row is one sequence."""
 
     def __post_init__(self) -> None:
         rows, length = self.tokens.shape
@@ -143,6 +145,11 @@ class Batch:
         """Selects some of the sequences."""
         assert self.lengths is None, "a packed batch has one row"
         return self._map(lambda values: values[rows])
+
+    def columns(self, columns: torch.Tensor) -> Batch:
+        """Selects some of the positions of a packed row; `lengths` stay those of the whole."""
+        assert self.lengths is not None, "rows that are sequences have all of their positions"
+        return self._map(lambda values: values[:, columns.to(values.device)])
 
     def with_rows(self, rows: int) -> Batch:
         """Grows to so many sequences by copies of the first one in which no token counts."""

@@ -48,13 +48,16 @@ def _grid(config: RunConfig | None) -> ParallelGrid:
     if config is None:
         return ParallelGrid.build(1, 1, world)
     parallel = config.parallel
-    if world % (parallel.model * parallel.expert):
+    least = parallel.model * parallel.least_data
+    if world % least:
         raise ConfigError(
-            f"{world} ranks must be a multiple of parallel.tensor * parallel.pipeline * parallel.expert = "
-            f"{parallel.model * parallel.expert}: start another number"
+            f"{world} ranks must be a multiple of parallel.tensor * parallel.context * parallel.pipeline and of what "
+            f"parallel.expert needs, {least}: start another number"
         )
     data = world // parallel.model
-    return ParallelGrid.build(parallel.tensor, parallel.pipeline, data, ep_size=parallel.expert)
+    return ParallelGrid.build(
+        parallel.tensor, parallel.pipeline, data, ep_size=parallel.expert, cp_size=parallel.context
+    )
 
 
 def _nodes() -> Iterator[Finding]:

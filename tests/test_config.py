@@ -97,7 +97,25 @@ def test_a_value_outside_its_range_is_refused_by_name_and_value(override: str) -
         (("parallel.expert=4", "parallel.data=2"), ("parallel.expert=4", "parallel.data=2")),
         (("steps=5", "optimizer.warmup_steps=5"), ("optimizer.warmup_steps=5", "steps=5")),
         (("optimizer.lr=1e-5", "optimizer.min_lr=1e-4"), ("optimizer.min_lr=0.0001", "optimizer.lr=1e-05")),
-        (("rollout.prompts_per_step=6", "parallel.data=4"), ("= 6", "data-parallel size 4")),
+        (
+            ("rollout.prompts_per_step=6", "parallel.data=4", "parallel.micro_batch_size=1"),
+            ("= 6", "data-parallel size 4"),
+        ),
+        (("parallel.virtual_stages=2",), ("parallel.virtual_stages=2", "parallel.pipeline above 1")),
+        (
+            ("parallel.pipeline=2", "parallel.stages=[1,2,3]"),
+            ("parallel.stages=[1, 2, 3] has 3 entries", "makes 2 parts"),
+        ),
+        (("parallel.context=2", "parallel.micro_batch_size=4"), ("parallel.context=2", "parallel.micro_batch_size=4")),
+        (
+            ("parallel.context=2", "parallel.tokens_per_micro_batch=100"),
+            ("parallel.tokens_per_micro_batch=100 * parallel.context=2", "= 768 tokens"),
+        ),
+        (("parallel.context=2", "parallel.expert=4", "parallel.data=1"), ("parallel.expert=4", "parallel.context=2")),
+        (
+            ("parallel.context=2", "teachers.0.path=t", "teachers.0.prompt='{prompt} {answer}'"),
+            ("teachers.0.prompt", "parallel.context=2"),
+        ),
         (("parallel.micro_batch_size=3",), ("= 8", "micro_batch_size 3")),
         (
             ("objective.type=on_policy_distill", "rollout.temperature=0.7"),
@@ -181,10 +199,19 @@ def test_a_file_that_holds_no_mapping_is_refused_in_one_line(text: str, tmp_path
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("sequences", "data", "expected"), [(8, 1, 8), (64, 1, 8), (12, 2, 6), (14, 1, 7), (11, 1, 1)])
-def test_the_default_micro_batch_is_the_largest_divisor_up_to_8(sequences: int, data: int, expected: int) -> None:
-    config = load_config(None, [f"rollout.prompts_per_step={sequences}"])
-    assert config.micro_batch_size(data) == expected
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], 4096),
+        (["rollout.max_new_tokens=8000"], 8512),
+        (["parallel.context=2"], 8192),
+        (["rollout.max_new_tokens=16001", "parallel.context=4"], 16520),
+        (["parallel.tokens_per_micro_batch=1000", "parallel.context=2"], 2000),
+        (["parallel.micro_batch_size=4"], None),
+    ],
+)
+def test_sequences_are_packed_unless_micro_batches_are_asked_for(words: list[str], expected: int | None) -> None:
+    assert load_config(None, words).pack_tokens == expected
 
 
 def test_every_type_of_objective_can_be_trained() -> None:
@@ -331,5 +358,5 @@ def test_a_pack_holds_the_longest_sequence_and_no_number_of_sequences() -> None:
 
 def test_packs_need_no_number_of_sequences_that_divides() -> None:
     words = ["rollout.prompts_per_step=7", "parallel.data=2"]
-    assert "must be a multiple of data-parallel size 2" in refusal(*words)
-    load_config(None, [*words, "parallel.tokens_per_micro_batch=4096"])
+    assert "must be a multiple of data-parallel size 2" in refusal(*words, "parallel.micro_batch_size=1")
+    load_config(None, words)

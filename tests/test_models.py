@@ -46,8 +46,13 @@ def test_a_fitting_layout_resolves_both_models(pair: tuple[Path, Path]) -> None:
     [
         ({"parallel.tensor": 3}, ConfigError, ["parallel.tensor=3", "4 attention heads", "[1, 2]"]),
         ({"parallel.tensor": 4}, ConfigError, ["parallel.tensor=4", "2 key-value heads", "student"]),
-        ({"parallel.pipeline": 3}, ConfigError, ["parallel.pipeline=3", "4 layers", "[1, 2, 4]"]),
-        ({"parallel.pipeline": 4}, ConfigError, ["parallel.pipeline=4", "6 layers", "teacher"]),
+        ({"parallel.pipeline": 5}, ConfigError, ["parallel.pipeline=5", "4 layers", "student"]),
+        ({"parallel.pipeline": 2, "parallel.stages": "[1,2]"}, ConfigError, ["stages=[1, 2] add up to 3", "has 4"]),
+        (
+            {"parallel.pipeline": 2, "parallel.virtual_stages": 3},
+            ConfigError,
+            ["parallel.virtual_stages=3 * parallel.pipeline=2", "4 layers"],
+        ),
         ({"rollout.max_new_tokens": 500}, ConfigError, ["max_new_tokens 500", "512"]),
         ({"student.path": "/nowhere/model"}, MissingPathError, ["/nowhere/model"]),
         ({"objective.lambda_rl": 0.5}, ConfigError, ["objective.lambda_rl=0.5", "rewards.task"]),

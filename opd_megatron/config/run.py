@@ -40,6 +40,8 @@ from opd_megatron.losses.schedules import largest
 _RECIPES: Any = Literal[tuple(RECIPES)]
 _OF_TEACHERS = ("eval/forward_kl", "eval/reverse_kl", "reverse_kl", "forward_kl", "top1_agreement")
 """Metrics that there are with teachers alone."""
+DEFAULT_PACK = 4096
+"""Tokens of a micro batch on a rank."""
 DEFAULT_ROUTE = "default"
 """Key of `routes` for the samples of every other task, and of none."""
 
@@ -110,7 +112,7 @@ class RunConfig(Section):
     @property
     def world_size(self) -> int:
         """Ranks the run needs when `parallel.data` is left at its default outside torchrun."""
-        student = self.parallel.model * (self.parallel.data or self.parallel.expert)
+        student = self.parallel.model * (self.parallel.data or self.parallel.least_data)
         return student + self.teacher_ranks + (self.rollout.hosts or 0)
 
     @property
@@ -189,11 +191,13 @@ class RunConfig(Section):
             raise ValueError(
                 "parallel.sequence_parallel=true needs parallel.tensor > 1, got 1: raise it or switch it off"
             )
-        if parallel.data is not None and parallel.data % parallel.expert:
+        if parallel.data is not None and parallel.data * parallel.context % parallel.expert:
             raise ValueError(
-                f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}, whose ranks divide "
-                "the experts: change one of them"
+                f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}"
+                + (f" * parallel.context={parallel.context}" if parallel.context > 1 else "")
+                + ", whose ranks divide the experts: change one of them"
             )
+        self._check_stages()
         if optimizer.warmup_steps >= self.steps and optimizer.warmup_steps > 0:
             raise ValueError(
                 f"optimizer.warmup_steps={optimizer.warmup_steps} must be below steps={self.steps}: "
@@ -212,8 +216,33 @@ class RunConfig(Section):
         self.micro_batch_size(parallel.data or 1)
         return self
 
+    @property
+    def pack_tokens(self) -> int | None:
+        """Tokens of a packed micro batch, on all its context-parallel ranks together; None where sequences are
+        padded."""
+        parallel = self.parallel
+        if parallel.micro_batch_size is not None:
+            return None
+        if parallel.tokens_per_micro_batch is not None:
+            return parallel.tokens_per_micro_batch * parallel.context
+        return max(self.longest_sequence, DEFAULT_PACK * parallel.context)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and answer, padded to what context-parallel ranks divide."""
+        longest, multiple = self.data.max_prompt_tokens + self.rollout.max_new_tokens, 2 * self.parallel.context
+        return longest if multiple == 2 else -(-longest // multiple) * multiple
+
     def _check_packs(self) -> None:
-        budget, size = self.parallel.tokens_per_micro_batch, self.parallel.micro_batch_size
+        parallel = self.parallel
+        budget, size, context = parallel.tokens_per_micro_batch, parallel.micro_batch_size, parallel.context
+        if size is not None:
+            for key in ("context", "virtual_stages"):
+                if getattr(parallel, key) > 1:
+                    raise ValueError(
+                        f"parallel.{key}={getattr(parallel, key)} needs packed sequences, got "
+                        f"parallel.micro_batch_size={size}, which pads them: set tokens_per_micro_batch instead"
+                    )
         if budget is None:
             return
         if size is not None:
@@ -222,10 +251,30 @@ class RunConfig(Section):
                 "one of them out"
             )
         prompt, answer = self.data.max_prompt_tokens, self.rollout.max_new_tokens
-        if budget < prompt + answer:
+        if budget * context < self.longest_sequence:
             raise ValueError(
-                f"parallel.tokens_per_micro_batch={budget} must hold the longest sequence, data.max_prompt_tokens "
-                f"{prompt} + rollout.max_new_tokens {answer} = {prompt + answer} tokens: raise it, or shorten them"
+                f"parallel.tokens_per_micro_batch={budget}"
+                + (f" * parallel.context={context}" if context > 1 else "")
+                + f" must hold the longest sequence, data.max_prompt_tokens {prompt} + rollout.max_new_tokens {answer} "
+                f"= {prompt + answer} tokens"
+                + (f", padded to {self.longest_sequence}" if self.longest_sequence > prompt + answer else "")
+                + ": raise it, or shorten them"
+            )
+
+    def _check_stages(self) -> None:
+        parallel = self.parallel
+        if parallel.virtual_stages > 1 and parallel.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_stages={parallel.virtual_stages} needs parallel.pipeline above 1, got 1: set it, or "
+                "leave the virtual stages out"
+            )
+        parts = parallel.pipeline * parallel.virtual_stages
+        if parallel.stages is not None and len(parallel.stages) != parts:
+            raise ValueError(
+                f"parallel.stages={parallel.stages} has {len(parallel.stages)} entries but parallel.pipeline="
+                f"{parallel.pipeline}"
+                + (f" * parallel.virtual_stages={parallel.virtual_stages}" if parallel.virtual_stages > 1 else "")
+                + f" makes {parts} parts: give the layers of each"
             )
 
     def _check_best_metric(self) -> None:
@@ -301,17 +350,16 @@ class RunConfig(Section):
         return sets or [[name for name in self.teacher_names if name != REFERENCE]]
 
     def micro_batch_size(self, data_parallel: int) -> int:
-        """Sequences in one forward pass. Raises ConfigError unless a step's sequences split evenly over ranks."""
+        """Sequences in one forward pass of padded ones. Raises ConfigError unless a step's split evenly over ranks."""
         total, size = self.sequences_per_step, self.parallel.micro_batch_size
-        if self.parallel.tokens_per_micro_batch is not None:
+        if self.pack_tokens is not None:
             return 1  # packs have tokens
         if total % (data_parallel * (size or 1)):
             raise ConfigError(
                 f"rollout.prompts_per_step * rollout.samples_per_prompt = {total} must be a multiple of data-parallel "
                 f"size {data_parallel} * parallel.micro_batch_size {size or 1}: change one of them"
             )
-        per_rank = total // data_parallel
-        return size or max(n for n in range(1, min(per_rank, 8) + 1) if per_rank % n == 0)
+        return size or 1
 
     def _check_given_answers(self) -> None:
         objective = self.objective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, Any, Literal
 
@@ -228,9 +229,18 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     """Pipeline-parallel size."""
     data: PositiveInt | None = None
-    """Data-parallel size; world size / (tensor * pipeline) by default, `expert` when started without torchrun."""
+    """Data-parallel size; world size / (tensor * context * pipeline) by default, what `expert` needs when started
+    without torchrun."""
+    stages: list[PositiveInt] | None = None
+    """Layers of each pipeline stage, first to last; with `virtual_stages`, of each part of them in the model's order.
+    By default equally many, or, where that does not divide, with embedding and head counted as a layer each."""
+    virtual_stages: PositiveInt = 1
+    """Parts of the model on each stage, which take turns (interleaved schedule): a smaller bubble for more
+    transfers."""
+    context: PositiveInt = 1
+    """Context-parallel size: ranks that share every sequence, for answers whose activations one cannot hold."""
     expert: PositiveInt = 1
-    """Expert-parallel size. Must divide the data-parallel size."""
+    """Expert-parallel size. Must divide the data-parallel size times `context`."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tensor > 1."""
     overlap_grad_reduce: bool | None = None
@@ -243,15 +253,21 @@ class ParallelConfig(Section):
     """Seconds that ranks wait for each other in one collective. Answers may take longer: engines tell how far they are
     (`rollout.request_timeout`). What a teacher may take for a micro batch must be less."""
     tokens_per_micro_batch: PositiveInt | None = None
-    """Tokens in one forward pass of a rank, of sequences that follow each other without padding; at least the longest
-    prompt and answer. By default micro batches are `micro_batch_size` sequences, padded to one length."""
+    """Tokens in one forward pass of a rank, of sequences that follow each other without padding; times `context` at
+    least the longest prompt and answer. 4096 by default, or what these need."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences in one forward pass of a rank; the largest divisor of its sequences up to 8 by default."""
+    """Sequences in one forward pass of a rank, padded to one length, instead of `tokens_per_micro_batch`: slower where
+    lengths differ, for comparisons with padding trainers."""
+
+    @property
+    def least_data(self) -> int:
+        """The smallest data-parallel size whose ranks, with the context-parallel ones, `expert` divides."""
+        return self.expert // math.gcd(self.expert, self.context)
 
     @property
     def model(self) -> int:
-        """Ranks that hold one copy of the student."""
-        return self.tensor * self.pipeline
+        """Ranks that hold one copy of the student, or of its part of every sequence."""
+        return self.tensor * self.context * self.pipeline
 
 
 _MORE_IS_BETTER = ("eval/accuracy", "reward", "top1_agreement")

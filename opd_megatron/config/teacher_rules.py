@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from opd_megatron.config.objective import ObjectiveConfig
+from opd_megatron.config.sections import ParallelConfig
 from opd_megatron.config.teachers import REFERENCE, STUDENT, AnyTeacherConfig
 from opd_megatron.losses.objectives import OBJECTIVES
 
@@ -15,6 +16,7 @@ class Taught(Protocol):
 
     teachers: list[AnyTeacherConfig]
     routes: dict[str, str | list[str]]
+    parallel: ParallelConfig
     objective: ObjectiveConfig
 
     @property
@@ -29,6 +31,19 @@ def check_teachers(config: Taught) -> None:
     _check_self_teachers(config)
     _check_aligned_teachers(config)
     _check_weights(config)
+    _check_context(config)
+
+
+def _check_context(config: Taught) -> None:
+    """Checks that teachers see the same tokens at the same places where ranks share a sequence."""
+    context = config.parallel.context
+    for number, teacher in enumerate(config.teachers):
+        for key in ("prompt", "alignment"):
+            if context > 1 and getattr(teacher, key) is not None:
+                raise ValueError(
+                    f"teachers.{number}.{key} does not go with parallel.context={context}: its sequences have other "
+                    "lengths, so that other ranks would hold the same token; set parallel.context=1"
+                )
 
 
 def _check_names(config: Taught) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from opd_megatron.mcore.grid import ParallelGrid
-    from opd_megatron.mcore.model import HiddenStatesModel
+    from opd_megatron.mcore.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def hf_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
         return next(iter(found))
 
 
-def _build(config: PretrainedConfig, grid: ParallelGrid, kind: torch.dtype) -> tuple[HiddenStatesModel, ShardLayout]:
+def _build(config: PretrainedConfig, grid: ParallelGrid, kind: torch.dtype) -> tuple[Model, ShardLayout]:
     from opd_megatron.mcore.model import build_gpt_model
 
     padded_vocab = pad_vocab(config.vocab_size, grid.tp_size)

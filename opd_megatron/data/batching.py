@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from opd_megatron.data.context import context_columns
 from opd_megatron.data.packing import packs_of, shares_by_work
 from opd_megatron.types import Batch, Rollout
 
@@ -56,6 +57,14 @@ class MicroBatchBuilder:
     nothing then. None pads them."""
     attention_length: float = math.inf
     """Of the student (`packing.shares_by_work`)."""
+    context_rank: int = 0
+    context_size: int = 1
+    """Ranks that share every sequence of a pack (`data.context`)."""
+    sequence_multiple_of: int = 1
+    """Every sequence of a pack is padded to a multiple of this: of 2 `context_size` where ranks share them."""
+    count_multiple_of: int = 1
+    """The number of micro batches is rounded up to a multiple of this, by empty ones (an interleaved pipeline schedule
+    needs the pipeline-parallel size)."""
 
     def build(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """Builds micro batches of `size`, or of `tokens`, from this rank's balanced share of a step."""
@@ -86,11 +95,11 @@ class MicroBatchBuilder:
     def _packed(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[list[Portion]]:
         assert self.tokens is not None
         routes = self._routes([rollouts[i] for i in indices])
-        lengths = [_length(rollouts[i]) for i in indices]
+        lengths = [round_up(_length(rollouts[i]), self.sequence_multiple_of) for i in indices]
         shares = shares_by_work(lengths, routes, self.dp_size, self.attention_length)
         return [
             [Portion(number, tuple(sorted(indices[i] for i in pack))) for number, pack in enumerate(packs)]
-            for packs in packs_of(shares, lengths, routes, self.tokens)
+            for packs in packs_of(shares, lengths, routes, self.tokens, self.count_multiple_of)
         ]
 
     def _routes(self, rollouts: Sequence[Rollout]) -> list[int]:
@@ -118,7 +127,7 @@ class StepBatches(list[Batch]):
         """What a teacher sees of the step: each rollout as `seen` shows it, without those that it does not show.
 
         A micro batch keeps its place and order, and is left out where nothing of it is left. Where ranks must stay
-        `in_step`, empty ones follow until every rank has equally many.
+        `in_step`, empty ones follow until every rank has equally many, or as many as a schedule wants.
         """
         shown = [seen(rollout) for rollout in self.rollouts]
         deal = [
@@ -129,9 +138,14 @@ class StepBatches(list[Batch]):
             ]
             for portions in self.deal
         ]
-        if self.builder.in_step:
+        multiple_of = self.builder.count_multiple_of
+        if self.builder.in_step or multiple_of > 1:
             most = max(len(portions) for portions in deal)
-            deal = [portions + [Portion(-1, ())] * (most - len(portions)) for portions in deal]
+            counts = [round_up(most if self.builder.in_step else len(portions), multiple_of) for portions in deal]
+            deal = [
+                portions + [Portion(-1, ())] * (count - len(portions))
+                for portions, count in zip(deal, counts, strict=True)
+            ]
         rollouts = [mine if new is None else new for mine, new in zip(self.rollouts, shown, strict=True)]
         return StepBatches(self.builder, rollouts, deal)
 
@@ -172,13 +186,18 @@ class StepBatches(list[Batch]):
             batch = make_batch(
                 rollouts or [some],
                 multiple_of=builder.multiple_of,
+                sequence_multiple_of=builder.sequence_multiple_of,
                 length=length,
                 packed=builder.tokens is not None,
                 scales=[self._scales[i] for i in portion.rollouts] or [0.0],
                 sampled=self._sampled,
                 routes=None if builder.route_of is None else [builder.route_of(each) for each in rollouts or [some]],
             )
-            made.append(batch.with_rows(rows or len(batch.tokens)).to(builder.device))
+            batch = batch.with_rows(rows or len(batch.tokens))
+            if builder.context_size > 1:
+                assert batch.lengths is not None, "context parallelism needs packed sequences"
+                batch = batch.columns(context_columns(batch.lengths, builder.context_rank, builder.context_size))
+            made.append(batch.to(builder.device))
         return made
 
 
@@ -186,6 +205,7 @@ def make_batch(
     rollouts: Sequence[Rollout],
     *,
     multiple_of: int = 1,
+    sequence_multiple_of: int = 1,
     length: int | None = None,
     pad_id: int = 0,
     scales: Sequence[float] | None = None,
@@ -200,6 +220,7 @@ def make_batch(
 
     Args:
         multiple_of: S is rounded up to a multiple of this; of a packed batch by a last sequence of padding.
+        sequence_multiple_of: every sequence of a packed batch is padded to a multiple of this, as part of it.
         length: S before rounding; the longest sequence by default.
         scales: the weight of each rollout's tokens instead of 1.
         routes: which teachers each rollout is for; `Batch.routes`.
@@ -208,9 +229,11 @@ def make_batch(
         packed: one after another.
     """
     assert rollouts, "a batch needs at least one sequence"
-    lengths = [_length(rollout) for rollout in rollouts]
+    ends = [_length(rollout) for rollout in rollouts]
+    lengths = [round_up(each, sequence_multiple_of) for each in ends]
     longest = max(lengths)
     assert length is None or length >= longest, f"length {length} does not hold a sequence of {longest} tokens"
+    multiple_of = math.lcm(multiple_of, sequence_multiple_of)
     size = round_up(sum(lengths) if packed else longest if length is None else length, multiple_of)
     if packed and size > sum(lengths):
         lengths.append(size - sum(lengths))
@@ -219,7 +242,7 @@ def make_batch(
     weights, logprobs, advantages, given = (torch.zeros(tokens.shape, dtype=torch.float32) for _ in range(4))
     for index, rollout in enumerate(rollouts):
         row, begin = (0, sum(lengths[:index])) if packed else (index, 0)
-        start, end = begin + len(rollout.prompt.token_ids), begin + lengths[index]
+        start, end = begin + len(rollout.prompt.token_ids), begin + ends[index]
         assert start > begin, "a response needs a prompt position that predicts its first token"
         tokens[row, begin:start] = torch.tensor(rollout.prompt.token_ids, dtype=torch.int64)
         tokens[row, start:end] = rollout.response_ids
@@ -240,9 +263,10 @@ def make_batch(
     scored = rollouts[0].advantage is not None
     assert all((rollout.advantage is not None) == scored for rollout in rollouts), "some have an advantage, some none"
     columns = (tokens, targets, weights, logprobs if sampled else None, advantages if scored else None, given)
+    present = tuple(sorted(set(routes or ())))
     if not packed:
         own = None if routes is None else torch.tensor(routes).unsqueeze(1).expand_as(tokens).contiguous()
-        return Batch(*columns, routes=own)
+        return Batch(*columns, routes=own, present=present)
     counts = torch.tensor(lengths)
     last = [] if routes is None else [routes[-1]] * (len(lengths) - len(rollouts))
     return Batch(
@@ -251,6 +275,7 @@ def make_batch(
         sequence_ids=torch.arange(len(lengths)).repeat_interleave(counts).unsqueeze(0),
         routes=None if routes is None else torch.tensor([*routes, *last]).repeat_interleave(counts).unsqueeze(0),
         lengths=tuple(lengths),
+        present=present,
     )
 
 

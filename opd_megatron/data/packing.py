@@ -34,15 +34,16 @@ def shares_by_work(
 
 
 def packs_of(
-    shares: Sequence[Sequence[int]], lengths: Sequence[int], routes: Sequence[int], budget: int
+    shares: Sequence[Sequence[int]], lengths: Sequence[int], routes: Sequence[int], budget: int, multiple_of: int = 1
 ) -> list[list[list[int]]]:
     """Cuts every rank's share into packs of at most `budget` tokens, equally many on each rank: those of one that needs
     fewer are smaller, or empty where it has fewer sequences. A sequence above the budget has a pack of its own.
 
-    With several routes a pack is of one as far as may be.
+    With several routes a pack is of one as far as may be. Their number is a multiple of `multiple_of`.
     """
     fitted = [_first_fit(share, lengths, routes, budget) for share in shares]
     most = max(len(packs) for packs in fitted)
+    most += -most % multiple_of
     return [_spread(packs, lengths, routes, budget, most) for packs in fitted]
 
 

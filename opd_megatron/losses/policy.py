@@ -67,18 +67,28 @@ class PolicyTerm:
     """`sequence`: rho and w are geometric means over a sequence's tokens (GSPO-token, arXiv 2507.18071)."""
     sequence_ids: torch.Tensor | None = None
     """int64, non-decreasing: which sequence a token belongs to. For `level="sequence"` and `prefix_gamma`, which need
-    whole sequences on one rank."""
+    whole sequences on one rank, or what of them the next two say."""
+    sequence_gaps: torch.Tensor | None = None
+    """Mean over each token's sequence of log p - log p_roll, where ranks have parts of sequences (context
+    parallelism). Not with `old_logprobs`."""
+    prefix_shares: torch.Tensor | None = None
+    """d_t / d of `prefix_gamma`, likewise."""
 
     @property
     def of_sequences(self) -> bool:
-        """Whether a token's loss depends on the others of its sequence."""
-        return self.level == "sequence" or self.prefix_gamma is not None
+        """Whether a token's loss depends on the others of its sequence, and so on them being here."""
+        alone = self.sequence_gaps is not None or self.prefix_shares is not None
+        return not alone and (self.level == "sequence" or self.prefix_gamma is not None)
 
     def rows(self, rows: slice) -> PolicyTerm:
         """Selects some of the tokens."""
-        names = ("rollout_logprobs", "likelihood", "advantages", "old_logprobs", "sequence_ids")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in _PER_TOKEN}
         return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
+
+
+_PER_TOKEN = (
+    "rollout_logprobs", "likelihood", "advantages", "old_logprobs", "sequence_ids", "sequence_gaps", "prefix_shares",
+)  # fmt: skip
 
 
 class PolicyResult(NamedTuple):
@@ -98,7 +108,7 @@ class PolicyResult(NamedTuple):
 
 def check_policy(term: PolicyTerm, like: torch.Tensor) -> None:
     """Raises ConfigError for what does not fit; `like` has one row for each token."""
-    for name in ("rollout_logprobs", "likelihood", "advantages", "old_logprobs", "sequence_ids"):
+    for name in _PER_TOKEN:
         value = getattr(term, name)
         if value is None:
             continue
@@ -165,7 +175,8 @@ def policy_loss(
     advantage = _advantage(term, logprobs, teacher_logprobs, rollout)
     if term.prefix_gamma is not None:
         advantage = advantage * _prefix_weight(term, teacher_logprobs - rollout, mask)
-    ratio, weight = _ratios(term, logprobs, rollout, mask)
+    of_engine = _ratio(term, logprobs - rollout, mask)
+    ratio, weight = _ratios(term, logprobs, rollout, mask, of_engine)
     surrogate = ratio * advantage
     clipped = torch.zeros_like(surrogate, dtype=torch.bool)
     if term.clip is not None:
@@ -176,7 +187,6 @@ def policy_loss(
     loss = -weight * surrogate
     # d rho / d log p = rho; a clipped ratio is a constant.
     dloss_dlogp = torch.where(clipped, 0, loss)
-    of_engine = _ratio(term, logprobs - rollout, mask)
     left_out = clipped if term.window is None else weight == 0
     found = PolicyResult(
         loss, dloss_dlogp, advantage, of_engine, left_out.to(loss.dtype), torch.zeros_like(loss)
@@ -194,14 +204,15 @@ def _with_likelihood(term: PolicyTerm, found: PolicyResult, logprobs: torch.Tens
 
 
 def _ratios(
-    term: PolicyTerm, logprobs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor | None
+    term: PolicyTerm, logprobs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor | None, of_engine: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes rho and w."""
+    """Computes rho and w. `of_engine`: p / p_roll."""
     if term.old_logprobs is not None:
         old = term.old_logprobs.to(logprobs.dtype)
+        ratio, weight = _ratio(term, logprobs - old, mask), _ratio(term, old - rollout, mask)
     else:
-        old = rollout if term.importance_cap is None and term.window is None else logprobs
-    ratio, weight = _ratio(term, logprobs - old, mask), _ratio(term, old - rollout, mask)
+        one = torch.ones_like(of_engine)
+        ratio, weight = (of_engine, one) if term.importance_cap is None and term.window is None else (one, of_engine)
     if term.importance_cap is not None:
         weight = weight.clamp(max=term.importance_cap)
     if term.window is not None:
@@ -212,17 +223,33 @@ def _ratios(
 
 def _prefix_weight(term: PolicyTerm, gap: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Computes 1 + gamma (1 - d_t / d) of every token."""
-    assert term.sequence_ids is not None
     assert term.prefix_gamma is not None
     if not len(gap):
         return gap
-    distance = gap.abs().double() if mask is None else torch.where(mask, gap.abs(), 0).double()
-    _, index = term.sequence_ids.unique_consecutive(return_inverse=True)
+    share = term.prefix_shares
+    if share is None:
+        assert term.sequence_ids is not None
+        share = prefix_shares(gap if mask is None else torch.where(mask, gap, 0), term.sequence_ids)
+    return (1 + term.prefix_gamma * (1 - share)).to(gap.dtype)
+
+
+def prefix_shares(gap: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
+    """Computes d_t / d of every token (`PolicyTerm.prefix_gamma`) from log q - log p_roll: [T] float64."""
+    distance = gap.abs().double()
+    _, index = sequence_ids.unique_consecutive(return_inverse=True)
     whole = distance.new_zeros(int(index[-1]) + 1).index_add_(0, index, distance)
     before_sequence = (whole.cumsum(0) - whole)[index]
     before = distance.cumsum(0) - distance - before_sequence
-    share = before / whole[index].clamp(min=1e-8)
-    return (1 + term.prefix_gamma * (1 - share)).to(gap.dtype)
+    return before / whole[index].clamp(min=1e-8)
+
+
+def sequence_means(values: torch.Tensor, counts: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
+    """Computes the mean over each token's sequence, [T], of the tokens whose count is 1."""
+    _, index = sequence_ids.unique_consecutive(return_inverse=True)
+    size = int(index[-1]) + 1
+    total = values.new_zeros(size).index_add_(0, index, values)
+    number = values.new_zeros(size).index_add_(0, index, counts.to(values.dtype))
+    return (total / number.clamp(min=1))[index]
 
 
 def _advantage(
@@ -243,12 +270,10 @@ def _ratio(term: PolicyTerm, log_ratio: torch.Tensor, mask: torch.Tensor | None)
     """Computes exp of the log ratio, or of its mean over each sequence."""
     if term.level == "token" or not len(log_ratio):
         return log_ratio.exp()
+    if term.sequence_gaps is not None:
+        return term.sequence_gaps.to(log_ratio.dtype).exp()
     assert term.sequence_ids is not None
-    _, index = term.sequence_ids.unique_consecutive(return_inverse=True)
-    counts = torch.ones_like(log_ratio) if mask is None else mask.to(log_ratio.dtype)
+    counts = torch.ones_like(log_ratio) if mask is None else mask
     # Selection: a masked token's log ratio may be anything.
     values = log_ratio if mask is None else torch.where(mask, log_ratio, 0)
-    size = int(index[-1]) + 1
-    total = log_ratio.new_zeros(size).index_add_(0, index, values)
-    number = log_ratio.new_zeros(size).index_add_(0, index, counts)
-    return (total / number.clamp(min=1))[index].exp()
+    return sequence_means(values, counts, term.sequence_ids).exp()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.model import Model
 
 
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weights, after every optimizer step; in fp32 whatever the model's
     dtype, in which a thousandth of a weight would be lost."""
 
-    def __init__(self, model: HiddenStatesModel, followed: HiddenStatesModel, decay: float) -> None:
+    def __init__(self, model: Model, followed: Model, decay: float) -> None:
         """`model` holds the average, and is built like `followed` on the same ranks. Both begin with equal weights."""
         self.model, self._decay = model, decay
         theirs = dict(followed.named_parameters())

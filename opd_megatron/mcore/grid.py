@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from opd_megatron.system.groups import model_group
-from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.layout import ShardLayout, layers_of_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,11 @@ class ParallelGrid:
     """One model's place in the world: sizes, this rank's coordinates and its process groups.
 
     Ranks are ordered tensor, context, data, pipeline from fastest to slowest, as in Megatron-LM, so that tensor
-    parallel ranks are neighbours (one node) and pipeline stages are far apart. Expert parallelism takes no ranks of its
-    own: `ep_size` neighbouring data-parallel ranks of a stage share every layer's experts out among themselves and send
-    each other the tokens meant for them. Experts are sharded over the tensor-parallel ranks like everything else.
+    parallel ranks are neighbours (one node) and pipeline stages are far apart. Context-parallel ranks hold the same
+    weights and each a part of every sequence, so that to all but attention they are further data-parallel ranks. Expert
+    parallelism takes no ranks of its own: `ep_size` neighbouring ranks of those share every layer's experts out among
+    themselves and send each other the tokens meant for them. Experts are sharded over the tensor-parallel ranks like
+    everything else.
     """
 
     tp_size: int
@@ -32,6 +34,7 @@ class ParallelGrid:
     groups: ProcessGroupCollection
     world: dist.ProcessGroup
     """All ranks of this grid."""
+    cp_size: int = 1
 
     @classmethod
     def build(
@@ -41,20 +44,21 @@ class ParallelGrid:
         dp_size: int,
         *,
         ep_size: int = 1,
+        cp_size: int = 1,
         sequence_parallel: bool = False,
         rank_offset: int = 0,
     ) -> ParallelGrid:
         """Makes the groups; every rank of the default process group must call it with the same arguments, also one that
         is not of this grid and has no use for what it gets."""
-        assert dp_size % ep_size == 0, (
-            f"{dp_size} data-parallel ranks do not split into expert-parallel groups of {ep_size}"
-        )
-        comm = HyperCommGrid([tp_size, 1, dp_size, pp_size], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
+        replicas = cp_size * dp_size
+        assert replicas % ep_size == 0, f"{replicas} replicas do not split into expert-parallel groups of {ep_size}"
+        comm = HyperCommGrid([tp_size, cp_size, dp_size, pp_size], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
         alone = _Groups()
         made = _Groups(alone)
         groups = ProcessGroupCollection(
             tp=made.of(comm.get_rank_enum("tp")),
-            cp=made.of(comm.get_rank_enum("cp")),
+            # Of its own also where `dp_cp` is the same ranks: keys travel while gradients are summed.
+            cp=_Groups(alone).of(comm.get_rank_enum("cp")),
             pp=made.of(comm.get_rank_enum("pp")),
             dp=made.of(comm.get_rank_enum("dp")),
             dp_cp=made.of(comm.get_rank_enum(["cp", "dp"])),
@@ -67,8 +71,8 @@ class ParallelGrid:
         groups.embd = made.of([ranks[0], ranks[-1]] for ranks in comm.get_rank_enum("pp"))
         groups.pos_embd = None  # rotary models have no position embedding to keep in step
         groups.intra_dist_opt = world
-        _add_expert_groups(groups, alone, tp_size, ep_size, dp_size // ep_size, pp_size, rank_offset)
-        return cls(tp_size, pp_size, dp_size, ep_size, sequence_parallel, groups, world)
+        _add_expert_groups(groups, alone, tp_size, ep_size, replicas // ep_size, pp_size, rank_offset)
+        return cls(tp_size, pp_size, dp_size, ep_size, sequence_parallel, groups, world, cp_size)
 
     @property
     def tp_rank(self) -> int:
@@ -83,6 +87,10 @@ class ParallelGrid:
         return self.groups.dp.rank()
 
     @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
     def ep_rank(self) -> int:
         return self.groups.ep.rank()
 
@@ -94,13 +102,16 @@ class ParallelGrid:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    def layout(self, num_layers: int, padded_vocab: int) -> ShardLayout:
-        """Returns this rank's part of a model with `num_layers` layers."""
-        per_stage = num_layers // self.pp_size
+    def layout(
+        self, num_layers: int, padded_vocab: int, *, virtual: int = 1, stages: Sequence[int] | None = None
+    ) -> ShardLayout:
+        """Returns this rank's part of a model with `num_layers` layers. `virtual`, `stages`: of `ParallelConfig`."""
+        parts = layers_of_parts(num_layers, self.pp_size, virtual, stages)
         return ShardLayout(
             padded_vocab=padded_vocab,
-            first_layer=self.pp_rank * per_stage,
-            num_layers=per_stage,
+            first_layer=sum(parts[: self.pp_rank]),
+            num_layers=sum(parts[self.pp_rank :: self.pp_size]),
+            parts=parts,
             tp_rank=self.tp_rank,
             tp_size=self.tp_size,
             pp_rank=self.pp_rank,
@@ -110,7 +121,7 @@ class ParallelGrid:
             ep_rank=self.ep_rank,
             ep_size=self.ep_size,
             ep_group=self.groups.ep,
-            dp_group=self.groups.dp,
+            dp_group=self.groups.dp_cp,
             expert_dp_group=self.groups.expt_dp,
             world=self.world,
         )
@@ -151,12 +162,12 @@ def _add_expert_groups(
     communicator they would wait for each other.
     """
     groups.expt_tp = groups.tp
-    if ep_size == 1:  # upstream wants the groups even so
-        groups.ep, groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.cp, groups.tp, groups.mp, groups.dp
-        return
     comm = HyperCommGrid([tp_size, ep_size, expert_dp_size, pp_size], ["tp", "ep", "dp", "pp"], rank_offset=rank_offset)
     made = _Groups(alone)
     groups.ep = made.of(comm.get_rank_enum("ep"))
+    if ep_size == 1:  # upstream wants the groups even so
+        groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.tp, groups.mp, groups.dp_cp
+        return
     groups.tp_ep = made.of(comm.get_rank_enum(["tp", "ep"]))
     groups.tp_ep_pp = made.of(comm.get_rank_enum(["tp", "ep", "pp"]))
     groups.expt_dp = made.of(comm.get_rank_enum("dp"))

@@ -32,15 +32,17 @@ def distinct_shards(
     experts = parallel.expert if family_of(hf_config).experts else 1
     places = itertools.product(range(parallel.pipeline), range(experts), range(parallel.tensor))
     for stage, expert, tensor in places:
-        # From slowest to fastest as in `ParallelGrid`; the first data-parallel ranks divide the experts.
-        rank = (stage * data + expert) * parallel.tensor + tensor
+        # From slowest to fastest as in `ParallelGrid`; the first context- and data-parallel ranks divide the experts.
+        rank = (stage * data * parallel.context + expert) * parallel.tensor + tensor
         with fake_process_group(rank, parallel.model * data), _MetaParameters():
             grid = ParallelGrid.build(
                 parallel.tensor, parallel.pipeline, data,
-                ep_size=parallel.expert, sequence_parallel=parallel.sequence_parallel,
+                ep_size=parallel.expert, cp_size=parallel.context, sequence_parallel=parallel.sequence_parallel,
             )  # fmt: skip
-            model = build_gpt_model(hf_config, grid, padded_vocab=padded_vocab, dtype="bf16")
-            layout = grid.layout(hf_config.num_hidden_layers, padded_vocab)
+            layout = grid.layout(
+                hf_config.num_hidden_layers, padded_vocab, virtual=parallel.virtual_stages, stages=parallel.stages
+            )
+            model = build_gpt_model(hf_config, grid, padded_vocab=padded_vocab, dtype="bf16", parts=layout.parts)
         assert (layout.pp_rank, layout.ep_rank, layout.tp_rank) == (stage, expert, tensor)
         yield model, layout
 

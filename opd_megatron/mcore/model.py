@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,10 @@ from opd_megatron.mcore.cpu.platform import device, has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies, rope_theta
 from opd_megatron.mcore.spec import block_spec
+from opd_megatron.mcore.stages import ModelChunks, StageLayout
 from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, Family, family_of
+from opd_megatron.weights.layout import layers_of_parts
 
 
 class HiddenStatesModel(GPTModel):
@@ -28,6 +31,17 @@ class HiddenStatesModel(GPTModel):
     The head's weight stays a parameter of the model (`head_weight`); the objective multiplies it out chunk by
     chunk, so that [tokens, vocab] never exists.
     """
+
+    positions_from_batch = False
+    """Whether rotary angles are looked up by the positions of a packed row, rather than counted by a kernel."""
+
+    def _preprocess(self, *, position_ids: torch.Tensor, packed_seq_params: Any = None, **arguments: Any) -> Any:
+        # Upstream would count positions from sequence lengths that it reads from the device in every layer.
+        prepared = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **arguments)
+        if packed_seq_params is None or not self.positions_from_batch:
+            return prepared
+        angles = torch.outer(position_ids[0].to(self.rotary_pos_emb.inv_freq), self.rotary_pos_emb.inv_freq)
+        return (prepared[0], torch.cat((angles, angles), -1).unsqueeze(1), *prepared[2:])
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         # Upstream's hook after the decoder: everything it does beyond this point is the head and its loss.
@@ -85,6 +99,17 @@ class HiddenStatesModel(GPTModel):
         return _gather_index(mask, self.pg_collection.tp.size())
 
 
+Model = HiddenStatesModel | ModelChunks
+"""A rank's shard of a model: one part of it, or several with virtual stages."""
+
+
+def chunks_of(model: Model) -> list[HiddenStatesModel]:
+    """Its parts."""
+    if isinstance(model, ModelChunks):
+        return [cast("HiddenStatesModel", chunk) for chunk in model]
+    return [model]
+
+
 def _gather_index(mask: torch.Tensor, ranks: int) -> torch.Tensor:
     masks = _by_sequence_shard(mask, ranks)
     counts = masks.cumsum(1)
@@ -127,6 +152,7 @@ def transformer_config(
     dtype: Dtype,
     recompute: bool = False,
     transformer_engine: bool = False,
+    parts: Sequence[int] | None = None,
 ) -> TransformerConfig:
     """Describes a Llama-like model (RMSNorm, SwiGLU, rotary, grouped-query attention) to Megatron, dense or MoE.
 
@@ -154,6 +180,8 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=grid.tp_size,
         pipeline_model_parallel_size=grid.pp_size,
+        context_parallel_size=grid.cp_size,
+        **_stages(hf_config.num_hidden_layers, grid, parts),
         sequence_parallel=grid.sequence_parallel,
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
@@ -174,12 +202,27 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        batch_p2p_comm=has_gpu(),  # gloo pairs blocking-free sends with receives by itself
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
         **(_experts(hf_config, family, grid, grouped=transformer_engine) if family.experts else {}),
     )
+
+
+def _stages(layers: int, grid: ParallelGrid, parts: Sequence[int] | None) -> dict[str, Any]:
+    """How the layers are laid over the stages, and how these send to each other."""
+    if grid.pp_size == 1:
+        return {}
+    parts = layers_of_parts(layers, grid.pp_size) if parts is None else parts
+    virtual = len(parts) // grid.pp_size
+    return {
+        "pipeline_model_parallel_layout": StageLayout(parts, grid.pp_size, grid.pp_rank),
+        # With virtual stages a stage's neighbours may be one rank. Messages of both directions must not be posted as
+        # one batch then: they are matched by their order alone, and tensors silently change places.
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": has_gpu() and virtual == 1,  # gloo pairs blocking-free sends with receives by itself
+        "batch_p2p_sync": False,
+    }
 
 
 def _experts(hf_config: PretrainedConfig, family: Family, grid: ParallelGrid, *, grouped: bool) -> dict[str, Any]:
@@ -211,27 +254,37 @@ def build_gpt_model(
     dtype: Dtype,
     recompute: bool = False,
     transformer_engine: bool = False,
-) -> HiddenStatesModel:
-    """Builds this rank's shard of the model, with unset weights (`weights.load_weights` fills them)."""
+    parts: Sequence[int] | None = None,
+) -> Model:
+    """Builds this rank's shard of the model, with unset weights (`weights.load_weights` fills them).
+
+    `parts`: layers of each part of the pipeline (`layers_of_parts`, the default); several on each stage make a
+    `ModelChunks`.
+    """
+    parts = layers_of_parts(hf_config.num_hidden_layers, grid.pp_size) if parts is None else parts
     config = transformer_config(
-        hf_config, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine
+        hf_config, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine, parts=parts
     )
-    model = HiddenStatesModel(
-        config=config,
-        transformer_layer_spec=block_spec(
-            config, hf_config.num_hidden_layers // grid.pp_size, transformer_engine=transformer_engine
-        ),
-        vocab_size=padded_vocab,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=grid.is_first_stage,
-        post_process=grid.is_last_stage,
-        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
-        position_embedding_type="rope",
-        rotary_base=rope_theta(hf_config),
-        pg_collection=grid.groups,
-    )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf_config).to(device())
-    return model.cuda() if has_gpu() else model
+    mine = parts[grid.pp_rank :: grid.pp_size]
+    chunks = []
+    for number, layers in enumerate(mine):
+        chunk = HiddenStatesModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, layers, transformer_engine=transformer_engine),
+            vocab_size=padded_vocab,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=grid.is_first_stage and number == 0,
+            post_process=grid.is_last_stage and number == len(mine) - 1,
+            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+            position_embedding_type="rope",
+            rotary_base=rope_theta(hf_config),
+            pg_collection=grid.groups,
+            vp_stage=number if len(mine) > 1 else None,
+        )
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(hf_config).to(device())
+        chunk.positions_from_batch = not transformer_engine
+        chunks.append(chunk.cuda() if has_gpu() else chunk)
+    return chunks[0] if len(chunks) == 1 else ModelChunks(chunks)
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:

@@ -21,13 +21,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def wrap_ddp(
-    model: HiddenStatesModel, grid: ParallelGrid, *, overlap: bool | None = None, bucket_size: int | None = None
-) -> DistributedDataParallel:
-    """Wraps the model so that gradients are summed in fp32 buffers, which the distributed optimizer shards.
+    model: HiddenStatesModel, grid: ParallelGrid, *, overlap: bool | None = None, bucket_size: int | None = None,
+    first: bool = True,
+) -> DistributedDataParallel:  # fmt: skip
+    """Wraps a chunk of the model so that gradients are summed in fp32 buffers, which the distributed optimizer shards.
 
     Args:
         overlap: sum them while the backward pass goes on; by default where there is a GPU to do both.
         bucket_size: parameters that are summed at once then.
+        first: whether it is the first chunk of its stage. Its gradients are the last to come; those of the others are
+            summed behind later backward passes, whole.
     """
     ddp = DistributedDataParallel(
         config=get_model_config(model),
@@ -38,6 +41,7 @@ def wrap_ddp(
             bucket_size=bucket_size,
         ),
         module=model,
+        disable_bucketing=not first,
         pg_collection=grid.groups,
     )
     _count_padding(ddp)
@@ -57,9 +61,11 @@ def _count_padding(ddp: DistributedDataParallel) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid: ParallelGrid) -> ChainedOptimizer:
+def build_optimizer(
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], grid: ParallelGrid
+) -> ChainedOptimizer:
     """Builds AdamW over fp32 main weights, with its state sharded over data-parallel ranks."""
-    model_config = get_model_config(ddp)
+    model_config = get_model_config(chunks[0])
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -74,7 +80,7 @@ def build_optimizer(config: OptimizerConfig, ddp: DistributedDataParallel, grid:
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
         ),
-        [ddp],
+        chunks,
         use_gloo_process_groups=False,
         pg_collection=grid.groups,
     )
@@ -145,7 +151,7 @@ def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
                 group["step"] = updates
 
 
-def optimizer_tensors(optimizer: ChainedOptimizer, model: HiddenStatesModel) -> Iterator[torch.Tensor]:
+def optimizer_tensors(optimizer: ChainedOptimizer, model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """The main weights and moments of this rank, without what the model's own weights lie in."""
     of_model = {parameter.untyped_storage() for parameter in model.parameters()}
     for part in optimizer.chained_optimizers:

@@ -46,8 +46,8 @@ def parts_of(
     """Cuts the student's micro batch `index`; `mask` [B, S] is where its response tokens are."""
     outputs = [_output(teacher, index) for teacher in teachers]  # each can be asked for once
     routes: list[int | None] = [None]
-    if batch.routes is not None:
-        routes = batch.routes[mask].unique().tolist() or [int(batch.routes[0, 0])]
+    if batch.routes is not None:  # also of sequences whose answers other context-parallel ranks have
+        routes = list(batch.present)
     for route in routes:
         whole = len(routes) == 1
         scorers = [(n, teacher) for n, teacher in enumerate(teachers) if _scores(teacher, route)]

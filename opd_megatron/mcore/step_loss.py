@@ -24,8 +24,9 @@ from opd_megatron.losses.objectives import (
 )
 from opd_megatron.losses.reduction import MISMATCH, TokenSums, add_sums, further_sums, joined_sums, token_sums
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.model import Model
 from opd_megatron.mcore.routed import Part, parts_of, rows_of
+from opd_megatron.mcore.whole_sequences import WholeSequences
 from opd_megatron.types import Batch, TeacherInputs
 
 
@@ -33,7 +34,7 @@ from opd_megatron.types import Batch, TeacherInputs
 class StepLoss:
     """Megatron's loss function of one step: call it with a micro batch."""
 
-    model: HiddenStatesModel
+    model: Model
     grid: ParallelGrid
     teachers: Sequence[TeacherInputs]
     """The reference among them, where the objective has one."""
@@ -65,10 +66,17 @@ class StepLoss:
 
     def _of_part(self, part: Part, batch: Batch, hidden: torch.Tensor, gather_index: torch.Tensor | None) -> TokenSums:
         token_weights = batch.weights[part.mask]
-        result = self._pass(
-            part, hidden, gather_index, token_weights,
-            **loss_arguments(self.terms, batch, part.mask), targets=batch.targets[part.mask],
-        )  # fmt: skip
+        arguments = loss_arguments(self.terms, batch, part.mask) | {"targets": batch.targets[part.mask]}
+        policy = arguments["policy"]
+        if self.grid.cp_size > 1 and policy is not None and policy.of_sequences:
+            with torch.no_grad():
+                now = {"type": "reverse_kl", "targets": arguments["targets"], "with_metrics": False}
+                first = self._pass(part, hidden.detach(), gather_index, token_weights, **now)
+                assert first.student_logprob is not None
+                assert first.teacher_logprob is not None
+                sequences = WholeSequences(batch, part.mask, self.grid.groups.cp)
+                arguments["policy"] = sequences.with_gaps(policy, first.student_logprob, first.teacher_logprob)
+        result = self._pass(part, hidden, gather_index, token_weights, **arguments)
         rollout = batch.rollout_logprobs[part.mask] if self.sampled and batch.rollout_logprobs is not None else None
         sums = token_sums(result, token_weights, rollout, self._main_names())
         further = [term for term in self.terms if term.teacher_entropy_above is not None]

@@ -17,7 +17,7 @@ from opd_megatron.losses.reduction import TokenSums, global_means
 from opd_megatron.mcore.average import WeightAverage
 from opd_megatron.mcore.forward import run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.model import HiddenStatesModel, build_gpt_model
+from opd_megatron.mcore.model import Model, build_gpt_model, chunks_of
 from opd_megatron.mcore.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -44,23 +44,32 @@ class Student:
         rollout = config.rollout
         # Whether the engine's log-probabilities are of the distribution that the loss computes.
         self._comparable = rollout.top_p == 1 and rollout.temperature == config.objective.temperature
-        self.layout: ShardLayout = grid.layout(hf_config.num_hidden_layers, padded_vocab)
-        self.model: HiddenStatesModel = build_gpt_model(
+        parallel = config.parallel
+        self.layout: ShardLayout = grid.layout(
+            hf_config.num_hidden_layers, padded_vocab, virtual=parallel.virtual_stages, stages=parallel.stages
+        )
+        self.model: Model = build_gpt_model(
             hf_config,
             grid,
             padded_vocab=padded_vocab,
             dtype=decided(config.student.dtype),
             recompute=config.student.recompute,
             transformer_engine=use_transformer_engine(config.student.transformer_engine),
+            parts=self.layout.parts,
         )
         load_weights(self.model, source, hf_config, self.layout)
-        parallel = config.parallel
-        self.ddp = wrap_ddp(self.model, grid, overlap=parallel.overlap_grad_reduce, bucket_size=parallel.bucket_size)
-        self.optimizer = build_optimizer(config.optimizer, self.ddp, grid)
+        self.chunks = [
+            wrap_ddp(
+                chunk, grid, overlap=parallel.overlap_grad_reduce, bucket_size=parallel.bucket_size, first=number == 0
+            )
+            for number, chunk in enumerate(chunks_of(self.model))
+        ]
+        self.optimizer = build_optimizer(config.optimizer, self.chunks, grid)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.steps)
         schedule_hooks = get_model_config(self.model)
         schedule_hooks.finalize_model_grads_func = finalize_model_grads
-        schedule_hooks.no_sync_func = self.ddp.no_sync
+        syncs = [chunk.no_sync for chunk in self.chunks]
+        schedule_hooks.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.averages: dict[str, WeightAverage] = {}
         """Averages that follow its weights, by the name of who teaches with them; part of its checkpoints."""
         self._offloads = config.student.offload
@@ -74,12 +83,13 @@ class Student:
         Raises:
             NonFiniteError: loss or gradient norm is NaN or infinite, on every rank and before weights change.
         """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sampled = self._comparable and all(batch.rollout_logprobs is not None for batch in micro_batches)
         loss = self._loss(teachers, objective, vocab_size, sampled=sampled)
-        sums = run_schedule(self.ddp, self.grid, micro_batches, loss)
+        sums = run_schedule(list(self.chunks), self.grid, micro_batches, loss)
         metrics, tokens = self._global_means(sums, loss.names)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -124,11 +134,12 @@ class Student:
                 buffer.reload_from_cpu(move_params=False, move_grads=True)
 
     def _gradient_buffers(self) -> list[Any]:
-        return [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+        return [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
     @property
     def dp_rank(self) -> int:
-        return self.grid.dp_rank
+        """Which copy of the weights this rank's are: context-parallel ranks have one each."""
+        return self.grid.groups.dp_cp.rank()
 
     @property
     def lr(self) -> float:

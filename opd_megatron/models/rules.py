@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig
+from opd_megatron.config import ParallelConfig, RunConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.system.ranks import launched
 from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
@@ -77,9 +77,9 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
     for hf_config in models.configs:
         family_of(hf_config)
     parallel = config.parallel
-    check_divisible(
-        f"student {config.student.path!r}", models.student_config, parallel.tensor, parallel.pipeline, parallel.expert
-    )
+    name = f"student {config.student.path!r}"
+    check_divisible(name, models.student_config, parallel.tensor, parallel.pipeline, parallel.expert)
+    check_stages(name, models.student_config, parallel)
     _check_experts(models, config)
     _check_context("the student", models.student_config, config)
     for teacher, (_, hf_config) in zip(config.teachers, models.teachers, strict=True):
@@ -95,6 +95,7 @@ def _data_parallel(config: RunConfig) -> int:
     data, rest = divmod(world - hosts - taught_from, parallel.model)
     if data < 1 or rest or (parallel.data is not None and parallel.data != data):
         wanted = f"parallel.tensor {parallel.tensor} * parallel.pipeline {parallel.pipeline}"
+        wanted += f" * parallel.context {parallel.context}" if parallel.context > 1 else ""
         if parallel.data is not None or hosts or taught_from:
             wanted += f" * parallel.data {parallel.data or 'of any size'}"
             wanted += f" + {taught_from} ranks of teachers' own" if taught_from else ""
@@ -116,16 +117,29 @@ def check_divisible(
         if size % tensor:
             choices = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
             raise ConfigError(f"{keys}.tensor={tensor} must divide the {size} {what} of {name}: use one of {choices}")
-    if hf_config.num_hidden_layers % pipeline:
-        choices = [n for n in range(1, hf_config.num_hidden_layers + 1) if hf_config.num_hidden_layers % n == 0]
+    if hf_config.num_hidden_layers < pipeline:
         raise ConfigError(
-            f"{keys}.pipeline={pipeline} must divide the {hf_config.num_hidden_layers} layers of {name}: "
-            f"use one of {choices}"
+            f"{keys}.pipeline={pipeline} must not exceed the {hf_config.num_hidden_layers} layers of {name}: lower it"
         )
     if family.experts and dims.experts % expert:
         choices = [n for n in range(1, dims.experts + 1) if dims.experts % n == 0]
         raise ConfigError(
             f"{keys}.expert={expert} must divide the {dims.experts} experts of {name}: use one of {choices}"
+        )
+
+
+def check_stages(name: str, hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError unless the student's stages, or parts of them, have all of its layers."""
+    layers, parts = hf_config.num_hidden_layers, parallel.pipeline * parallel.virtual_stages
+    if parallel.stages is not None and sum(parallel.stages) != layers:
+        raise ConfigError(
+            f"parallel.stages={parallel.stages} add up to {sum(parallel.stages)} layers but {name} has {layers}: "
+            "change them"
+        )
+    if layers < parts:
+        raise ConfigError(
+            f"parallel.virtual_stages={parallel.virtual_stages} * parallel.pipeline={parallel.pipeline} must not "
+            f"exceed the {layers} layers of {name}: lower one of them"
         )
 
 
@@ -135,10 +149,11 @@ def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.expert={parallel.expert} needs a MoE model, student and teachers have no experts: set it to 1"
         )
-    if resolved.data_parallel % parallel.expert:
+    if resolved.data_parallel * parallel.context % parallel.expert:
         raise ConfigError(
-            f"parallel.expert={parallel.expert} must divide data-parallel size {resolved.data_parallel}, whose ranks "
-            "divide the experts: start more ranks or lower it"
+            f"parallel.expert={parallel.expert} must divide data-parallel size {resolved.data_parallel}"
+            + (f" * parallel.context {parallel.context}" if parallel.context > 1 else "")
+            + ", whose ranks divide the experts: start more ranks or lower it"
         )
     if family_of(resolved.student_config).experts and parallel.tensor > 1 and not parallel.sequence_parallel:
         raise ConfigError(

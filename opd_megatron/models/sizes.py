@@ -13,7 +13,7 @@ from opd_megatron.models.lengths import AnswerLengths
 from opd_megatron.models.rules import ResolvedModels
 from opd_megatron.types import DTYPES
 from opd_megatron.weights.families import Dims, family_of
-from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.layout import ShardLayout, layers_of_parts
 from opd_megatron.weights.sharding import ShardingTable, StageParameter, sharding_table
 
 BYTES_PER_ELEMENT: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -95,12 +95,30 @@ class RunSizes:
         return self.models.data_parallel
 
     @property
+    def cp_size(self) -> int:
+        return self.config.parallel.context
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with copies of the same weights, experts aside."""
+        return self.dp_size * self.cp_size
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers of the student on each pipeline stage, those of all its parts together."""
+        parallel = self.config.parallel
+        parts = layers_of_parts(
+            self.models.student_config.num_hidden_layers, self.pp_size, parallel.virtual_stages, parallel.stages
+        )
+        return tuple(sum(parts[stage :: self.pp_size]) for stage in range(self.pp_size))
+
+    @property
     def ep_size(self) -> int:
         return self.config.parallel.expert
 
     @property
     def ranks(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.pp_size * self.replicas
 
     @property
     def job_ranks(self) -> int:
@@ -115,33 +133,39 @@ class RunSizes:
     @property
     def micro_size(self) -> int:
         """Sequences in a micro batch; of a packed one the longest that it holds."""
-        budget = self.config.parallel.tokens_per_micro_batch
+        budget = self.config.pack_tokens
         return self.config.micro_batch_size(self.dp_size) if budget is None else max(1, budget // self.length)
 
     @property
     def micro_batches(self) -> int:
         """Micro batches of a rank in a step."""
-        budget = self.config.parallel.tokens_per_micro_batch
+        budget = self.config.pack_tokens
         if budget is not None:
             tokens = self.config.sequences_per_step * self.expected_length / self.dp_size
-            return max(1, math.ceil(tokens / budget))
+            multiple = self.pp_size if self.config.parallel.virtual_stages > 1 else 1
+            return -(-max(1, math.ceil(tokens / budget)) // multiple) * multiple
         return self.config.sequences_per_step // self.dp_size // self.micro_size
 
     @property
     def length(self) -> int:
         """Tokens of the longest sequence, padding to the sequence-parallel ranks included."""
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+        longest = self.config.longest_sequence
         return -(-longest // self.sequence_shards) * self.sequence_shards
 
     @property
     def tokens(self) -> int:
-        """Tokens in a micro batch of longest sequences."""
-        return self.config.parallel.tokens_per_micro_batch or self.micro_size * self.length
+        """Tokens on a rank of a micro batch of longest sequences."""
+        return min(self._most_tokens, self.config.pack_tokens or self.micro_size * self.length) // self.cp_size
 
     @property
     def response_tokens(self) -> int:
-        """Tokens of a micro batch that the objective is about."""
-        return self.micro_size * self.config.rollout.max_new_tokens
+        """Tokens on a rank of a micro batch that the objective is about."""
+        return min(self.tokens, -(-self.micro_size * self.config.rollout.max_new_tokens // self.cp_size))
+
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens of a data-parallel rank's longest sequences."""
+        return max(1, -(-self.config.sequences_per_step // self.dp_size)) * self.length
 
     @cached_property
     def answers(self) -> AnswerLengths:
@@ -154,7 +178,7 @@ class RunSizes:
         """Tokens that a sequence is expected to take: a longest prompt, and its answer padded to the longest of its
         micro batch, under pipeline parallelism to the longest of the step."""
         beside = self.config.sequences_per_step if self.pp_size > 1 else self.micro_size
-        packed = self.packed or self.config.parallel.tokens_per_micro_batch is not None
+        packed = self.packed or self.config.pack_tokens is not None
         answer = self.answers.mean if packed else self.answers.longest_of(beside)
         return self.config.data.max_prompt_tokens + answer
 
@@ -185,16 +209,20 @@ class RunSizes:
 
     def stage(self, hf_config: PretrainedConfig, stage: int) -> StageShard:
         """Counts a stage's parameters by the sharding table, which `planning.coverage` compares with real modules."""
-        return self._stages(hf_config, self.tp_size, self.pp_size)[stage]
+        layers = self.stage_layers if hf_config is self.models.student_config else None
+        return self._stages(hf_config, self.tp_size, self.pp_size, layers)[stage]
 
     def largest_stage(self, hf_config: PretrainedConfig, tensor: int, pipeline: int) -> StageShard:
         """The stage with most parameters of a model in another layout."""
         return max(self._stages(hf_config, tensor, pipeline), key=lambda shard: shard.parameters)
 
-    def _stages(self, hf_config: PretrainedConfig, tensor: int, pipeline: int) -> list[StageShard]:
+    def _stages(
+        self, hf_config: PretrainedConfig, tensor: int, pipeline: int, layers: tuple[int, ...] | None = None
+    ) -> list[StageShard]:
+        layers = layers or layers_of_parts(hf_config.num_hidden_layers, pipeline)
         first = ShardLayout(
-            self.models.padded_vocab(tensor, hf_config), 0, hf_config.num_hidden_layers // pipeline,
-            tp_size=tensor, pp_size=pipeline, ep_size=self.ep_size,
+            self.models.padded_vocab(tensor, hf_config), 0, layers[0],
+            tp_size=tensor, pp_size=pipeline, ep_size=self.ep_size, parts=layers,
         )  # fmt: skip
         if (id(hf_config), first) not in self.shards:
             self.shards[id(hf_config), first] = _stage_shards(hf_config, first)
@@ -213,7 +241,7 @@ def _stage_shards(hf_config: PretrainedConfig, first: ShardLayout) -> list[Stage
         head = embedding if tied else sizes.get(family.head.megatron, 0)
         experts = sum(sizes[param.megatron] for param in params if param.expert_rank is not None)
         shards.append(
-            StageShard(sum(sizes.values()), experts, max(sizes.values()), embedding, head, tied, first.num_layers)
+            StageShard(sum(sizes.values()), experts, max(sizes.values()), embedding, head, tied, first.parts[stage])
         )
     return shards
 

@@ -18,11 +18,16 @@ from opd_megatron.teacher import check_teachers
 from opd_megatron.weights.families import family_of
 
 _MICRO_SIZES = (8, 4, 2, 1)
+_BUDGETS = (16384, 8192, 4096, 2048)
+"""Tokens of a micro batch on a rank; the longest sequence where that has more."""
+_LONG = 8192
+"""Tokens of a sequence from which on context parallelism is looked at."""
 # Kept free: blocks that do not fit together, and what is not counted.
 _MARGIN = 0.05
 _ALWAYS_SHOWN = ("parallel.tensor", "parallel.pipeline", "parallel.data")
 _SHOWN_IF_CHANGED = (
-    "parallel.expert", "parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute",
+    "parallel.context", "parallel.expert", "parallel.stages", "parallel.virtual_stages",
+    "parallel.tokens_per_micro_batch", "parallel.micro_batch_size", "parallel.sequence_parallel", "student.recompute",
     "student.offload", "rollout.tensor", "rollout.hosts",
 )  # fmt: skip
 _SMALLEST_CACHE = 2.0
@@ -83,7 +88,8 @@ def _unlike(found: Iterable[Suggestion]) -> list[Suggestion]:
     """The first of those that differ in no more than the micro batch."""
     kept: dict[str, Suggestion] = {}
     for suggestion in found:
-        layout = {k: v for k, v in suggestion.overrides.items() if k != "parallel.micro_batch_size"}
+        micro = ("parallel.micro_batch_size", "parallel.tokens_per_micro_batch")
+        layout = {k: v for k, v in suggestion.overrides.items() if k not in micro}
         kept.setdefault(str(layout), suggestion)
     return list(kept.values())
 
@@ -106,24 +112,40 @@ def _layouts(sizes: RunSizes, memory: dict[str, Any]) -> Iterator[list[RunSizes]
     for engine_tensor in engines or (sizes.config.rollout.tensor,):
         for hosts in _host_counts(sizes, engine_tensor):
             ranks = sizes.job_ranks - sizes.config.teacher_ranks - (hosts or 0)
-            for tp_size, pp_size, dp_size in _grids(ranks):
-                for ep_size in _divisors(dp_size) if has_experts else (1,):
+            for tp_size, cp_size, pp_size, dp_size in _grids(sizes, ranks):
+                for ep_size in _divisors(dp_size * cp_size) if has_experts else (1,):
                     layout = memory | {
                         "parallel.tensor": tp_size, "parallel.pipeline": pp_size, "parallel.data": dp_size,
+                        "parallel.context": cp_size, "parallel.stages": None, "parallel.virtual_stages": 1,
                         "parallel.expert": ep_size, "parallel.sequence_parallel": tp_size > 1,
                         "rollout.tensor": engine_tensor, "rollout.hosts": hosts,
                     }  # fmt: skip
-                    packs = sizes.config.parallel.tokens_per_micro_batch is not None
-                    micros = [{}] if packs else [{"parallel.micro_batch_size": micro} for micro in _MICRO_SIZES]
-                    ways = [_with(sizes, layout | micro) for micro in micros]
+                    ways = [_with(sizes, layout | micro) for micro in _micros(sizes, cp_size)]
                     yield [way for way in ways if way is not None]
 
 
-def _grids(ranks: int) -> Iterator[tuple[int, int, int]]:
-    """(tensor, pipeline, data) sizes of so many ranks."""
+def _micros(sizes: RunSizes, cp_size: int) -> list[dict[str, Any]]:
+    """Sizes of a micro batch to try: tokens where sequences are packed (the user's own where there is one, and enough
+    for the longest), sequences where they are padded."""
+    parallel = sizes.config.parallel
+    if parallel.micro_batch_size is not None:
+        return [{"parallel.micro_batch_size": micro} for micro in _MICRO_SIZES] if cp_size == 1 else []
+    multiple = 2 * cp_size
+    least = -(-sizes.config.longest_sequence // multiple) * 2
+    if parallel.tokens_per_micro_batch is not None:
+        return [{"parallel.tokens_per_micro_batch": max(least, parallel.tokens_per_micro_batch)}]
+    budgets = dict.fromkeys(max(least, budget) for budget in _BUDGETS)
+    return [{"parallel.tokens_per_micro_batch": budget} for budget in budgets]
+
+
+def _grids(sizes: RunSizes, ranks: int) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor, context, pipeline, data) sizes of so many ranks."""
+    contexts = (1, 2, 4, 8) if sizes.config.longest_sequence >= _LONG else (1,)
     for tp_size in _divisors(min(ranks, GPUS_PER_NODE)):
-        for pp_size in _divisors(ranks // tp_size) if ranks % tp_size == 0 else ():
-            yield tp_size, pp_size, ranks // tp_size // pp_size
+        for cp_size in contexts:
+            rest = ranks // (tp_size * cp_size)
+            for pp_size in _divisors(rest) if rest * tp_size * cp_size == ranks else ():
+                yield tp_size, cp_size, pp_size, rest // pp_size
 
 
 def _host_counts(sizes: RunSizes, engine_tensor: int) -> Iterable[int | None]:

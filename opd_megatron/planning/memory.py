@@ -125,7 +125,7 @@ def teacher_memory(sizes: RunSizes, *, gpu: bool) -> dict[int, dict[str, float]]
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
     """Elements whose optimizer state a rank keeps: the distributed optimizer divides it among the ranks with copies."""
-    return (student.parameters - student.experts + student.experts * sizes.ep_size) / sizes.dp_size
+    return (student.parameters - student.experts + student.experts * sizes.ep_size) / sizes.replicas
 
 
 def activation_bytes(sizes: RunSizes, stage: int) -> tuple[float, float]:
@@ -147,17 +147,28 @@ def layer_elements(layer: LayerSizes, tp_size: int, shards: int) -> float:
 
 def _activations(sizes: RunSizes, stage: int, *, recompute: bool) -> float:
     hf_config, bytes_per_element, shards = sizes.models.student_config, sizes.bytes_per_element, sizes.sequence_shards
-    layer, layers = LayerSizes.of(hf_config), hf_config.num_hidden_layers // sizes.pp_size
+    layer, layers = LayerSizes.of(hf_config), sizes.stage_layers[stage]
     whole = (layer_elements(layer, sizes.tp_size, shards) * bytes_per_element + _per_token(layer, sizes)) * sizes.tokens
     row = layer.hidden * bytes_per_element * sizes.tokens / shards
-    in_flight = min(sizes.pp_size - stage, sizes.micro_batches)
+    in_flight = _in_flight(sizes, stage)
     if stage < sizes.pp_size - 1:
         return in_flight * (layers * (row if recompute else whole) + row) + whole * recompute
     rows = (
         layer.hidden * sizes.response_tokens * (bytes_per_element + 4 + bytes_per_element)
     )  # the objective's rows, d of them in fp32 and back
     gathered = layer.hidden * bytes_per_element * sizes.tokens if shards > 1 else 0.0
-    return layers * (row if recompute else whole) + whole * recompute + 2 * row + rows + gathered
+    of_layers = in_flight * layers * (row if recompute else whole)
+    return of_layers + whole * recompute + 2 * row + rows + gathered + (in_flight - 1) * row
+
+
+def _in_flight(sizes: RunSizes, stage: int) -> float:
+    """Micro batches whose activations a stage holds at once. Interleaved: one more for every part but the first,
+    less a part for each stage behind (arXiv 2104.04473, section 2.2; upstream's warm-up)."""
+    virtual = sizes.config.parallel.virtual_stages
+    if virtual == 1:
+        return min(sizes.pp_size - stage, sizes.micro_batches)
+    warm_up = 2 * (sizes.pp_size - stage - 1) + (virtual - 1) * sizes.pp_size
+    return min((warm_up + 1) / virtual, sizes.micro_batches)
 
 
 def _per_token(layer: LayerSizes, sizes: RunSizes) -> float:
@@ -197,14 +208,17 @@ def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
     cast = 4 if bytes_per_element < 4 and not gpu else 0
     # A tied embedding's two gradients are summed; d head alone is counted already.
     matmul_params = student.largest * (bytes_per_element * (2 if student.tied else 1) + cast)
-    return of_layer + max(matmul_params, student.largest * 4 / sizes.dp_size)  # or the copy that clipping makes
+    return of_layer + max(matmul_params, student.largest * 4 / sizes.replicas)  # or the copy that clipping makes
 
 
 def _layer_temporaries(layer: LayerSizes, sizes: RunSizes, gpu: bool) -> float:
     """Bytes of temporaries in a layer: of the feed-forward part, or of attention, whose scores a CPU recomputes if
     few."""
-    scores = sizes.micro_size * layer.heads / sizes.tp_size * sizes.length**2
+    scores = (1 if sizes.config.pack_tokens else sizes.micro_size) * layer.heads / sizes.tp_size * sizes.length**2
+    scores /= sizes.cp_size
     attention = 6 * layer.query / sizes.tp_size * sizes.tokens
+    if sizes.cp_size > 1:  # everybody's keys and values, and them in order, with gradients
+        attention += 8 * layer.key / sizes.tp_size * sizes.tokens * sizes.cp_size
     if not gpu and scores <= SCORES_AT_ONCE:
         attention += 3 * scores
     feed_forward = 6 * layer.ffn / sizes.tp_size * sizes.tokens

@@ -146,6 +146,8 @@ def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Covera
         same = layout is config.parallel
         data = models.data_parallel if same else layout.data or 1
         columns = models.padded_vocab(layout.tensor, hf_config)
+        if same and path != config.student.path:  # a teacher beside it, whose stages are not the student's
+            layout = layout.model_copy(update={"stages": None, "virtual_stages": 1})
         found[path] = build_and_check(hf_config, layout, data, columns, known_tensors(path, folder))
     return found
 
@@ -232,14 +234,20 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
 
 def _layout_lines(sizes: RunSizes) -> list[str]:
     padded = sizes.models.padded_vocab(sizes.tp_size)
-    budget = sizes.config.parallel.tokens_per_micro_batch
+    budget, parallel = sizes.config.pack_tokens, sizes.config.parallel
     if budget is None:
         sequences = f"{sizes.micro_batches * sizes.micro_size} a data-parallel rank"
         each = f"{sizes.micro_size}, {sizes.length} tokens each"
     else:
         sequences, each = f"about {sizes.expected_length:.0f} tokens each", f"up to {budget} tokens, packed"
+        if parallel.context > 1:
+            each += f", {sizes.tokens} on each context-parallel rank"
     return [
-        f"ranks            {sizes.ranks} = tensor {sizes.tp_size} x pipeline {sizes.pp_size} x data {sizes.dp_size}"
+        f"ranks            {sizes.ranks} = tensor {sizes.tp_size} x "
+        + (f"context {sizes.cp_size} x " if sizes.cp_size > 1 else "")
+        + f"pipeline {sizes.pp_size} x data {sizes.dp_size}"
+        + (f", layers {list(sizes.stage_layers)}" if len(set(sizes.stage_layers)) > 1 else "")
+        + (f", {parallel.virtual_stages} parts a stage" if parallel.virtual_stages > 1 else "")
         + (f", experts over {sizes.ep_size}" if sizes.ep_size > 1 else ""),
         f"step             {sizes.config.sequences_per_step} sequences, {sequences} in {sizes.micro_batches} micro "
         f"batches of {each}",

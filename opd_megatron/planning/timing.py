@@ -33,7 +33,8 @@ _HOST_LINK = 25e9  # bytes a second of PCIe 4 or 5 with pinned memory
 ASSUMPTIONS = (
     f"matrix products at {_DENSE_FLOPS_USED:.0%} of the dense bf16 peak, {_EXPERT_FLOPS_USED:.0%} with experts; 2 FLOP "
     "a weight and token forward, 4 backward, 2 more with recomputation; causal attention",
-    "pipeline bubble (stages - 1) / micro batches; transfers at the links' published rate, none behind arithmetic",
+    "pipeline bubble (stages - 1) / micro batches / virtual stages; transfers at the links' published rate, none "
+    "behind arithmetic",
     f"{GPUS_PER_NODE} GPUs a machine: a group that fits into one uses NVLink, any other one network card a GPU",
     f"decoding at {_BANDWIDTH_USED:.0%} of the memory bandwidth, which reads weights, keys and values once a token, "
     f"and {1e3 * _DECODE_OVERHEAD:g} ms a token beside that, {1e6 * _ALL_REDUCE:g} us an all-reduce; answers dealt "
@@ -52,7 +53,7 @@ def plan_places(sizes: RunSizes) -> Places:
 def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     """Estimates the seconds of the phases of one step."""
     student = sizes.models.student_config
-    bubble = 1 + (sizes.pp_size - 1) / sizes.micro_batches
+    bubble = 1 + (sizes.pp_size - 1) / sizes.micro_batches / sizes.config.parallel.virtual_stages
     passes = 4 if sizes.config.student.recompute else 3
     of_student = passes * sizes.body_flops(student) + 3 * sizes.head_flops(student)
     costs = list(zip(teacher_costs(sizes, stage=0), sizes.models.teachers, strict=True))
@@ -60,7 +61,9 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     elsewhere = [
         cost.own_flops / cost.own_ranks / _flops(hf_config, gpu) for cost, (_, hf_config) in costs if cost.own_ranks
     ]
-    training = of_student / sizes.ranks / _flops(student, gpu) * bubble
+    # All stages wait for the one with most layers.
+    uneven = max(sizes.stage_layers) * sizes.pp_size / student.num_hidden_layers
+    training = of_student / sizes.ranks / _flops(student, gpu) * bubble * uneven
     updated = max(optimizer_share(sizes, sizes.stage(student, index)) for index in range(sizes.pp_size))
     return {
         "rollout": rollout_seconds(sizes, gpu),
@@ -69,9 +72,14 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
         # Teachers on ranks of their own score beside the student's work; what is left of it is waited for.
         "waiting for teachers": max(0.0, max(elsewhere, default=0.0) - training),
         "tensor collectives": moved.tensor / _link(sizes.tp_size, gpu),
+        **(
+            {"context collectives": moved.context / _link(sizes.tp_size * sizes.cp_size, gpu)}
+            if sizes.cp_size > 1
+            else {}
+        ),
         "pipeline transfers": moved.pipeline / _link(sizes.ranks, gpu),
         "expert transfers": moved.expert / _link(sizes.tp_size * sizes.ep_size, gpu),
-        "data collectives": moved.data / _link(sizes.tp_size * sizes.dp_size, gpu),
+        "data collectives": moved.data / _link(sizes.tp_size * sizes.replicas, gpu),
         # Gradient, main weight and both moments read, three of them and the weight written.
         "optimizer": updated * 30 / (gpu.memory_bandwidth * _BANDWIDTH_USED),
         "offload": 2 * max(offloaded_bytes(sizes, stage) for stage in range(sizes.pp_size)) / _HOST_LINK,

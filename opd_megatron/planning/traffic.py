@@ -16,6 +16,8 @@ class Traffic:
 
     tensor: float
     """All-reduces of hidden states (or their halves under sequence parallelism), student and teachers."""
+    context: float
+    """Keys and values gathered over context-parallel ranks in each layer, and their gradients scattered."""
     pipeline: float
     """Hidden states to the next stage and their gradients back."""
     expert: float
@@ -40,21 +42,31 @@ def traffic(sizes: RunSizes) -> Traffic:
     costs = teacher_costs(sizes, stage=0)
     inside += sum(cost.tensor_bytes for cost in costs)
     between += sum(cost.pipeline_bytes for cost in costs)
-    tokens = sizes.micro_size * sizes.micro_batches * sizes.expected_length
+    # Of a rank: packs are full but for the last.
+    tokens = sizes.config.sequences_per_step * sizes.expected_length / sizes.replicas
+    layer = LayerSizes.of(student)
+    # Forward, once more to recompute, and the gradient back.
+    keys = (2 + recompute) * 2 * layer.key / sizes.tp_size * student.num_hidden_layers * sizes.bytes_per_element
     rollout = BYTES_PER_ELEMENT[decided(sizes.config.rollout.dtype)]
     shards = [sizes.stage(student, stage) for stage in range(sizes.pp_size)]
-    copies = sizes.dp_size // sizes.ep_size  # of an expert
+    copies = sizes.replicas // sizes.ep_size  # of an expert
     synchronised = max(
-        _ring(sizes.dp_size) * (shard.parameters - shard.experts) + _ring(copies) * shard.experts for shard in shards
+        _ring(sizes.replicas) * (shard.parameters - shard.experts) + _ring(copies) * shard.experts for shard in shards
     )
     return Traffic(
         tensor=2 * _ring(sizes.tp_size) * inside / sizes.pp_size * tokens,
-        pipeline=between * tokens / sizes.sequence_shards if sizes.pp_size > 1 else 0.0,
+        context=(sizes.cp_size - 1) * keys / sizes.pp_size * tokens,
+        pipeline=_virtual(sizes) * between * tokens / sizes.sequence_shards if sizes.pp_size > 1 else 0.0,
         expert=_ring(sizes.ep_size) * _to_experts(sizes) * tokens,
         data=synchronised * (4 + sizes.bytes_per_element),
         teacher_states=sum(cost.states_bytes for cost in costs),
         weight_sync=weights_bytes(student, rollout),
     )
+
+
+def _virtual(sizes: RunSizes) -> int:
+    """How often a token goes round the stages."""
+    return sizes.config.parallel.virtual_stages
 
 
 def _to_experts(sizes: RunSizes) -> float:

@@ -330,6 +330,7 @@ def _grid(config: RunConfig, models: ResolvedModels) -> ParallelGrid:
         parallel.pipeline,
         models.data_parallel,
         ep_size=parallel.expert,
+        cp_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
     )
 
@@ -365,13 +366,17 @@ def _batches(config: RunConfig, models: ResolvedModels, grid: ParallelGrid, view
         grid.dp_size,
         config.micro_batch_size(grid.dp_size),
         one_length=grid.pp_size > 1,
-        multiple_of=grid.tp_size if grid.sequence_parallel else 1,
+        multiple_of=grid.tp_size * grid.cp_size if grid.sequence_parallel else 1,
         device=device(),
         route_of=None if views.routing is None else views.routing.route_of,
         balance=config.objective.balance,
         in_step=config.parallel.expert > 1,
-        tokens=config.parallel.tokens_per_micro_batch,
+        tokens=config.pack_tokens,
         attention_length=LayerSizes.of(models.student_config).attention_length,
+        context_rank=grid.cp_rank,
+        context_size=grid.cp_size,
+        sequence_multiple_of=2 * grid.cp_size if grid.cp_size > 1 else 1,
+        count_multiple_of=grid.pp_size if config.parallel.virtual_stages > 1 else 1,
     )
 
 

@@ -26,7 +26,7 @@ from opd_megatron.errors import ConfigError, DataError, TeacherError
 from opd_megatron.mcore.cpu.platform import device, init_distributed
 from opd_megatron.mcore.forward import response_hidden
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.model import Model
 from opd_megatron.models import ResolvedModels
 from opd_megatron.run.agreement import agreement_sequence
 from opd_megatron.run.build import scored_prompts
@@ -43,6 +43,7 @@ from opd_megatron.types import Rollout
 _MICRO_BATCHES = 8
 """Of each replica, in one piece of work: bounds what is held of states."""
 _MICRO_BATCH_SIZE = 8
+"""Sequences; how many are worked on between two looks at the progress bar too, where they are packed."""
 
 Cached = dict[int, CachedTeacherConfig]
 """Number of a teacher in `teachers:` -> its entry."""
@@ -185,7 +186,7 @@ class _Pass:
             writer.flush()
         return self._line(writer, len(cache))
 
-    def _score(self, model: HiddenStatesModel, step: StepBatches, cache: StatesCache, writer: CacheWriter) -> None:
+    def _score(self, model: Model, step: StepBatches, cache: StatesCache, writer: CacheWriter) -> None:
         """Writes what a piece of work has that the cache lacks; the same on every rank."""
         view = step.view(lambda each: None if sequence_key(each) in cache else each)
         if not view.dealt:
@@ -211,6 +212,7 @@ class _Pass:
             device=device(),
             route_of=None if routing is None else routing.route_of,
             in_step=self._config.parallel.expert > 1,
+            tokens=self._config.pack_tokens,
         )
 
     def _line(self, writer: CacheWriter, before: int) -> str:

@@ -111,7 +111,7 @@ class TranslatedHeads(Heads):
         weight = torch.empty(len(ids), hf_config.hidden_size, dtype=DTYPES[dtype], device=device())
         read_once(
             lambda: load_head_rows(folder, hf_config, ids, weight),
-            weight, self._grid.groups.dp, f"the head of {str(folder)!r} could not be read",
+            weight, self._grid.groups.dp_cp, f"the head of {str(folder)!r} could not be read",
         )  # fmt: skip
         places = torch.full((theirs,), -1, dtype=torch.int64)
         places[ids] = torch.arange(len(ids))

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from opd_megatron.config import CachedTeacherConfig, RunConfig, decided
-from opd_megatron.data.batching import StepBatches
+from opd_megatron.data.batching import StepBatches, make_batch
+from opd_megatron.data.context import local_rows
 from opd_megatron.errors import ConfigError, TeacherError
 from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.grid import ParallelGrid
@@ -177,20 +178,30 @@ class _States(Sequence[Any]):
         return rows, self._head
 
     def _filled(self, index: int, parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Puts what was computed between what was read."""
+        """Puts what was computed between what was read, of this context-parallel rank's rows."""
         portion = self._portions[index]
         computed = self._computed.rows(portion.number, self._student)
         found, begin = [], 0
         for i, part in zip(portion.rollouts, parts, strict=True):
+            rows = self._rows(self._step.rollouts[i])
             if part is None:
                 assert computed is not None
-                count = len(self._step.rollouts[i].response_ids)
+                count = len(self._step.rollouts[i].response_ids) if rows is None else len(rows)
                 found.append(computed[begin : begin + count].to(self._dtype))
                 begin += count
             else:
                 self.nbytes += part.nbytes
-                found.append(part.to(device(), self._dtype))
+                found.append((part if rows is None else part[rows]).to(device(), self._dtype))
         return found
+
+    def _rows(self, rollout: Rollout) -> torch.Tensor | None:
+        """Which tokens of an answer this context-parallel rank holds; None for all."""
+        student, multiple_of = self._student, self._step.builder.sequence_multiple_of
+        if student.cp_size == 1:
+            return None
+        alone = make_batch([rollout], sequence_multiple_of=multiple_of, packed=True)
+        assert alone.lengths is not None
+        return local_rows(alone.weights > 0, alone.lengths, student.cp_rank, student.cp_size)
 
     def _read_ahead(self, index: int) -> Future[list[torch.Tensor | None]] | None:
         return self._reader.submit(self._read, index) if index < len(self) else None

@@ -6,7 +6,7 @@ import torch
 
 from opd_megatron.mcore.forward import response_hidden
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.model import Model
 from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.types import Batch, TeacherInputs
 
@@ -18,7 +18,7 @@ class ColocatedTeacher:
     beside = False
     changes = False
 
-    def __init__(self, model: HiddenStatesModel, grid: ParallelGrid, weight: float, *, offload: bool = False) -> None:
+    def __init__(self, model: Model, grid: ParallelGrid, weight: float, *, offload: bool = False) -> None:
         self._model, self._grid, self._weight = model, grid, weight
         self._offload, self._host = offload, HostMemory()
         self._hidden: list[torch.Tensor] = []

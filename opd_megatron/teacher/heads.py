@@ -32,7 +32,7 @@ class Heads:
             rank, ranks = self._grid.tp_rank, self._grid.tp_size
             read_once(
                 lambda: load_head(folder, hf_config, head, tp_rank=rank, tp_size=ranks),
-                head, self._grid.groups.dp, f"the head of {str(folder)!r} could not be read",
+                head, self._grid.groups.dp_cp, f"the head of {str(folder)!r} could not be read",
             )  # fmt: skip
             self._heads[key] = head
         return self._heads[key]

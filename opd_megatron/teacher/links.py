@@ -44,7 +44,7 @@ class TeacherLink:
 
 def student_grid(config: RunConfig, models: ResolvedModels) -> Grid:
     parallel = config.parallel
-    return Grid(0, parallel.tensor, parallel.pipeline, models.data_parallel)
+    return Grid(0, parallel.tensor, parallel.pipeline, models.data_parallel, parallel.context)
 
 
 def own_grid(teacher: TeacherConfig, number: int, student: Grid, places: Places) -> Grid | None:

@@ -139,8 +139,8 @@ class TeacherHost:
     def _score(self, step: StepBatches) -> None:
         outbox = Outbox(self._link.states, self._in_flight * len(self._link.route.student.last_stages))
 
-        def deliver(job: Job, tensor: int, rows: torch.Tensor) -> None:
-            outbox.send(rows, self._link.member(self._link.route.student.last_stage(job.data, tensor)), job.index)
+        def deliver(job: Job, place: tuple[int, int], rows: torch.Tensor) -> None:
+            outbox.send(rows, self._link.member(self._link.route.student.last_stage(job.data, *place)), job.index)
 
         self._source.score(step, deliver)
         outbox.flush()
@@ -217,9 +217,10 @@ def build_host(number: int, config: RunConfig, models: ResolvedModels, link: Tea
         models.data_parallel,
         config.micro_batch_size(models.data_parallel),
         one_length=student.pipeline > 1,
-        multiple_of=student.tensor if sharded else 1,
+        multiple_of=student.tensor * student.context if sharded else 1,
         device=torch.device("cpu"),
-        tokens=student.tokens_per_micro_batch,
+        tokens=config.pack_tokens,
+        sequence_multiple_of=2 * student.context if student.context > 1 else 1,
     )
     source = StatesSource(model, link.grid, link.route, sharded=sharded)
     return TeacherHost(source, link, batches, teacher.in_flight, repr(teacher.path))

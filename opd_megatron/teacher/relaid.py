@@ -36,8 +36,8 @@ class RelaidTeacher:
         at_home: dict[int, torch.Tensor] = {}
         outbox = Outbox(self._link.states, limit=None)
 
-        def deliver(job: Job, tensor: int, rows: torch.Tensor) -> None:
-            to = route.student.last_stage(job.data, tensor)
+        def deliver(job: Job, place: tuple[int, int], rows: torch.Tensor) -> None:
+            to = route.student.last_stage(job.data, *place)
             if to == rank:
                 at_home[job.index] = rows
             else:

@@ -21,22 +21,27 @@ class Grid:
     tensor: int
     pipeline: int
     data: int
+    context: int = 1
 
     @property
     def size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
     @property
     def ranks(self) -> range:
         return range(self.first, self.first + self.size)
 
-    def last_stage(self, data: int, tensor: int) -> int:
-        """The rank that holds final hidden states of a replica."""
-        return self.first + ((self.pipeline - 1) * self.data + data) * self.tensor + tensor
+    def last_stage(self, data: int, tensor: int, context: int = 0) -> int:
+        """The rank that holds final hidden states of a replica, or of its part of every sequence."""
+        replica = ((self.pipeline - 1) * self.data + data) * self.context + context
+        return self.first + replica * self.tensor + tensor
 
     @property
     def last_stages(self) -> list[int]:
-        return [self.last_stage(data, tensor) for data in range(self.data) for tensor in range(self.tensor)]
+        return [
+            self.last_stage(data, tensor, context)
+            for data in range(self.data) for context in range(self.context) for tensor in range(self.tensor)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

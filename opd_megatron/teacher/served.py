@@ -30,7 +30,7 @@ from opd_megatron.mcore.model import sequence_shards
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, RunSizes
 from opd_megatron.teacher.base import Surroundings, Teacher, TeacherCost
 from opd_megatron.teacher.served_client import HiddenStates, TeacherServers, TopTokens
-from opd_megatron.teacher.source import rows_of
+from opd_megatron.teacher.source import WHOLE, rows_of, student_rows
 from opd_megatron.types import DTYPES, Batch, TeacherInputs
 
 
@@ -92,6 +92,9 @@ class _Answers(Sequence[Any]):
     ) -> None:  # fmt: skip
         self._client, self._question, self._step, self._count = client, question, step, count
         self._student, self._head, self._name = student, head, name
+        self._whole: list[Batch] = list(step)
+        if student.cp_size > 1:
+            self._whole = step.of(student.dp_rank, device=torch.device("cpu"), **WHOLE)
         self._sequences = [_sequences(step, index) for index in range(count)]
         self._arriving: deque[Future[Any]] = deque()
         self._asked = self._taken = 0
@@ -111,18 +114,28 @@ class _Answers(Sequence[Any]):
         self._taken += 1
         batch = self._step[index]
         begin = time.perf_counter()
-        rows, error = self._come() if self._student.tp_rank == 0 else (None, None)
+        rows, error = self._come() if self._asks else (None, None)
         self.waited += time.perf_counter() - begin
         self._ask()
         self._raise_together(error)
-        mask = batch.weights > 0
         if isinstance(self._question, TopTokens):
-            shape = (int(mask.sum()), self._question.k + 1)
+            shape = (int((self._whole[index].weights > 0).sum()), self._question.k + 1)
             ids, logprobs = rows if rows is not None else (None, None)
-            return TopKTeacher(
-                self._to_everyone(ids, shape, torch.int64), self._to_everyone(logprobs, shape, torch.float32)
-            )
-        return self._states(None if rows is None else rows[0], batch, self._question), self._head
+            entries = [
+                self._mine(self._to_everyone(part, shape, dtype), index)
+                for part, dtype in ((ids, torch.int64), (logprobs, torch.float32))
+            ]
+            return TopKTeacher(*entries)
+        return self._states(None if rows is None else rows[0], batch, index, self._question), self._head
+
+    @property
+    def _asks(self) -> bool:
+        return self._student.tp_rank == 0 and self._student.cp_rank == 0
+
+    def _mine(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """Selects this context-parallel rank's rows of a whole micro batch's."""
+        student, batch = self._student, self._whole[index]
+        return student_rows(rows, batch, 1, student.cp_rank, student.cp_size, sharded=False)[0]
 
     def _come(self) -> tuple[tuple[torch.Tensor, ...] | None, TeacherError | None]:
         try:
@@ -134,7 +147,7 @@ class _Answers(Sequence[Any]):
         return tuple(part.to(device()) for part in parts), None
 
     def _ask(self) -> None:
-        if self._student.tp_rank != 0:
+        if not self._asks:
             return
         while self._asked < min(self._count, self._taken + self._client.in_flight):
             sequences = self._sequences[self._asked]
@@ -143,21 +156,23 @@ class _Answers(Sequence[Any]):
 
     def _raise_together(self, error: TeacherError | None) -> None:
         """Tells the other tensor-parallel ranks of an error before they wait for what does not come."""
-        student = self._student
-        if student.tp_size > 1:
+        group = self._student.groups.tp_cp
+        if group.size() > 1:
             failed = torch.tensor([int(error is not None)], device=device())
-            dist.broadcast(failed, group_src=0, group=student.groups.tp)
+            dist.broadcast(failed, group_src=0, group=group)
             if int(failed) and error is None:
                 error = TeacherError(f"teacher {self._name} gave nothing: see the message of the rank that asked")
         if error is not None:
             raise error
 
-    def _states(self, rows: torch.Tensor | None, batch: Batch, question: HiddenStates) -> torch.Tensor:
+    def _states(self, rows: torch.Tensor | None, batch: Batch, index: int, question: HiddenStates) -> torch.Tensor:
         student = self._student
         ranks = student.tp_size if student.sequence_parallel else 1
+        if ranks == 1 or student.cp_size > 1:
+            shape = (int((self._whole[index].weights > 0).sum()), question.width)
+            mine = self._mine(self._to_everyone(rows, shape, question.dtype), index)
+            return sequence_shards(mine, batch.weights > 0, ranks)[student.tp_rank] if ranks > 1 else mine
         shape = (rows_of(batch, ranks), question.width)
-        if ranks == 1:
-            return self._to_everyone(rows, shape, question.dtype)
         mine = torch.empty(shape, dtype=question.dtype, device=device())
         parts = None
         if rows is not None:
@@ -167,8 +182,8 @@ class _Answers(Sequence[Any]):
 
     def _to_everyone(self, rows: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         rows = torch.empty(shape, dtype=dtype, device=device()) if rows is None else rows.contiguous()
-        if self._student.tp_size > 1:
-            dist.broadcast(rows, group_src=0, group=self._student.groups.tp)
+        if self._student.groups.tp_cp.size() > 1:
+            dist.broadcast(rows, group_src=0, group=self._student.groups.tp_cp)
         return rows
 
 
@@ -221,7 +236,7 @@ class Served:
             retries=teacher.retries, key=os.environ[teacher.api_key_env] if teacher.api_key_env else None,
         )  # fmt: skip
         question = HiddenStates(width, dtype) if teacher.top_k is None else TopTokens(teacher.top_k)
-        if grid.is_last_stage and grid.tp_rank == 0:
+        if grid.is_last_stage and grid.tp_rank == 0 and grid.cp_rank == 0:
             client.try_all(question)
         head = surroundings.heads.of(*source, decided(teacher.dtype)) if teacher.top_k is None else None
         return ServedTeacher(client, question, head, grid, weight, name=repr(teacher.path))

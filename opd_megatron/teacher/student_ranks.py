@@ -55,7 +55,9 @@ class StudentRanks:
             assert around.student is not None
             return LiveTeacher(around.student, weight)
         if link is None:
-            model = load_teacher(teacher, source, around.models, around.grid, around.config)
+            model = load_teacher(
+                teacher, source, around.models, around.grid, around.config, like_student=teacher.update == "ema"
+            )
             if teacher.update == "ema":
                 assert around.student is not None
                 decay = DEFAULT_DECAY if teacher.decay is None else teacher.decay

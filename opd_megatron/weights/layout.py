@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
@@ -32,11 +33,14 @@ class ShardLayout:
     """Ranks of this stage and tensor-parallel rank that divide the experts; None only when ep_size is 1."""
 
     dp_group: ProcessGroup | None = None
-    """Ranks that hold the same, experts aside; None where each reads for itself."""
+    """Ranks that hold the same, experts aside (data- and context-parallel ones); None where each reads for itself."""
     expert_dp_group: ProcessGroup | None = None
     """Ranks that hold the same experts."""
     world: ProcessGroup | None = None
     """All ranks of the model; None with the two before."""
+    parts: tuple[int, ...] = ()
+    """Layers of each part of the model, in its order (`layers_of_parts`); empty where every stage is one part of
+    `num_layers`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -45,6 +49,45 @@ class ShardLayout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the model on each stage: more than one with virtual stages."""
+        return len(self.parts) // self.pp_size or 1
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """(stage, chunk of the stage, number in the chunk) of every layer."""
+        parts = self.parts or (self.num_layers,) * self.pp_size
+        return [
+            (part % self.pp_size, part // self.pp_size, local) for part, count in enumerate(parts)
+            for local in range(count)
+        ]  # fmt: skip
+
+
+def layers_of_parts(
+    layers: int, pipeline: int, virtual: int = 1, chosen: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Layers of each part of a pipeline, in the model's order: part k is chunk k // pipeline of stage k % pipeline.
+
+    The `chosen` ones; or equally many; or, where that does not divide, with embedding and head counted as a layer each.
+    There must be a layer for each part.
+    """
+    parts = pipeline * virtual
+    assert layers >= parts, f"{layers} layers for {parts} parts"
+    if chosen is not None:
+        assert len(chosen) == parts
+        assert sum(chosen) == layers
+        return tuple(chosen)
+    if layers % parts == 0:
+        return (layers // parts,) * parts
+    counted = _even(layers + 2, parts)
+    found = [count - (part == 0) - (part == parts - 1) for part, count in enumerate(counted)]
+    return tuple(found if min(found) > 0 else _even(layers, parts))
+
+
+def _even(items: int, parts: int) -> list[int]:
+    each, more = divmod(items, parts)
+    return [each + (part < more) for part in range(parts)]
 
 
 def pad_vocab(vocab_size: int, tp_size: int) -> int:

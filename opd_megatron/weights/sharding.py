@@ -117,38 +117,39 @@ class ShardingTable:
 
 
 def sharding_table(hf_config: PretrainedConfig, layout: ShardLayout) -> ShardingTable:
-    """Works the family's table out for a model whose layers are spread evenly over the pipeline stages and whose
-    experts are spread evenly over the expert-parallel ranks.
+    """Works the family's table out for a model whose layers are spread over the pipeline stages as the layout says, and
+    whose experts are spread evenly over the expert-parallel ranks.
 
     Raises:
         UnsupportedModelError: see `family_of`.
     """
     family, dims, stages = family_of(hf_config), Dims.of(hf_config), layout.pp_size
-    per_stage = _divide(dims.layers, stages)
-    assert layout.num_layers == per_stage, f"{layout.num_layers} layers on this stage, {per_stage} expected"
-    assert layout.first_layer == layout.pp_rank * per_stage
+    places = layout.places()
+    mine = [layer for layer, (stage, _, _) in enumerate(places) if stage == layout.pp_rank]
+    assert len(places) == dims.layers, f"the stages have {len(places)} layers, the model {dims.layers}"
+    assert (mine[0], len(mine)) == (layout.first_layer, layout.num_layers)
     assert layout.padded_vocab >= dims.vocab
-    params = [_stage_parameter(mapping, dims, stage=0) for mapping in family.first]
-    for layer in range(dims.layers):
-        stage, local = divmod(layer, per_stage)
-        params += [_stage_parameter(mapping, dims, stage, layer, local) for mapping in family.layer]
+    # Chunks of a stage are modules of their own in a list.
+    prefixes = [f"{chunk}." for chunk in range(layout.chunks)] if layout.chunks > 1 else [""]
+    first, last = prefixes[0], prefixes[-1]
+    params = [_stage_parameter(mapping, dims, 0, first) for mapping in family.first]
+    for layer, (stage, chunk, local) in enumerate(places):
+        prefix = prefixes[chunk]
+        params += [_stage_parameter(mapping, dims, stage, prefix, layer, local) for mapping in family.layer]
         for expert in range(dims.experts if family.experts else 0):
             rank, index = divmod(expert, _divide(dims.experts, layout.ep_size))
             params += [
-                _expert_parameter(mapping, dims, stage, (layer, expert), (local, index), rank)
+                _expert_parameter(mapping, dims, stage, prefix, (layer, expert), (local, index), rank)
                 for mapping in family.experts
             ]
-    params += [_stage_parameter(mapping, dims, stages - 1) for mapping in family.last]
+    params += [_stage_parameter(mapping, dims, stages - 1, last) for mapping in family.last]
     tied = bool(hf_config.tie_word_embeddings)
     if not tied:
-        params.append(_stage_parameter(family.head, dims, stages - 1))
+        params.append(_stage_parameter(family.head, dims, stages - 1, last))
     elif stages > 1:
         embedding = family.first[0]
-        params.append(
-            _stage_parameter(
-                ParamMapping(family.head.megatron, embedding.shard, embedding.hf_tensors), dims, stages - 1, tied=True
-            )
-        )
+        copy = ParamMapping(family.head.megatron, embedding.shard, embedding.hf_tensors)
+        params.append(_stage_parameter(copy, dims, stages - 1, last, tied=True))
     return ShardingTable(tuple(params), dims, tied)
 
 
@@ -192,24 +193,24 @@ def _unwrapped(name: str) -> str:
 
 
 def _stage_parameter(
-    mapping: ParamMapping, dims: Dims, stage: int, layer: int = 0, local: int = 0, tied: bool = False
+    mapping: ParamMapping, dims: Dims, stage: int, prefix: str, layer: int = 0, local: int = 0, tied: bool = False
 ) -> StageParameter:
     hf_tensors = {name.format(layer=layer): dims.shape(shape) for name, shape in mapping.hf_tensors.items()}
-    return StageParameter(
-        stage, tuple(name.format(layer=local) for name in mapping.megatron), mapping.shard, hf_tensors, tied
-    )
+    names = tuple(prefix + name.format(layer=local) for name in mapping.megatron)
+    return StageParameter(stage, names, mapping.shard, hf_tensors, tied)
 
 
 def _expert_parameter(
-    mapping: ParamMapping, dims: Dims, stage: int, theirs: tuple[int, int], ours: tuple[int, int], rank: int
-) -> StageParameter:
+    mapping: ParamMapping, dims: Dims, stage: int, prefix: str, theirs: tuple[int, int], ours: tuple[int, int],
+    rank: int,
+) -> StageParameter:  # fmt: skip
     """`theirs` and `ours` are (layer, expert), in the whole model and on the rank."""
     layer, expert = theirs
     hf_tensors = {
         name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in mapping.hf_tensors.items()
     }
     layer, expert = ours
-    megatron = tuple(name.format(layer=layer, expert=expert) for name in mapping.megatron)
+    megatron = tuple(prefix + name.format(layer=layer, expert=expert) for name in mapping.megatron)
     return StageParameter(stage, megatron, mapping.shard, hf_tensors, expert_rank=rank)
 
 

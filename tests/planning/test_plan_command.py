@@ -231,7 +231,8 @@ def test_where_nothing_fits_more_ranks_are_asked_for(capsys: pytest.CaptureFixtu
     ("override", "words"),
     [
         ("parallel.tensor=8", ("parallel.tensor=8", "28 attention heads", "[1, 2, 4]")),
-        ("parallel.pipeline=3", ("parallel.pipeline=3", "28 layers", "use one of")),
+        ("parallel.pipeline=32", ("parallel.pipeline=32", "28 layers", "lower it")),
+        ("parallel.stages=[20]", ("parallel.stages=[20] add up to 20", "28")),
         ("student.path=nobody/nothing", ("nobody/nothing",)),
     ],
 )

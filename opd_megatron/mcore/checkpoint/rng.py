@@ -37,4 +37,4 @@ def set_rng_state(saved: dict[str, Any], grid: ParallelGrid) -> bool:
 
 
 def _layout(grid: ParallelGrid) -> list[int]:
-    return [grid.pp_size, grid.tp_size, grid.dp_size]
+    return [grid.pp_size, grid.tp_size, grid.dp_size, *([grid.cp_size] if grid.cp_size > 1 else [])]

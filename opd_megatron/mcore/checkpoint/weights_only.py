@@ -32,7 +32,7 @@ from opd_megatron.errors import MissingPathError, OPDError, WeightsError, one_li
 from opd_megatron.mcore.checkpoint.io_errors import IO_ERRORS
 from opd_megatron.mcore.checkpoint.streaming_reader import StreamingReader
 from opd_megatron.mcore.grid import ParallelGrid
-from opd_megatron.mcore.model import HiddenStatesModel
+from opd_megatron.mcore.model import Model
 from opd_megatron.system.collectives import raise_on_all_ranks
 
 Progress = Callable[[int], None]
@@ -42,7 +42,7 @@ _BESIDE = ("optimizer", "chained_", "averages.")
 """Beginnings of tensor names that a training checkpoint holds beside the model's."""
 
 
-def save_model(model: HiddenStatesModel, grid: ParallelGrid, folder: Path, progress: Progress = lambda _: None) -> None:
+def save_model(model: Model, grid: ParallelGrid, folder: Path, progress: Progress = lambda _: None) -> None:
     """Writes the weights into an existing empty folder, each by one of the ranks that hold it. Collective.
 
     Raises:
@@ -58,7 +58,7 @@ def save_model(model: HiddenStatesModel, grid: ParallelGrid, folder: Path, progr
 
 
 def load_model(
-    model: HiddenStatesModel, grid: ParallelGrid, folder: Path, *, vocab_size: int, progress: Progress = lambda _: None
+    model: Model, grid: ParallelGrid, folder: Path, *, vocab_size: int, progress: Progress = lambda _: None
 ) -> None:
     """Fills every parameter from a Megatron checkpoint of any layout; rows past `vocab_size` become zero. Collective.
 
@@ -168,7 +168,7 @@ class _LoadPlanner(MCoreLoadPlanner):
         self._progress(tensor.nbytes)
 
 
-def _sharded_tensors(model: HiddenStatesModel, grid: ParallelGrid) -> dict[str, ShardedTensor]:
+def _sharded_tensors(model: Model, grid: ParallelGrid) -> dict[str, ShardedTensor]:
     """Lists what to load, each a view of a parameter, so that loading needs no second copy."""
     state, _, _ = load_preprocess(model.sharded_state_dict(metadata={"dp_cp_group": grid.groups.dp_cp}))
     tensors = {f"{i}": value for i, value in enumerate(nested_values(state)) if isinstance(value, ShardedTensor)}
