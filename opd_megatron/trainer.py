@@ -11,6 +11,7 @@ loss computes is written out densely in `losses/reference.py`.
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from types import TracebackType
@@ -25,7 +26,8 @@ from opd_megatron.data.transcript import readable_sample
 from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
 from opd_megatron.evaluation import Accuracy
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
-from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes
+from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes, profile
+from opd_megatron.metrics.utilization import peak_flops, training_flops
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, parameters
 from opd_megatron.rewards import StepRewards
@@ -39,7 +41,7 @@ from opd_megatron.run.step_plan import StepPlanner
 from opd_megatron.system.collectives import all_ranks_max
 from opd_megatron.system.signals import leave_word_of_stop, stop_requested
 from opd_megatron.teacher import ask_teachers, meters
-from opd_megatron.types import Rollout, Sampling, StepMetrics, StepOutput
+from opd_megatron.types import DTYPES, Rollout, Sampling, StepMetrics, StepOutput
 
 
 @dataclass(kw_only=True)
@@ -193,9 +195,17 @@ class OPDTrainer(RunParts):
                 "sync/bytes": self._weights_bytes,
                 "sync/gb_per_second": _rate(self._weights_bytes / 1e9, seconds["time/sync"]),
                 **_rates(output.tokens, seconds["time/step"], self._ranks),
+                "mfu": self._utilization(rollouts, output.tokens, seconds["time/train"]),
                 "memory/peak": peak_memory_bytes(),
             },
         )
+
+    def _utilization(self, rollouts: list[Rollout], tokens: int, seconds: float) -> float:
+        """Share of the devices' peak that the update has used (`metrics.utilization`)."""
+        lengths = [len(each.prompt.token_ids) + len(each.response_ids) for each in rollouts]
+        peak = peak_flops(DTYPES[decided(self.config.student.dtype)], fp8=self.config.precision.fp8 is not None)
+        flops = training_flops(self.models.student_config, lengths, tokens)
+        return _rate(flops, seconds * peak * dist.get_world_size())
 
     # The run
 
@@ -311,7 +321,12 @@ class OPDTrainer(RunParts):
         return self.accuracy.measure(name, step, lambda done, of: self.display.note(f"{name}: {done} of {of} answers"))
 
     def _train_step(self, log: MetricsLog | NullLog) -> None:
-        metrics = self.step()
+        number = self.step_count + 1
+        with ExitStack() as stack:
+            if number == self.config.logging.profile_step:
+                folder = self.run_dir.root / profile.FOLDER
+                stack.enter_context(profile.profiled(folder, number, dist.get_rank(), self.display.note))
+            metrics = self.step()
         self._cursor = self.rollouts.cursor()
         saves = self._due(self.config.checkpoint.every)
         if self._evaluates(saves):

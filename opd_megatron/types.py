@@ -8,7 +8,7 @@ Legend for shapes: B sequences, S padded sequence length, T packed response toke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,10 @@ class Batch:
     """Tokens of the sequences in the row of a packed batch, which attend to themselves alone; they sum to S, or to S
     times the context-parallel size where the row is one rank's part of them. None where every row is one sequence."""
 
+    copy_on_host: Batch | None = None
+    """The same on the CPU, where it has gone to a device: what decides how much is computed is asked of it, as asking
+    the device would wait for all that it has yet to do."""
+
     def __post_init__(self) -> None:
         rows, length = self.tokens.shape
         if self.position_ids is None:
@@ -139,7 +143,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copies every tensor to the device."""
-        return self._map(lambda values: values.to(device))
+        if device.type == "cpu":
+            return self
+        return replace(self._map(lambda values: values.to(device)), copy_on_host=self)
+
+    @property
+    def on_host(self) -> Batch:
+        """The same on the CPU."""
+        return self.copy_on_host or self
+
+    @property
+    def response_mask(self) -> torch.Tensor:
+        """[B, S] bool, on the CPU: where the target is a response token."""
+        return self.on_host.weights > 0
 
     def rows(self, rows: slice) -> Batch:
         """Selects some of the sequences."""
@@ -166,12 +182,22 @@ class Batch:
         for column in fields(self):
             value = getattr(self, column.name)
             changed[column.name] = change(value) if isinstance(value, torch.Tensor) else value
-        return Batch(**changed)
+        return Batch(**changed | {"copy_on_host": None})
 
     @property
     def num_tokens(self) -> int:
         """Response tokens in the batch."""
-        return int((self.weights > 0).sum().item())
+        return int(self.response_mask.sum())
+
+
+def places_of(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Indices of a mask on the CPU within it, flattened, in order: [T] int64 on the device, which is not waited for."""
+    return mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+
+
+def at_places(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Values [B, S] at `places_of` some positions: [T]. Also at a mask [B, S]."""
+    return values[places] if places.dtype == torch.bool else values.flatten().index_select(0, places)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
@@ -18,6 +19,7 @@ from opd_megatron.config.sections import (
     NonNegativeInt,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
     RolloutConfig,
     Section,
     StudentConfig,
@@ -65,6 +67,8 @@ class RunConfig(Section):
     """One of the field's, by name (docs/objectives.md): fills in the keys that it is made of."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     """The model that is trained."""
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    """FP8 of the student."""
     teachers: list[AnyTeacherConfig] = Field(default_factory=lambda: [_default_teacher()])
     """The models it learns from; none are loaded where the objective asks none."""
     routes: dict[str, str | list[str]] = Field(default_factory=dict)
@@ -213,6 +217,7 @@ class RunConfig(Section):
         self._check_engines()
         self._check_given_answers()
         self._check_packs()
+        self._check_fp8()
         self.micro_batch_size(parallel.data or 1)
         return self
 
@@ -260,6 +265,39 @@ class RunConfig(Section):
                 + (f", padded to {self.longest_sequence}" if self.longest_sequence > prompt + answer else "")
                 + ": raise it, or shorten them"
             )
+
+    def _check_fp8(self) -> None:
+        for key, precision, dtype in self.precisions():
+            if precision.fp8 is not None and dtype == "fp32":
+                raise ValueError(
+                    f"{key}precision.fp8={precision.fp8} needs {key or 'student.'}dtype=bf16, got fp32: set it"
+                )
+            if precision.fp8 is not None and self.student.transformer_engine == "off":
+                raise ValueError(
+                    f"{key}precision.fp8={precision.fp8} needs layers of Transformer Engine, got "
+                    "student.transformer_engine=off: leave that out"
+                )
+        if self.rollout.quantization is not None and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"rollout.quantization={self.rollout.quantization} needs rollout.engine=vllm, got "
+                f"{self.rollout.engine}: change one of them"
+            )
+
+    def precisions(self) -> list[tuple[str, PrecisionConfig, str]]:
+        """(beginning of its keys, section, dtype) of the student and of every teacher that this job computes."""
+        found: list[tuple[str, PrecisionConfig, str]] = [("", self.precision, self.student.dtype)]
+        for number, teacher in enumerate(self.teachers):
+            precision = getattr(teacher, "precision", None)
+            if precision is not None:
+                found.append((f"teachers.{number}.", precision, getattr(teacher, "dtype", "auto")))
+        return found
+
+    def token_alignment(self, *, of: PrecisionConfig | None = None) -> int:
+        """Tokens of a micro batch on a rank are a multiple of this: what FP8 products need, of the student and the
+        teachers on its ranks, or `of` one model."""
+        if of is not None:
+            return of.alignment
+        return math.lcm(*(precision.alignment for _, precision, _ in self.precisions()))
 
     def _check_stages(self) -> None:
         parallel = self.parallel

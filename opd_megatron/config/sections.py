@@ -25,6 +25,10 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+OffloadedModule = Literal["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, numbers are finite, values are checked on assignment too."""
 
@@ -54,17 +58,93 @@ class StudentConfig(Section):
     on a CPU with AMX-BF16 or AVX512-BF16, fp32 elsewhere; a run keeps what it began with."""
     recompute: bool = False
     """Recompute activations layer by layer in the backward pass: less memory, about a third more time."""
+    recompute_layers: PositiveInt | None = None
+    """With `recompute`: so many layers of each pipeline stage (of each part of it, with virtual stages), the first
+    ones; all by default."""
+    recompute_modules: list[RecomputedModule] = Field(default_factory=list)
+    """Instead of `recompute`: what of every layer is recomputed. `mlp`, `moe` and `shared_experts` are the feed-forward
+    part; `core_attn` is attention itself; `layernorm` and `moe_act` keep their inputs alone, with Transformer Engine's
+    layers."""
+    offload_activations: list[OffloadedModule] = Field(default_factory=list)
+    """Inputs of these modules wait in pinned host memory for the backward pass, on a GPU with Transformer Engine's
+    layers: attention (`attn_norm`, `qkv_linear`, `core_attn`, `attn_proj`), the feed-forward part (`mlp_norm`) and
+    experts (`expert_fc1`, `moe_act`)."""
     offload: list[Literal["optimizer", "gradients"]] = Field(default_factory=list)
     """What leaves the GPU while the rollout engine is awake, which takes turns with the student (`rollout.sleep`):
     `optimizer` (main weights and moments) waits in pinned host memory, `gradients` are freed. Without effect on a
     CPU."""
-    transformer_engine: Literal["auto", "off"] = "auto"
-    """`auto` uses Transformer Engine layers on a GPU where it is installed."""
+    transformer_engine: Literal["auto", "on", "off"] = "auto"
+    """Layers of Transformer Engine, of the student and of teachers in this job: `auto` uses them on a GPU where it is
+    installed, `on` wants them."""
 
     @field_validator("transformer_engine", mode="before")
     @classmethod
     def _off_is_false_in_yaml(cls, value: Any) -> Any:
-        return {False: "off", True: "auto"}[value] if isinstance(value, bool) else value
+        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_way_to_recompute(self) -> StudentConfig:
+        if self.recompute and self.recompute_modules:
+            raise ValueError(
+                f"student.recompute=true with student.recompute_modules={self.recompute_modules}: whole layers are "
+                "recomputed already, leave one of them out"
+            )
+        if self.recompute_layers is not None and not self.recompute:
+            raise ValueError(
+                f"student.recompute_layers={self.recompute_layers} needs student.recompute=true: set it, or leave the "
+                "layers out"
+            )
+        if self.offload_activations and self.recompute:
+            raise ValueError(
+                f"student.offload_activations={self.offload_activations} with student.recompute=true, which keeps "
+                "nothing that could wait: leave one of them out"
+            )
+        if "attn_proj" in self.offload_activations and "core_attn" not in self.offload_activations:
+            raise ValueError(
+                "student.offload_activations with attn_proj needs core_attn too, whose output it is that attention's "
+                "backward pass wants: add it"
+            )
+        return self
+
+
+class PrecisionConfig(Section):
+    """FP8 matrix products, by Transformer Engine on a GPU. Embedding, head, norms, attention and the optimizer stay as
+    they are."""
+
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Format of FP8 products: `hybrid` is e4m3 forward and e5m2 for gradients. null: none."""
+    recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] = "tensorwise"
+    """How numbers are scaled: `tensorwise` by one maximum of each tensor, `blockwise` by one of each block (Hopper on),
+    `mxfp8` of 32 numbers each (Blackwell). `delayed` needs a history that this trainer has no group for."""
+    first_last_bf16: NonNegativeInt = 1
+    """So many layers at either end stay in bf16."""
+    param: bool = False
+    """Keep the weights of those products in FP8 too, and gather them so after an update: half of their memory. fp32
+    main weights stay with the optimizer."""
+
+    @property
+    def alignment(self) -> int:
+        """Tokens, and widths of matrices, must be multiples of this."""
+        if self.fp8 is None:
+            return 1
+        return 32 if self.recipe == "mxfp8" else 16
+
+    @model_validator(mode="after")
+    def _a_recipe_that_works(self) -> PrecisionConfig:
+        if self.fp8 is None:
+            changed = [name for name in ("recipe", "param") if name in self.model_fields_set and getattr(self, name)]
+            if changed and (self.param or "recipe" in changed):
+                raise ValueError(
+                    f"{changed[0]}={str(getattr(self, changed[0])).lower()} has no effect without fp8: set fp8=hybrid, "
+                    "or leave it out"
+                )
+            return self
+        if self.recipe == "delayed":
+            raise ValueError(
+                "recipe=delayed reduces a history of maxima over a group that Megatron-Core takes from globals, which "
+                "this trainer does not set: it would be all ranks, whose stages differ; use recipe=tensorwise"
+            )
+        return self
 
 
 class DataSourceConfig(Section):
@@ -157,6 +237,9 @@ class RolloutConfig(Section):
     """Nucleus mass; below 1 the samples are no longer the student's own distribution."""
     dtype: Precision = "auto"
     """Arithmetic of the engine; `auto` is the student's."""
+    quantization: Literal["fp8"] | None = None
+    """`fp8`: the engine quantizes the weights of its matrix products at each push (vLLM on a GPU). Its samples are then
+    of a slightly other policy: `mismatch` says how much. null: none."""
     engines: PositiveInt | None = None
     """Engines that sample side by side, each in a process of its own. By default one for every `tensor` GPUs of their
     ranks on each node; on a CPU one in all, or one a host. Answers do not depend on how many there are."""
@@ -360,3 +443,6 @@ class LoggingConfig(Section):
     """Steps between readable samples on the terminal; 0 switches them off."""
     progress: bool = True
     """Progress bar on a terminal."""
+    profile_step: PositiveInt | None = None
+    """Step that torch's profiler watches on every rank; each writes profile/step-N-rank-R.json.gz, a trace for
+    Perfetto or chrome://tracing. null: none."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
-from opd_megatron.config.sections import Precision, Section, UserPath
+from opd_megatron.config.sections import Precision, PrecisionConfig, Section, UserPath
 
 STUDENT = "student"
 """`teachers.N.path` of self-distillation."""
@@ -70,6 +70,8 @@ class StudentRanksTeacherConfig(MegatronTeacherConfig):
     `ema` is an exponential moving average of its weights, kept in fp32 and in checkpoints."""
     decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the average that each optimizer step keeps, with `update: ema`; 0.999 by default."""
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    """FP8 of this teacher; as the student's `precision`."""
 
 
 class OwnRanksTeacherConfig(MegatronTeacherConfig):
@@ -87,6 +89,8 @@ class OwnRanksTeacherConfig(MegatronTeacherConfig):
     """Expert-parallel size; must divide `data`."""
     in_flight: PositiveInt = 2
     """Micro batches whose states may be on their way to each of the student's ranks."""
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    """FP8 of this teacher; as the student's `precision`."""
 
     @property
     def ranks(self) -> int:
@@ -128,6 +132,8 @@ class CachedTeacherConfig(MegatronTeacherConfig):
     """Its pipeline-parallel size; the student's by default."""
     offload: bool = False
     """Let its weights wait in pinned host memory while the rollout engine is awake; as `student.offload`."""
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    """FP8 of this teacher; as the student's `precision`."""
 
     def computing(self) -> StudentRanksTeacherConfig:
         """The same teacher on the student's ranks: of the pass that writes states, and of what is missing."""

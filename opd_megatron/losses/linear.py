@@ -98,6 +98,7 @@ def linear_divergence_terms(
     policy: PolicyTerm | None = None,
     gather_index: torch.Tensor | None = None,
     with_metrics: bool = True,
+    values_checked: bool = False,
     **loss: Any,
 ) -> DivergenceTerms:
     """Computes a student's exact divergence from its teachers from hidden states, with two collectives for each chunk.
@@ -125,6 +126,8 @@ def linear_divergence_terms(
             gathered, and the gradient is reduce-scattered in backward. A teacher whose rows are dealt to the ranks
             otherwise is given as (hidden, head, its own gather_index).
         with_metrics: False leaves both KLs and both entropies of the result at 0 where that saves time.
+        values_checked: the caller has looked whether targets are ids and sequences in order, where they are on the
+            host; to look at them on a GPU is to wait for it.
         loss: `type` to `combine` as in `vocab_parallel_divergence`, with the divergence's own parameter, and
             `lambda_distill`, the weight of the divergence in the loss.
 
@@ -145,12 +148,12 @@ def linear_divergence_terms(
     tokens = len(student_hidden if gather_index is None else gather_index)
     rows = student_hidden.new_empty(tokens, 0)
     check_per_token("token_weights", token_weights, rows)
-    check_targets(targets, rows, spec.vocab_size)
+    check_targets(targets, rows, spec.vocab_size, values=not values_checked)
     entries = None if topk is None else check_entries(topk, rows, spec)
     if shared is not None:
         check_shared(shared, rows, spec.columns)
     if policy is not None:
-        check_policy(policy, rows)
+        check_policy(policy, rows, values=not values_checked)
         if targets is None:
             raise ConfigError("targets is missing but the policy term is about sampled tokens: pass their ids")
     if chunk_tokens is not None and chunk_tokens < 1:

@@ -299,7 +299,8 @@ def metric_names(terms: Iterable[Term], *, teachers: bool = True) -> tuple[str, 
 
 
 def loss_arguments(terms: Sequence[Term], batch: Batch, mask: torch.Tensor) -> dict[str, Any]:
-    """Merges the terms into the arguments of one call of `linear_divergence_terms`, on the tokens of `mask` [B, S].
+    """Merges the terms into the arguments of one call of `linear_divergence_terms`, on the tokens of `mask` [B, S], or
+    at places (`types.places_of`).
 
     Raises:
         ConfigError: two terms with a divergence each (one pass computes one), or none.
@@ -316,30 +317,43 @@ def loss_arguments(terms: Sequence[Term], batch: Batch, mask: torch.Tensor) -> d
 def _likelihood(weight: float, batch: Batch, mask: torch.Tensor) -> torch.Tensor | None:
     if not weight:
         return None
+    from opd_megatron.types import at_places
+
     given = batch.weights.new_ones(batch.weights.shape) if batch.given is None else batch.given
-    return weight * given[mask]
+    return weight * at_places(given, mask)
 
 
 def _policy_term(
     policies: list[Mapping[str, Any]], likelihood: torch.Tensor | None, batch: Batch, mask: torch.Tensor
 ) -> Any:
     from opd_megatron.losses.policy import PolicyTerm
+    from opd_megatron.types import at_places
 
     if not policies:
         return None if likelihood is None else PolicyTerm(likelihood=likelihood)
     assert likelihood is None, "the likelihood of given answers beside a policy gradient on sampled ones"
     assert batch.rollout_logprobs is not None, "a policy gradient needs the rollouts' log-probabilities"
     fields, rewards = _merged(policies)
+    of_sequences = fields["level"] == "sequence" or fields.get("prefix_gamma") is not None
     advantages = None
     if rewards is not None:
         assert batch.advantages is not None, "a term of rewards needs advantages"
-        advantages = rewards * batch.advantages[mask]
+        advantages = rewards * at_places(batch.advantages, mask)
     return PolicyTerm(
-        rollout_logprobs=batch.rollout_logprobs[mask],
+        rollout_logprobs=at_places(batch.rollout_logprobs, mask),
         advantages=advantages,
-        sequence_ids=batch.sequence_ids[mask] if fields["level"] == "sequence" or fields.get("prefix_gamma") else None,
+        sequence_ids=at_places(batch.sequence_ids, mask) if of_sequences else None,
+        sequence_counts=_counts(batch, mask) if of_sequences else None,
         **fields,
     )
+
+
+def _counts(batch: Batch, mask: torch.Tensor) -> tuple[int, ...] | None:
+    """Tokens of each sequence among those of the mask, in order, where the host knows them: of all response tokens."""
+    ids = batch.on_host.sequence_ids[batch.response_mask]
+    if mask.dim() == 2 or len(ids) != len(mask):
+        return None
+    return tuple(ids.unique_consecutive(return_counts=True)[1].tolist())
 
 
 def _merged(policies: list[Mapping[str, Any]]) -> tuple[dict[str, Any], float | None]:

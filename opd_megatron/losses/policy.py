@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.divergences import DIVERGENCES
@@ -68,6 +69,8 @@ class PolicyTerm:
     sequence_ids: torch.Tensor | None = None
     """int64, non-decreasing: which sequence a token belongs to. For `level="sequence"` and `prefix_gamma`, which need
     whole sequences on one rank, or what of them the next two say."""
+    sequence_counts: tuple[int, ...] | None = None
+    """Tokens of each sequence, in order, where they are known without asking the device for them."""
     sequence_gaps: torch.Tensor | None = None
     """Mean over each token's sequence of log p - log p_roll, where ranks have parts of sequences (context
     parallelism). Not with `old_logprobs`."""
@@ -83,7 +86,8 @@ class PolicyTerm:
     def rows(self, rows: slice) -> PolicyTerm:
         """Selects some of the tokens."""
         values = {name: getattr(self, name) for name in _PER_TOKEN}
-        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
+        chosen: dict[str, Any] = {name: value[rows] for name, value in values.items() if value is not None}
+        return replace(self, **chosen, sequence_counts=None)
 
 
 _PER_TOKEN = (
@@ -106,8 +110,9 @@ class PolicyResult(NamedTuple):
     """`PolicyTerm.likelihood` times -log p(a)."""
 
 
-def check_policy(term: PolicyTerm, like: torch.Tensor) -> None:
-    """Raises ConfigError for what does not fit; `like` has one row for each token."""
+def check_policy(term: PolicyTerm, like: torch.Tensor, *, values: bool = True) -> None:
+    """Raises ConfigError for what does not fit; `like` has one row for each token. `values`: look at numbers too, for
+    which a device is waited for."""
     for name in _PER_TOKEN:
         value = getattr(term, name)
         if value is None:
@@ -124,7 +129,7 @@ def check_policy(term: PolicyTerm, like: torch.Tensor) -> None:
         )
     if term.of_sequences and term.rollout_logprobs is not None:
         ids = term.sequence_ids
-        if ids is None or ids.dtype != torch.int64 or bool((ids[1:] < ids[:-1]).any()):
+        if ids is None or ids.dtype != torch.int64 or (values and bool((ids[1:] < ids[:-1]).any())):
             raise ConfigError(
                 "policy.sequence_ids must be int64 and non-decreasing for level='sequence' and prefix_gamma: number "
                 "each token's sequence, whole sequences one after another"
@@ -235,9 +240,8 @@ def _prefix_weight(term: PolicyTerm, gap: torch.Tensor, mask: torch.Tensor | Non
 
 def prefix_shares(gap: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
     """Computes d_t / d of every token (`PolicyTerm.prefix_gamma`) from log q - log p_roll: [T] float64."""
-    distance = gap.abs().double()
-    _, index = sequence_ids.unique_consecutive(return_inverse=True)
-    whole = distance.new_zeros(int(index[-1]) + 1).index_add_(0, index, distance)
+    distance, index = gap.abs().double(), _numbered(sequence_ids)
+    whole = torch.zeros_like(distance).index_add_(0, index, distance)
     before_sequence = (whole.cumsum(0) - whole)[index]
     before = distance.cumsum(0) - distance - before_sequence
     return before / whole[index].clamp(min=1e-8)
@@ -245,11 +249,15 @@ def prefix_shares(gap: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor
 
 def sequence_means(values: torch.Tensor, counts: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
     """Computes the mean over each token's sequence, [T], of the tokens whose count is 1."""
-    _, index = sequence_ids.unique_consecutive(return_inverse=True)
-    size = int(index[-1]) + 1
-    total = values.new_zeros(size).index_add_(0, index, values)
-    number = values.new_zeros(size).index_add_(0, index, counts.to(values.dtype))
+    index = _numbered(sequence_ids)
+    total = torch.zeros_like(values).index_add_(0, index, values)
+    number = torch.zeros_like(values).index_add_(0, index, counts.to(values.dtype))
     return (total / number.clamp(min=1))[index]
+
+
+def _numbered(sequence_ids: torch.Tensor) -> torch.Tensor:
+    """Numbers the sequences from 0 in their order; there are at most as many as tokens."""
+    return F.pad((sequence_ids[1:] != sequence_ids[:-1]).long().cumsum(0), (1, 0))[: len(sequence_ids)]
 
 
 def _advantage(

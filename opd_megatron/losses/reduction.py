@@ -15,7 +15,7 @@ import torch.distributed as dist
 from opd_megatron.losses.linear import DivergenceTerms
 from opd_megatron.losses.objectives import DIVERGENCE_METRICS, POLICY_METRICS, SFT_LOSS
 
-MISMATCH = "mismatch"
+MISMATCH, LOGPROB_GAP = "mismatch", "logprob_gap"
 _LARGEST_DIFFERENCE = 20.0
 """Nats; e to the power of more would say no more, and drown every other token."""
 
@@ -47,7 +47,8 @@ def token_sums(
         terms: of `linear_divergence_terms`, called with the same `token_weights`.
         token_weights: [T]; ones by default.
         rollout_logprobs: [T] the engine's log-probabilities of the targets, at the loss's temperature; with them comes
-            `mismatch`, the mean of exp |log p - log p of the engine|, 1 where trainer and engine agree.
+            `mismatch`, the mean of exp |log p - log p of the engine|, 1 where trainer and engine agree, and
+            `logprob_gap`, the mean of |log p - log p of the engine| in nats, whose exponential is the geometric mean.
         names: what of it is wanted, `loss` first; by default all but what needs given answers.
     """
     mask = torch.ones_like(terms.per_token, dtype=torch.bool) if token_weights is None else token_weights != 0
@@ -62,12 +63,13 @@ def token_sums(
     if rollout_logprobs is not None and terms.student_logprob is not None:
         difference = (terms.student_logprob.detach().double() - rollout_logprobs.double()).abs()
         columns[MISMATCH] = difference.clamp(max=_LARGEST_DIFFERENCE).exp()
+        columns[LOGPROB_GAP] = difference
     if names is None:
         columns.pop(SFT_LOSS, None)
     else:
         columns = {name: columns[name] for name in names if name != "loss"}
     # Selection, not multiplication: a masked infinity must not become a NaN.
-    per_token = torch.stack([column.double() for column in columns.values()])[:, mask]
+    per_token = torch.where(mask, torch.stack([column.double() for column in columns.values()]), 0)
     return TokenSums(
         loss_sum=terms.loss_sum,
         num_tokens=mask.sum(),
@@ -93,7 +95,7 @@ def further_sums(terms: DivergenceTerms, token_weights: torch.Tensor, name: str,
     """Packs a pass of its own over some of a micro batch's tokens: its loss, and `name`, the sum of its divergence (not
     weighted) or, where it `counts`, the number of these tokens."""
     mask = token_weights != 0
-    value = mask.sum().double() if counts else terms.divergence.double()[mask].sum()
+    value = mask.sum().double() if counts else torch.where(mask, terms.divergence.double(), 0).sum()
     sums = torch.stack([terms.loss_sum.detach().double(), value])
     return TokenSums(terms.loss_sum, mask.sum(), sums, ("loss", name))
 

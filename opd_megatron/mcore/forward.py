@@ -48,7 +48,7 @@ def run_schedule(
         )
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            return loss_function(index, core.response_rows(output, batch.weights > 0), batch)
+            return loss_function(index, core.response_rows(output, batch.response_mask), batch)
 
         return hidden, loss
 

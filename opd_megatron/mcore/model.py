@@ -14,13 +14,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import PretrainedConfig
 
-from opd_megatron.config import Dtype
+from opd_megatron.config import Dtype, PrecisionConfig, StudentConfig
 from opd_megatron.mcore.cpu.platform import device, has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.rope import attention_factor, inverse_frequencies, rope_theta
 from opd_megatron.mcore.spec import block_spec
 from opd_megatron.mcore.stages import ModelChunks, StageLayout
-from opd_megatron.types import DTYPES
+from opd_megatron.mcore.te import fp8_arguments, fused_arguments
+from opd_megatron.types import DTYPES, places_of
 from opd_megatron.weights.families import Dims, Family, family_of
 from opd_megatron.weights.layout import layers_of_parts
 
@@ -76,27 +77,30 @@ class HiddenStatesModel(GPTModel):
         return self.output_layer.weight
 
     def response_rows(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Selects the rows of `hidden_states` [S, B, h] where `mask` [B, S]: [T, h] in the order of `mask.nonzero()`.
+        """Selects the rows of `hidden_states` [S, B, h] where `mask` [B, S], on the CPU: [T, h] in the order of
+        `mask.nonzero()`.
 
         Under sequence parallelism `hidden_states` is this rank's [S / tp, B, h], and so is what is returned: its rows,
         [R, h], padded with zeros to the number R of the rank that has most. `gather_index` says where each token's row
         is. Only response rows ever travel, when the loss gathers them.
         """
-        hidden_states = hidden_states.transpose(0, 1)
+        rows, device = hidden_states.transpose(0, 1).flatten(0, 1), hidden_states.device
         if not self.config.sequence_parallel:
-            return hidden_states[mask]
+            return rows.index_select(0, places_of(mask, device))
         group = self.pg_collection.tp
         masks = _by_sequence_shard(mask, group.size())
-        rows = hidden_states[masks[group.rank()].view(len(mask), -1)]
+        rows = rows.index_select(0, places_of(masks[group.rank()], device))
         return F.pad(rows, (0, 0, 0, int(masks.sum(1).max()) - len(rows)))
 
     def gather_index(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """Index of the row of each token of `mask` [B, S] in all ranks' concatenated `response_rows`: [T] int64.
+        """Index of the row of each token of `mask` [B, S], on the CPU, in all ranks' concatenated `response_rows`: [T]
+        int64 on the model's device.
 
         None without sequence parallelism, where every rank has all rows in order."""
         if not self.config.sequence_parallel:
             return None
-        return _gather_index(mask, self.pg_collection.tp.size())
+        index = _gather_index(mask, self.pg_collection.tp.size())
+        return index.to(self.rotary_pos_emb.inv_freq.device, non_blocking=True)
 
 
 Model = HiddenStatesModel | ModelChunks
@@ -121,20 +125,20 @@ def _gather_index(mask: torch.Tensor, ranks: int) -> torch.Tensor:
 
 def gathered_rows(shard: torch.Tensor, mask: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Joins what `response_rows` or `sequence_shards` gave each sequence-parallel rank of `group`, [R, h], to all rows
-    [T, h] in the order of `mask.nonzero()`. Collective; no gradient."""
+    [T, h] in the order of `mask.nonzero()`, of a mask on the CPU. Collective; no gradient."""
     parts = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(parts, shard.contiguous(), group=group)
-    return torch.cat(parts)[_gather_index(mask, group.size())]
+    return torch.cat(parts).index_select(0, _gather_index(mask, group.size()).to(shard.device))
 
 
 def sequence_shards(rows: torch.Tensor, mask: torch.Tensor, ranks: int) -> list[torch.Tensor]:
-    """Splits rows [T, h] in the order of `mask.nonzero()` into what `response_rows` gives each of the sequence-parallel
-    ranks: [R, h], padded with zeros."""
-    places = torch.full(mask.shape, -1, dtype=torch.int64, device=rows.device)
-    places[mask] = torch.arange(len(rows), device=rows.device)
+    """Splits rows [T, h] in the order of `mask.nonzero()`, of a mask on the CPU, into what `response_rows` gives each
+    of the sequence-parallel ranks: [R, h], padded with zeros."""
+    places = torch.full(mask.shape, -1, dtype=torch.int64)
+    places[mask] = torch.arange(len(rows))
     batch, length = mask.shape
     shards = places.view(batch, ranks, length // ranks).transpose(0, 1).reshape(ranks, -1)
-    parts = [rows[shard[shard >= 0]] for shard in shards]
+    parts = [rows.index_select(0, shard[shard >= 0].to(rows.device)) for shard in shards]
     most = max(len(part) for part in parts)
     return [F.pad(part, (0, 0, 0, most - len(part))) for part in parts]
 
@@ -150,11 +154,14 @@ def transformer_config(
     grid: ParallelGrid,
     *,
     dtype: Dtype,
-    recompute: bool = False,
+    memory: StudentConfig | None = None,
     transformer_engine: bool = False,
+    precision: PrecisionConfig | None = None,
     parts: Sequence[int] | None = None,
 ) -> TransformerConfig:
     """Describes a Llama-like model (RMSNorm, SwiGLU, rotary, grouped-query attention) to Megatron, dense or MoE.
+
+    `memory`: what of its activations is recomputed or waits elsewhere; nothing by default.
 
     Raises:
         UnsupportedModelError: see `families.family_of`.
@@ -196,17 +203,35 @@ def transformer_config(
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
-        gradient_accumulation_fusion=False,  # needs Apex; DDP adds into the fp32 main gradient instead
+        gradient_accumulation_fusion=False,  # needs Apex; DDP, or Transformer Engine, adds into the main gradient
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        **(fused_arguments(experts=bool(family.experts)) if transformer_engine else _UNFUSED),
+        **fp8_arguments(precision or PrecisionConfig(), experts=bool(family.experts)),
+        **_recomputed(memory or StudentConfig()),
         **(_experts(hf_config, family, grid, grouped=transformer_engine) if family.experts else {}),
     )
+
+
+_UNFUSED = {"bias_activation_fusion": False, "apply_rope_fusion": False}
+
+
+def _recomputed(memory: StudentConfig) -> dict[str, Any]:
+    """What the backward pass makes again, and what waits for it in the host's memory."""
+    found: dict[str, Any] = {}
+    if memory.recompute:
+        layers = memory.recompute_layers
+        found = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform" if layers is None else "block",
+            "recompute_num_layers": 1 if layers is None else layers,
+        }
+    elif memory.recompute_modules:
+        found = {"recompute_granularity": "selective", "recompute_modules": list(memory.recompute_modules)}
+    if memory.offload_activations:
+        found |= {"fine_grained_activation_offloading": True, "offload_modules": list(memory.offload_activations)}
+    return found
 
 
 def _stages(layers: int, grid: ParallelGrid, parts: Sequence[int] | None) -> dict[str, Any]:
@@ -252,19 +277,23 @@ def build_gpt_model(
     *,
     padded_vocab: int,
     dtype: Dtype,
-    recompute: bool = False,
+    memory: StudentConfig | None = None,
     transformer_engine: bool = False,
+    precision: PrecisionConfig | None = None,
     parts: Sequence[int] | None = None,
 ) -> Model:
     """Builds this rank's shard of the model, with unset weights (`weights.load_weights` fills them).
+
+    `memory`, `precision`: as in `transformer_config`.
 
     `parts`: layers of each part of the pipeline (`layers_of_parts`, the default); several on each stage make a
     `ModelChunks`.
     """
     parts = layers_of_parts(hf_config.num_hidden_layers, grid.pp_size) if parts is None else parts
     config = transformer_config(
-        hf_config, grid, dtype=dtype, recompute=recompute, transformer_engine=transformer_engine, parts=parts
-    )
+        hf_config, grid, dtype=dtype, memory=memory, transformer_engine=transformer_engine, precision=precision,
+        parts=parts,
+    )  # fmt: skip
     mine = parts[grid.pp_rank :: grid.pp_size]
     chunks = []
     for number, layers in enumerate(mine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,7 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
-from opd_megatron.config import OptimizerConfig
+from opd_megatron.config import OptimizerConfig, PrecisionConfig
 from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import HiddenStatesModel
@@ -22,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def wrap_ddp(
     model: HiddenStatesModel, grid: ParallelGrid, *, overlap: bool | None = None, bucket_size: int | None = None,
-    first: bool = True,
+    first: bool = True, precision: PrecisionConfig | None = None,
 ) -> DistributedDataParallel:  # fmt: skip
     """Wraps a chunk of the model so that gradients are summed in fp32 buffers, which the distributed optimizer shards.
 
@@ -39,6 +40,9 @@ def wrap_ddp(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=has_gpu() if overlap is None else overlap,
             bucket_size=bucket_size,
+            fp8_param_gather=precision is not None and precision.param,
+            # MXFP8 tensors have two layouts, of which only one is gathered.
+            reuse_grad_buf_for_mxfp8_param_ag=precision is not None and precision.param and precision.recipe == "mxfp8",
         ),
         module=model,
         disable_bucketing=not first,
@@ -62,8 +66,9 @@ def _count_padding(ddp: DistributedDataParallel) -> None:
 
 
 def build_optimizer(
-    config: OptimizerConfig, chunks: list[DistributedDataParallel], grid: ParallelGrid
-) -> ChainedOptimizer:
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], grid: ParallelGrid,
+    precision: PrecisionConfig | None = None,
+) -> ChainedOptimizer:  # fmt: skip
     """Builds AdamW over fp32 main weights, with its state sharded over data-parallel ranks."""
     model_config = get_model_config(chunks[0])
     optimizer = get_megatron_optimizer(
@@ -79,6 +84,7 @@ def build_optimizer(
             bf16=model_config.bf16,
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
+            **_fp8(precision or PrecisionConfig()),
         ),
         chunks,
         use_gloo_process_groups=False,
@@ -86,6 +92,13 @@ def build_optimizer(
     )
     _use_fused_kernel(optimizer)
     return optimizer
+
+
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    if precision.fp8 is None:
+        return {}
+    reuse = precision.param and precision.recipe == "mxfp8"
+    return {"fp8_recipe": precision.recipe, "reuse_grad_buf_for_mxfp8_param_ag": reuse}
 
 
 def build_scheduler(config: OptimizerConfig, optimizer: ChainedOptimizer, steps: int) -> OptimizerParamScheduler:

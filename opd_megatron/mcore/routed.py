@@ -21,9 +21,9 @@ class Part:
     """The response tokens of a micro batch that the same teachers score: T of them."""
 
     mask: torch.Tensor
-    """[B, S] bool: where they are."""
+    """[B, S] bool, on the CPU: where they are."""
     kept: torch.Tensor | None
-    """[T] int64: their places among all response tokens; None where they are all."""
+    """[T] int64, on the CPU: their places among all response tokens; None where they are all."""
     teachers: list[Any]
     """One `losses.TeacherOutput` of each of those teachers, for these tokens."""
     weights: list[float] | None
@@ -35,15 +35,16 @@ class Part:
         """Selects its tokens: hidden states, or under sequence parallelism the rows to gather of all ranks' states."""
         if self.kept is None:
             return hidden, gather_index
+        kept = self.kept.to(hidden.device, non_blocking=True)
         if gather_index is not None:
-            return hidden, gather_index[self.kept]
-        return hidden.index_select(0, self.kept), None
+            return hidden, gather_index.index_select(0, kept)
+        return hidden.index_select(0, kept), None
 
 
 def parts_of(
     index: int, batch: Batch, mask: torch.Tensor, teachers: Sequence[TeacherInputs], gather_index: GatherIndex
 ) -> Iterator[Part]:
-    """Cuts the student's micro batch `index`; `mask` [B, S] is where its response tokens are."""
+    """Cuts the student's micro batch `index`; `mask` [B, S], on the CPU, is where its response tokens are."""
     outputs = [_output(teacher, index) for teacher in teachers]  # each can be asked for once
     routes: list[int | None] = [None]
     if batch.routes is not None:  # also of sequences whose answers other context-parallel ranks have
@@ -53,7 +54,7 @@ def parts_of(
         scorers = [(n, teacher) for n, teacher in enumerate(teachers) if _scores(teacher, route)]
         assert scorers or not teachers, f"no teacher is asked of route {route}"
         yield Part(
-            mask if whole else mask & (batch.routes == route),
+            mask if whole else mask & (_routes(batch) == route),
             None if whole else _places(batch, mask, route),
             [_rows(outputs[n], teacher.view, index, batch, route, gather_index) for n, teacher in scorers],
             [teacher.weight for _, teacher in scorers] if len(scorers) > 1 else None,
@@ -86,8 +87,13 @@ def _output(teacher: TeacherInputs, index: int) -> Any:
 
 
 def _places(batch: Batch, mask: torch.Tensor, route: int | None) -> torch.Tensor:
-    assert batch.routes is not None
-    return torch.nonzero(batch.routes[mask].eq(-1 if route is None else route)).squeeze(1)
+    return torch.nonzero(_routes(batch)[mask].eq(-1 if route is None else route)).squeeze(1)
+
+
+def _routes(batch: Batch) -> torch.Tensor:
+    routes = batch.on_host.routes
+    assert routes is not None
+    return routes
 
 
 def _rows(
@@ -95,14 +101,14 @@ def _rows(
 ) -> Any:
     """Selects a teacher's rows for the tokens of a route: it has them in its own order of the micro batch it saw."""
     seen = batch if view is None else view.batches[view.places[index]]
-    mask = seen.weights > 0
+    mask = seen.response_mask
     if view is not None and view.aligned is not None:
         tokens = _aligned(view, view.aligned[view.places[index]], batch, route)
         return _of_another_vocabulary(output, tokens, gather_index(mask))
     kept = None
     if seen.routes is not None and route is not None:
         places = _places(seen, mask, route)
-        kept = None if len(places) == int(mask.sum()) else places
+        kept = None if len(places) == int(mask.sum()) else places.to(seen.tokens.device, non_blocking=True)
     if view is None and kept is None:
         return output
     if isinstance(output, TopKTeacher):
@@ -118,9 +124,9 @@ def _aligned(view: TeacherView, tokens: AlignedTokens, batch: Batch, route: int 
     """Selects the tokens of a route among the student's tokens that the teacher saw."""
     if batch.routes is None or route is None or view.routes is None:
         return tokens
-    routes = batch.routes[batch.weights > 0]
-    seen = torch.isin(routes, torch.tensor(sorted(view.routes), device=routes.device))
-    return tokens.of_tokens(torch.nonzero(routes[seen] == route).squeeze(1))
+    routes = _routes(batch)[batch.response_mask]
+    seen = torch.isin(routes, torch.tensor(sorted(view.routes)))
+    return tokens.of_tokens(torch.nonzero(routes[seen] == route).squeeze(1).to(tokens.rows.device))
 
 
 def _of_another_vocabulary(output: Any, tokens: AlignedTokens, gather_index: torch.Tensor | None) -> SharedTeacher:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -11,12 +9,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.mcore.cpu.attention import SdpaCoreAttention
 from opd_megatron.mcore.cpu.norm import RMSNorm
-from opd_megatron.mcore.cpu.platform import has_gpu
-
-
-def use_transformer_engine(choice: str) -> bool:
-    """Decides whether `student.transformer_engine=choice` means Transformer Engine layers on this machine."""
-    return choice == "auto" and has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def block_spec(config: TransformerConfig, num_layers: int, *, transformer_engine: bool) -> TransformerBlockSubmodules:

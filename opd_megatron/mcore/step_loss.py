@@ -14,6 +14,7 @@ import torch
 
 from opd_megatron.config import ObjectiveConfig
 from opd_megatron.losses import DivergenceTerms, linear_divergence_terms
+from opd_megatron.losses.core.validation import check_targets
 from opd_megatron.losses.objectives import (
     FORWARD_SHARE,
     REFERENCE_KL,
@@ -22,12 +23,20 @@ from opd_megatron.losses.objectives import (
     metric_names,
     objective_terms,
 )
-from opd_megatron.losses.reduction import MISMATCH, TokenSums, add_sums, further_sums, joined_sums, token_sums
+from opd_megatron.losses.reduction import (
+    LOGPROB_GAP,
+    MISMATCH,
+    TokenSums,
+    add_sums,
+    further_sums,
+    joined_sums,
+    token_sums,
+)
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import Model
 from opd_megatron.mcore.routed import Part, parts_of, rows_of
 from opd_megatron.mcore.whole_sequences import WholeSequences
-from opd_megatron.types import Batch, TeacherInputs
+from opd_megatron.types import Batch, TeacherInputs, at_places, places_of
 
 
 @dataclass(slots=True)
@@ -54,7 +63,8 @@ class StepLoss:
 
     def __call__(self, index: int, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, TokenSums]:
         """Computes (loss sum, tokens, sums) of the student's micro batch number `index`."""
-        mask = batch.weights > 0
+        mask = batch.response_mask
+        check_targets(batch.on_host.targets[mask], batch.on_host.targets[mask], self.vocab_size)
         gather_index = self.model.gather_index(mask)
         teachers = [teacher for teacher in self.teachers if not teacher.reference]
         parts = parts_of(index, batch, mask, teachers, self.model.gather_index)
@@ -65,8 +75,9 @@ class StepLoss:
         return sums.loss_sum, sums.num_tokens.to(torch.int), sums
 
     def _of_part(self, part: Part, batch: Batch, hidden: torch.Tensor, gather_index: torch.Tensor | None) -> TokenSums:
-        token_weights = batch.weights[part.mask]
-        arguments = loss_arguments(self.terms, batch, part.mask) | {"targets": batch.targets[part.mask]}
+        places = places_of(part.mask, hidden.device)
+        token_weights = at_places(batch.weights, places)
+        arguments = loss_arguments(self.terms, batch, places) | {"targets": at_places(batch.targets, places)}
         policy = arguments["policy"]
         if self.grid.cp_size > 1 and policy is not None and policy.of_sequences:
             with torch.no_grad():
@@ -77,7 +88,9 @@ class StepLoss:
                 sequences = WholeSequences(batch, part.mask, self.grid.groups.cp)
                 arguments["policy"] = sequences.with_gaps(policy, first.student_logprob, first.teacher_logprob)
         result = self._pass(part, hidden, gather_index, token_weights, **arguments)
-        rollout = batch.rollout_logprobs[part.mask] if self.sampled and batch.rollout_logprobs is not None else None
+        rollout = None
+        if self.sampled and batch.rollout_logprobs is not None:
+            rollout = at_places(batch.rollout_logprobs, places)
         sums = token_sums(result, token_weights, rollout, self._main_names())
         further = [term for term in self.terms if term.teacher_entropy_above is not None]
         return joined_sums(
@@ -104,9 +117,9 @@ class StepLoss:
         self, term: Term, index: int, batch: Batch, hidden: torch.Tensor, gather_index: torch.Tensor | None
     ) -> TokenSums:
         references = [teacher for teacher in self.teachers if teacher.reference]
-        mask = batch.weights > 0
+        mask = batch.response_mask
         (part,) = parts_of(index, replace(batch, routes=None), mask, references, self.model.gather_index)
-        weights = batch.weights[mask]
+        weights = at_places(batch.weights, places_of(mask, hidden.device))
         result = self._pass(part, hidden, gather_index, weights, **term.divergence, with_metrics=False)
         return further_sums(result, weights, REFERENCE_KL)
 
@@ -128,9 +141,10 @@ class StepLoss:
             token_weights=token_weights,
             chunk_tokens=objective.chunk_tokens,
             gather_index=gather_index,
+            values_checked=True,
         )
 
     def _main_names(self) -> tuple[str, ...]:
         taught = any(not teacher.reference for teacher in self.teachers)
         main = metric_names([term for term in self.terms if not term.is_further], teachers=taught)
-        return (*main, *([MISMATCH] if self.sampled else []))
+        return (*main, *([MISMATCH, LOGPROB_GAP] if self.sampled else []))

@@ -26,8 +26,8 @@ from opd_megatron.mcore.optimizer import (
     optimizer_tensors,
     wrap_ddp,
 )
-from opd_megatron.mcore.spec import use_transformer_engine
 from opd_megatron.mcore.step_loss import StepLoss
+from opd_megatron.mcore.te import fuse_weight_gradients, use_transformer_engine
 from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.types import Batch, StepOutput, TeacherInputs
 from opd_megatron.weights.layout import ShardLayout
@@ -48,23 +48,32 @@ class Student:
         self.layout: ShardLayout = grid.layout(
             hf_config.num_hidden_layers, padded_vocab, virtual=parallel.virtual_stages, stages=parallel.stages
         )
+        transformer_engine = use_transformer_engine(config.student.transformer_engine)
         self.model: Model = build_gpt_model(
             hf_config,
             grid,
             padded_vocab=padded_vocab,
             dtype=decided(config.student.dtype),
-            recompute=config.student.recompute,
-            transformer_engine=use_transformer_engine(config.student.transformer_engine),
+            memory=config.student,
+            transformer_engine=transformer_engine,
+            precision=config.precision,
             parts=self.layout.parts,
         )
         load_weights(self.model, source, hf_config, self.layout)
+        if transformer_engine:
+            fuse_weight_gradients(self.model)
         self.chunks = [
             wrap_ddp(
-                chunk, grid, overlap=parallel.overlap_grad_reduce, bucket_size=parallel.bucket_size, first=number == 0
+                chunk,
+                grid,
+                overlap=parallel.overlap_grad_reduce,
+                bucket_size=parallel.bucket_size,
+                first=number == 0,
+                precision=config.precision,
             )
             for number, chunk in enumerate(chunks_of(self.model))
         ]
-        self.optimizer = build_optimizer(config.optimizer, self.chunks, grid)
+        self.optimizer = build_optimizer(config.optimizer, self.chunks, grid, config.precision)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.steps)
         schedule_hooks = get_model_config(self.model)
         schedule_hooks.finalize_model_grads_func = finalize_model_grads

@@ -9,25 +9,26 @@ import torch.distributed as dist
 
 from opd_megatron.data.context import natural_order
 from opd_megatron.losses.policy import PolicyTerm, prefix_shares, sequence_means
-from opd_megatron.types import Batch
+from opd_megatron.types import Batch, places_of
 
 
 class WholeSequences:
     """A micro batch, for one context-parallel rank that holds the columns of `batch`."""
 
     def __init__(self, batch: Batch, mask: torch.Tensor, group: dist.ProcessGroup) -> None:
-        """`mask` [1, S / C]: the tokens that count. Collective over `group`."""
+        """`mask` [1, S / C], on the CPU: the tokens that count. Collective over `group`."""
         assert batch.lengths is not None
-        self._mask, self._group = mask[0], group
+        device = batch.tokens.device
+        self._places, self._columns, self._group = places_of(mask, device), mask.shape[1], group
         order = natural_order(batch.lengths, group.size())
-        self._order = order.to(mask.device)
+        self._order = order.to(device)
         start = group.rank() * mask.shape[1]
         mine = ((order >= start) & (order < start + mask.shape[1])).nonzero().squeeze(1)
         # Where in the whole row each of this rank's columns is.
-        self._mine = mine[order[mine].argsort()].to(mask.device)
+        self._mine = mine[order[mine].argsort()].to(device)
         lengths = torch.tensor(batch.lengths)
-        self._sequence_ids = torch.arange(len(lengths)).repeat_interleave(lengths).to(mask.device)
-        self._counts = self._whole(mask[0].float())
+        self._sequence_ids = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        self._counts = self._whole(mask[0].float().to(device))
 
     def with_gaps(self, policy: PolicyTerm, logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> PolicyTerm:
         """Gives a term what it asks of whole sequences. `logprobs`, `teacher_logprobs`: [T] of the sampled tokens.
@@ -45,9 +46,8 @@ class WholeSequences:
 
     def _of_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """[T] of this rank's tokens -> [S], 0 where no token counts."""
-        columns = values.new_zeros(self._mask.shape)
-        columns[self._mask] = values
-        return self._whole(columns)
+        columns = values.new_zeros(self._columns)
+        return self._whole(columns.index_copy(0, self._places, values))
 
     def _whole(self, columns: torch.Tensor) -> torch.Tensor:
         parts = columns.new_empty(self._group.size() * len(columns))
@@ -55,4 +55,4 @@ class WholeSequences:
         return parts.index_select(0, self._order)
 
     def _at_tokens(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole[self._mine][self._mask]
+        return whole[self._mine].index_select(0, self._places)

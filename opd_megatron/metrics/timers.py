@@ -39,7 +39,8 @@ class PhaseTimers:
         self._charge()
         self._open.append(name)
         try:
-            yield
+            with torch.profiler.record_function(name):  # of a trace (`logging.profile_step`)
+                yield
         finally:
             self._charge()
             self._open.pop()

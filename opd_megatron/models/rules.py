@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from opd_megatron.config import ParallelConfig, RunConfig
+from opd_megatron.config import ParallelConfig, PrecisionConfig, RunConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.system.ranks import launched
 from opd_megatron.weights.families import Dims, family_of, sizes_split_by_tensor
@@ -80,6 +80,14 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
     name = f"student {config.student.path!r}"
     check_divisible(name, models.student_config, parallel.tensor, parallel.pipeline, parallel.expert)
     check_stages(name, models.student_config, parallel)
+    _check_fp8_shapes(name, "", config.precision, models.student_config, parallel.tensor, parallel.pipeline)
+    for number, (teacher, (_, hf_config)) in enumerate(zip(config.teachers, models.teachers, strict=True)):
+        if (precision := getattr(teacher, "precision", None)) is not None:
+            _check_fp8_shapes(
+                f"teacher {teacher.path!r}", f"teachers.{number}.", precision, hf_config,
+                getattr(teacher, "tensor", None) or parallel.tensor,
+                getattr(teacher, "pipeline", None) or parallel.pipeline,
+            )  # fmt: skip
     _check_experts(models, config)
     _check_context("the student", models.student_config, config)
     for teacher, (_, hf_config) in zip(config.teachers, models.teachers, strict=True):
@@ -140,6 +148,35 @@ def check_stages(name: str, hf_config: PretrainedConfig, parallel: ParallelConfi
         raise ConfigError(
             f"parallel.virtual_stages={parallel.virtual_stages} * parallel.pipeline={parallel.pipeline} must not "
             f"exceed the {layers} layers of {name}: lower one of them"
+        )
+
+
+def _check_fp8_shapes(
+    name: str, key: str, precision: PrecisionConfig, hf_config: PretrainedConfig, tensor: int, pipeline: int
+) -> None:
+    """Raises ConfigError unless a model's matrices, cut over tensor-parallel ranks, have widths that FP8 products can
+    have, and every stage has the layers that stay in bf16."""
+    if precision.fp8 is None:
+        return
+    dims, multiple = Dims.of(hf_config), precision.alignment
+    widths = {"hidden columns": dims.hidden, "query columns": dims.q // tensor, "key columns": dims.kv // tensor}
+    of_experts = {"columns of an expert": dims.expert_ffn, "columns of the shared expert": dims.shared_ffn}
+    ffn = of_experts if family_of(hf_config).experts else {"feed-forward columns": dims.ffn}
+    widths |= {what: size // tensor for what, size in ffn.items()}
+    for what, size in widths.items():
+        if size % multiple:
+            raise ConfigError(
+                f"{key}precision.fp8={precision.fp8} with recipe {precision.recipe} needs widths that are multiples of "
+                f"{multiple}, but {name} has {size} {what}"
+                + (f" on each of {tensor} tensor-parallel ranks" if tensor > 1 and size != dims.hidden else "")
+                + f": leave {key}precision out"
+                + (", or lower tensor" if tensor > 1 else "")
+            )
+    layers = hf_config.num_hidden_layers // pipeline
+    if precision.first_last_bf16 > layers:
+        raise ConfigError(
+            f"{key}precision.first_last_bf16={precision.first_last_bf16} must not exceed the {layers} layers of a "
+            f"stage of {name}: lower it"
         )
 
 

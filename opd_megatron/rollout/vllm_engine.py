@@ -58,6 +58,8 @@ class VLLMOptions:
     """Whether weights come in memory that its workers map, rather than in files."""
     banned_ids: tuple[int, ...] = ()
     """Ids that are never sampled."""
+    quantization: str | None = None
+    """How vLLM quantizes the weights that it is given; None: not."""
     sleeps: bool = False
     """Whether it will be asked to `sleep`, which its memory has to be made for."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -79,6 +81,8 @@ class VLLMOptions:
                 "enforce_eager": True,
                 "compilation_config": {"custom_ops": ["all"]},
             }
+        if self.quantization is not None:
+            memory["quantization"] = self.quantization
         if self.banned_ids:
             memory |= {
                 "logits_processors": ["opd_megatron.rollout.vllm_mask:BannedTokens"],
@@ -166,6 +170,7 @@ def build_engine(
         maps_memory=_maps_memory(config),
         banned_ids=tuple(banned_ids),
         overrides=overrides or {},
+        quantization=rollout.quantization,
         sleeps=sleeps(config, on_gpu=torch.cuda.is_available()),
         log_path=log_path,
         share=share,

@@ -27,6 +27,8 @@ from opd_megatron.mcore.cpu.platform import (
 )
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.student import Student
+from opd_megatron.mcore.te import check_machine
+from opd_megatron.mcore.te import notes as te_notes
 from opd_megatron.metrics import NullDisplay, TrainingDisplay
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import LayerSizes
@@ -155,7 +157,8 @@ def build_run(
         display = _display(config, resume_from, trains=sampling)
         if config.left_out and scoring:
             display.note(f"the objective asks no teacher: {', '.join(config.left_out)} is not loaded")
-        for note in [*teacher_lines(config, models), *inputs.notes] if scoring else inputs.notes:
+        notes = [*te_notes(config.student.transformer_engine), *inputs.notes]
+        for note in [*teacher_lines(config, models), *notes] if scoring else notes:
             display.note(note)
         client = _rollout_client(config, fleet, student, teachers, display)
         accuracy = None
@@ -290,8 +293,16 @@ def _checked(
     parallel = config.parallel
     init_distributed(start_timeout=parallel.start_timeout, patience=parallel.collective_timeout)
     check_versions()
+    on_machine(config)
     config = _rank_0s_precision(config)
     return run_dir, config, models, inputs, identity | settings_identity(config.model_dump(mode="json"))
+
+
+def on_machine(config: RunConfig) -> None:
+    """Raises ConfigError on every rank unless all of their machines have what the configuration asks of them.
+    Collective."""
+    with on_all_ranks("this machine cannot run the configuration", ConfigError):
+        check_machine(config)
 
 
 def _own(run_dir: RunDir, config: RunConfig, identity: dict[str, Any]) -> RunLock | None:
@@ -366,7 +377,7 @@ def _batches(config: RunConfig, models: ResolvedModels, grid: ParallelGrid, view
         grid.dp_size,
         config.micro_batch_size(grid.dp_size),
         one_length=grid.pp_size > 1,
-        multiple_of=grid.tp_size * grid.cp_size if grid.sequence_parallel else 1,
+        multiple_of=micro_batch_multiple(config),
         device=device(),
         route_of=None if views.routing is None else views.routing.route_of,
         balance=config.objective.balance,
@@ -378,6 +389,14 @@ def _batches(config: RunConfig, models: ResolvedModels, grid: ParallelGrid, view
         sequence_multiple_of=2 * grid.cp_size if grid.cp_size > 1 else 1,
         count_multiple_of=grid.pp_size if config.parallel.virtual_stages > 1 else 1,
     )
+
+
+def micro_batch_multiple(config: RunConfig) -> int:
+    """Tokens of a micro batch, on all of a replica's ranks, are a multiple of this: sequence- and context-parallel
+    ranks divide them, and FP8 products want multiples on each."""
+    parallel = config.parallel
+    ranks = (parallel.tensor if parallel.sequence_parallel else 1) * parallel.context
+    return ranks * config.token_alignment()
 
 
 def scored_prompts(inputs: RunInputs) -> list[Prompt]:

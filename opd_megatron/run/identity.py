@@ -28,7 +28,7 @@ _PATH = re.compile(
 )
 """Where something lies. It may move, and be spelled otherwise: what it is decides."""
 _WHERE = re.compile(
-    r"student\.(recompute|transformer_engine)|(student|teachers\.\d+)\.offload(\.\d+)?"
+    r"student\.(recompute(_layers)?|transformer_engine|(recompute_modules|offload_activations)(\.\d+)?)|(student|teachers\.\d+)\.offload(\.\d+)?"
     r"|rewards\.(time_limit|workers)"
     r"|teachers\.\d+\.(placement|tensor|pipeline|data|expert|in_flight|fingerprint|urls(\.\d+)?|api_key_env|request_timeout|retries|cache|missing)"
 )

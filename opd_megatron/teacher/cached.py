@@ -137,7 +137,7 @@ class _Computed:
         assert self._view is not None
         states: torch.Tensor = self._outputs[place][0]
         if student.sequence_parallel:
-            return gathered_rows(states, self._view[place].weights > 0, student.groups.tp)
+            return gathered_rows(states, self._view[place].response_mask, student.groups.tp)
         return states
 
 
@@ -174,7 +174,7 @@ class _States(Sequence[Any]):
         rows = torch.cat(self._filled(index, parts))
         ranks = self._student.tp_size if self._student.sequence_parallel else 1
         if ranks > 1:
-            rows = sequence_shards(rows, self._step[index].weights > 0, ranks)[self._student.tp_rank]
+            rows = sequence_shards(rows, self._step[index].response_mask, ranks)[self._student.tp_rank]
         return rows, self._head
 
     def _filled(self, index: int, parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -201,7 +201,7 @@ class _States(Sequence[Any]):
             return None
         alone = make_batch([rollout], sequence_multiple_of=multiple_of, packed=True)
         assert alone.lengths is not None
-        return local_rows(alone.weights > 0, alone.lengths, student.cp_rank, student.cp_size)
+        return local_rows(alone.response_mask, alone.lengths, student.cp_rank, student.cp_size)
 
     def _read_ahead(self, index: int) -> Future[list[torch.Tensor | None]] | None:
         return self._reader.submit(self._read, index) if index < len(self) else None

@@ -222,7 +222,8 @@ def build_host(number: int, config: RunConfig, models: ResolvedModels, link: Tea
         tokens=config.pack_tokens,
         sequence_multiple_of=2 * student.context if student.context > 1 else 1,
     )
-    source = StatesSource(model, link.grid, link.route, sharded=sharded)
+    multiple_of = teacher.precision.alignment
+    source = StatesSource(model, link.grid, link.route, sharded=sharded, multiple_of=multiple_of)
     return TeacherHost(source, link, batches, teacher.in_flight, repr(teacher.path))
 
 

@@ -119,7 +119,7 @@ class _Answers(Sequence[Any]):
         self._ask()
         self._raise_together(error)
         if isinstance(self._question, TopTokens):
-            shape = (int((self._whole[index].weights > 0).sum()), self._question.k + 1)
+            shape = (int(self._whole[index].response_mask.sum()), self._question.k + 1)
             ids, logprobs = rows if rows is not None else (None, None)
             entries = [
                 self._mine(self._to_everyone(part, shape, dtype), index)
@@ -169,14 +169,14 @@ class _Answers(Sequence[Any]):
         student = self._student
         ranks = student.tp_size if student.sequence_parallel else 1
         if ranks == 1 or student.cp_size > 1:
-            shape = (int((self._whole[index].weights > 0).sum()), question.width)
+            shape = (int(self._whole[index].response_mask.sum()), question.width)
             mine = self._mine(self._to_everyone(rows, shape, question.dtype), index)
-            return sequence_shards(mine, batch.weights > 0, ranks)[student.tp_rank] if ranks > 1 else mine
+            return sequence_shards(mine, batch.response_mask, ranks)[student.tp_rank] if ranks > 1 else mine
         shape = (rows_of(batch, ranks), question.width)
         mine = torch.empty(shape, dtype=question.dtype, device=device())
         parts = None
         if rows is not None:
-            parts = [part.contiguous() for part in sequence_shards(rows, batch.weights > 0, ranks)]
+            parts = [part.contiguous() for part in sequence_shards(rows, batch.response_mask, ranks)]
         dist.scatter(mine, parts, group_src=0, group=student.groups.tp)
         return mine
 

@@ -16,12 +16,13 @@ from opd_megatron.mcore.cpu.platform import device
 from opd_megatron.mcore.forward import run_schedule
 from opd_megatron.mcore.grid import ParallelGrid
 from opd_megatron.mcore.model import Model, build_gpt_model, sequence_shards
-from opd_megatron.mcore.spec import use_transformer_engine
+from opd_megatron.mcore.te import use_transformer_engine
 from opd_megatron.models import ResolvedModels
 from opd_megatron.system.host_memory import HostMemory
 from opd_megatron.teacher.route import Job, Route, Work
 from opd_megatron.types import Batch
 from opd_megatron.weights.load import load_weights
+from opd_megatron.weights.quantized import forget_origin
 
 Deliver = Callable[[Job, tuple[int, int], torch.Tensor], None]
 """(micro batch, the student's tensor- and context-parallel rank, its rows of the states)."""
@@ -49,9 +50,12 @@ def load_teacher(
         padded_vocab=padded_vocab,
         dtype=decided(teacher.dtype),
         transformer_engine=use_transformer_engine(config.student.transformer_engine),
+        precision=getattr(teacher, "precision", None),
         parts=layout.parts,
     )
     load_weights(model, folder, hf_config, layout)
+    for parameter in model.parameters():
+        forget_origin(parameter)
     model.requires_grad_(False)
     model.eval()
     return model
@@ -60,9 +64,11 @@ def load_teacher(
 class StatesSource:
     """One rank of a teacher's grid."""
 
-    def __init__(self, model: Model, grid: ParallelGrid, route: Route, *, sharded: bool) -> None:
-        """`sharded`: the student's ranks want their sequence-parallel rows alone."""
+    def __init__(self, model: Model, grid: ParallelGrid, route: Route, *, sharded: bool, multiple_of: int = 1) -> None:
+        """`sharded`: the student's ranks want their sequence-parallel rows alone. `multiple_of`: what the model's micro
+        batches are padded to (`PrecisionConfig.alignment`)."""
         self.model, self._grid, self._route, self._sharded = model, grid, route, sharded
+        self._multiple_of = multiple_of
         self.host = HostMemory()
 
     @torch.no_grad()
@@ -90,7 +96,7 @@ class StatesSource:
 
     def _padded(self, step: StepBatches, data: int) -> list[Batch]:
         """A student replica's micro batches as this teacher wants them: its stages exchange tensors of one shape."""
-        return step.of(data, one_length=self._grid.pp_size > 1, multiple_of=1, device=device(), **WHOLE)
+        return step.of(data, one_length=self._grid.pp_size > 1, multiple_of=self._multiple_of, device=device(), **WHOLE)
 
 
 WHOLE: dict[str, Any] = {"context_rank": 0, "context_size": 1}
@@ -102,12 +108,12 @@ def student_rows(
 ) -> list[torch.Tensor]:
     """What each tensor-parallel rank of one of the student's context-parallel ranks takes of a whole micro batch's
     states [T, h]; `sharded`: its sequence-parallel rows alone."""
-    mask = batch.weights > 0
+    mask = batch.response_mask
     if contexts > 1:
         assert batch.lengths is not None
         rows = rows.index_select(0, local_rows(mask, batch.lengths, context, contexts).to(rows.device))
         mask = mask[:, context_columns(batch.lengths, context, contexts)]
-    return sequence_shards(rows, mask.to(rows.device), tensor) if sharded else [rows] * tensor
+    return sequence_shards(rows, mask, tensor) if sharded else [rows] * tensor
 
 
 def work_of(route: Route, step: StepBatches) -> Work:
@@ -117,7 +123,7 @@ def work_of(route: Route, step: StepBatches) -> Work:
 
 def rows_of(batch: Batch, ranks: int) -> int:
     """Rows of states that one of the student's `ranks` sequence-parallel ranks takes; all of them for 1."""
-    mask = batch.weights > 0
+    mask = batch.response_mask
     if ranks == 1:
         return int(mask.sum())
     size, length = mask.shape

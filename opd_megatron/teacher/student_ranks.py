@@ -67,7 +67,10 @@ class StudentRanks:
             return ColocatedTeacher(model, around.grid, weight, offload=teacher.offload)
         assert link.grid is not None
         model = load_teacher(teacher, source, around.models, link.grid, around.config)
-        states = StatesSource(model, link.grid, link.route, sharded=around.grid.sequence_parallel)
+        states = StatesSource(
+            model, link.grid, link.route, sharded=around.grid.sequence_parallel,
+            multiple_of=teacher.precision.alignment,
+        )  # fmt: skip
         head = around.heads.of(*source, dtype)
         return RelaidTeacher(
             states, link, head, around.grid, weight, width=source[1].hidden_size, dtype=DTYPES[dtype],

@@ -15,6 +15,7 @@ from opd_megatron.errors import WeightsError
 from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.hf_reader import EMBEDDING, HEAD, SafetensorsSource
 from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.quantized import staging, take
 from opd_megatron.weights.sharding import ShardingTable, ShardSlice, StageParameter, sharding_table, stage_parameters
 from opd_megatron.weights.shared_reading import SharedReading
 
@@ -59,11 +60,12 @@ def load_weights(
         shared.finish(what)  # most mistakes are found here, before anything large is read
         assert source is not None
         for param, tensor in pairs:
-            expert = param.expert_rank is not None
+            expert, values = param.expert_rank is not None, staging(tensor)
             if shared.reads(expert=expert):
-                _fill(tensor, param, table, layout, source, shared)
-            shared.hand_on(tensor, expert=expert)
-            progress(tensor.nbytes)
+                _fill(values, param, table, layout, source, shared)
+            shared.hand_on(values, expert=expert)
+            take(tensor, values)
+            progress(values.nbytes)
         shared.finish(what)
 
 

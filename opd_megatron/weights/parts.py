@@ -16,6 +16,7 @@ from torch import nn
 
 from opd_megatron.weights.families import TPSharding
 from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.quantized import dequantized, is_quantized
 from opd_megatron.weights.sharding import ShardSlice, StageParameter, sharding_table, stage_parameters
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class LocalShards:
             HFTensor(name, shape, param) for param in self.table.exported() for name, shape in param.hf_tensors.items()
         ]
         """All of the model's, in streaming order; the same on every rank."""
+        self._read: tuple[tuple[str, ...], torch.Tensor] | None = None
 
     def exports(self, tensor: HFTensor) -> bool:
         """Tells whether this rank's stage and expert-parallel rank export the tensor."""
@@ -105,7 +107,15 @@ class LocalShards:
         piece = self.piece(tensor, self.layout.tp_rank)
         if piece is None:
             return parameter.new_empty((0, *tensor.shape[1:]))
-        return piece.of_shard(parameter).flatten(0, 1)
+        return piece.of_shard(self._values(tensor.param.megatron, parameter)).flatten(0, 1)
+
+    def _values(self, name: tuple[str, ...], parameter: torch.Tensor) -> torch.Tensor:
+        """Of a quantized parameter its numbers; they are kept while the tensors that it is made of are asked for."""
+        if not is_quantized(parameter):
+            return parameter
+        if self._read is None or self._read[0] != name:
+            self._read = name, dequantized(parameter)
+        return self._read[1]
 
     def place(self, tensor: HFTensor, tp_rank: int, full: torch.Tensor) -> torch.Tensor:
         """View of `tp_rank`'s part within the full tensor."""

@@ -17,6 +17,7 @@ from torch import nn
 from opd_megatron.errors import WeightsError
 from opd_megatron.weights.families import Dims, ParamMapping, TPSharding, family_of
 from opd_megatron.weights.layout import ShardLayout
+from opd_megatron.weights.quantized import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -167,7 +168,11 @@ def stage_parameters(
     Raises:
         WeightsError: the model has a parameter the table does not name, lacks one, or has one of another shape.
     """
-    parameters = {_unwrapped(name): parameter.detach() for name, parameter in model.named_parameters()}
+    # Of a quantized parameter itself: it is told what it is made of (`quantized.take`).
+    parameters: dict[str, torch.Tensor] = {
+        _unwrapped(name): parameter if is_quantized(parameter) else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
     pairs = []
     for param in table.stage(layout.pp_rank, layout.ep_rank):
         names = [name for name in param.megatron if name in parameters]

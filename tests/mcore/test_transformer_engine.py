@@ -36,16 +36,16 @@ def cross(student: str, teacher: str, layout: str, folder: str) -> dict[str, Any
         settings |= {"parallel.bucket_size": 6000, "parallel.sequence_parallel": sequence_parallel}
         run = _Run((Path(student), Path(teacher)), numbers, "fp32", **settings)
         fused = [each for each in run.student.model.modules() if isinstance(each, TELayerNormColumnParallelLinear)]
-        assert bool(fused) == (kind == "auto")
+        assert bool(fused) == (kind == "on")
         return run
 
     losses: dict[str, Any] = {}
-    for first in ("auto", "off"):
+    for first in ("on", "off"):
         run, path = made(first), Path(folder) / first
         losses[first] = [run.step(batch).metrics["loss"] for batch in batches[:2]]
         CheckpointSaver(path).save(2, run.student, {})
         losses[first] += [run.step(batch).metrics["loss"] for batch in batches[2:]]
-        for then in ("auto", "off"):
+        for then in ("on", "off"):
             again = made(then)
             load_checkpoint(checkpoint_path(path, 2), again.student)
             losses[f"{first} {then}"] = [again.step(batch).metrics["loss"] for batch in batches[2:]]
@@ -77,8 +77,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dic
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_checkpoints_cross_transformer_engine_both_ways(found: dict[Any, Any], case: tuple[str, str]) -> None:
     losses = found[case]
-    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-5)
-    for first in ("auto", "off"):
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
+    for first in ("on", "off"):
         assert losses[f"{first} {first}"] == losses[first][2:], "resumed bit for bit"
-        for then in ("auto", "off"):
+        for then in ("on", "off"):
             assert losses[f"{first} {then}"] == pytest.approx(losses["off"][2:], rel=1e-5)

@@ -1,5 +1,5 @@
 """`python -m tests.stubs.with_te MODULE FUNCTION ARGUMENTS`: one rank in which Transformer Engine (the stand-in) is
-installed and `student.transformer_engine=auto` takes it; prints what the function returns, in JSON, on rank 0.
+installed and `student.transformer_engine=on` takes it; prints what the function returns, in JSON, on rank 0.
 
 FUNCTION takes strings. Started by `run_with_te`, under torchrun.
 """
@@ -33,11 +33,6 @@ def main() -> None:
     import transformer_engine
 
     assert Path(transformer_engine.__file__).is_relative_to(Path(__file__).parent)
-    from opd_megatron.mcore import spec, student
-    from opd_megatron.teacher import source
-
-    for each in (spec, student, source):  # without a GPU `auto` means plain layers
-        each.use_transformer_engine = lambda choice: choice == "auto"
     module, name, *arguments = sys.argv[1:]
     result = getattr(importlib.import_module(module), name)(*arguments)
     if os.environ["RANK"] == "0":

@@ -22,9 +22,11 @@ def chunk_bounds(tokens: int, head: torch.Tensor, chunk_tokens: int | None, poli
     size = chunk_tokens or default_chunk(tokens, len(head) * head.element_size(), head.device.type)
     if policy is None or not policy.of_sequences or policy.sequence_ids is None:
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-    _, counts = policy.sequence_ids.unique_consecutive(return_counts=True)
+    counts = policy.sequence_counts
+    if counts is None:
+        counts = policy.sequence_ids.unique_consecutive(return_counts=True)[1].tolist()
     chunks, start, stop = [], 0, 0
-    for count in counts.tolist():
+    for count in counts:
         if stop > start and stop + count - start > size:
             chunks.append(slice(start, stop))
             start = stop

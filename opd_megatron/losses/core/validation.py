@@ -167,14 +167,17 @@ def check_gather_index(index: torch.Tensor | None, like: torch.Tensor) -> None:
         )
 
 
-def check_targets(targets: torch.Tensor | None, like: torch.Tensor, vocab_size: int) -> None:
-    """Requires None, or int64 token ids of the true vocabulary, one for each row of `like`."""
+def check_targets(
+    targets: torch.Tensor | None, like: torch.Tensor, vocab_size: int, *, values: bool = True
+) -> None:  # fmt: skip
+    """Requires None, or int64 token ids of the true vocabulary (whose `values` are looked at), one for each row of
+    `like`."""
     check_per_token("targets", targets, like)
     if targets is None:
         return
     if targets.dtype != torch.int64:
         raise ConfigError(f"targets has dtype {targets.dtype} but must be int64: convert it with .long()")
-    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < vocab_size):
+    if values and len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < vocab_size):
         raise ConfigError(
             f"targets range over [{int(targets.min())}, {int(targets.max())}] but must lie in [0, {vocab_size}): "
             "pass token ids of response tokens only"

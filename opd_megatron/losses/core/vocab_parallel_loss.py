@@ -219,9 +219,13 @@ class VocabParallelLoss:
         weighted_grad = self.spec.divergence.weighted_grad(p, q, r, self.spec.divergence.parameter)
         entry = torch.where(divergence_coef == 0, 0, divergence_coef * weighted_grad) - softmax_coef * p + target_coef
         owned = self._owned(inputs.targets) & ((divergence_coef != 0) | (target_coef != 0))
-        rows = owned.nonzero().squeeze(-1)
-        columns = inputs.targets[rows] - self.spec.first_column
-        inputs.gradient[rows, columns] = entry[rows].to(inputs.gradient.dtype)
+        if not self.spec.columns:
+            return
+        # Of every row, so that nobody has to know how many are owned: the others get what they have.
+        columns = (inputs.targets - self.spec.first_column).clamp(0, self.spec.columns - 1).unsqueeze(1)
+        present = inputs.gradient.gather(1, columns).squeeze(1)
+        values = torch.where(owned, entry.to(inputs.gradient.dtype), present)
+        inputs.gradient.scatter_(1, columns, values.unsqueeze(1))
 
     # One number per token
 

@@ -29,6 +29,7 @@ from opd_megatron.mcore.checkpoint.rows import Entry, Spans, pieces
 from opd_megatron.mcore.checkpoint.streaming_reader import StreamingReader
 from opd_megatron.mcore.optimizer import MOMENTS, make_optimizer_state, set_update_count
 from opd_megatron.mcore.student import Student
+from opd_megatron.weights.quantized import dequantized, is_quantized, staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def state_to_save(student: Student) -> ShardedStateDict:
         seams = _gather_seams(ours, group)
         for each in ours:
             rows = each.spans.owned(group.rank())
-            weights = each.parameter.detach()[rows.start : rows.stop]
+            weights = dequantized(each.parameter.detach())[rows.start : rows.stop]
             blocks += pieces(each.entry, "", rows, weights, each.main)
             blocks += _state_blocks(each, group.rank(), seams)
     # Buffers are written as upstream says.
@@ -82,9 +83,16 @@ def load_state(path: Path, student: Student) -> bool:
     """
     common = dist_checkpointing.load_common_state_dict(str(path))["common"]
     entries = _entries(student.model, student)
-    _read(path, (block for tensor, entry in entries.items() for block in _in_place(entry, "", tensor.detach())))
+    places = {tensor: staging(tensor.detach()) for tensor in entries}
+    _read(path, (block for tensor, entry in entries.items() for block in _in_place(entry, "", places[tensor])))
     make_optimizer_state(student.optimizer)
     _read_optimizer_state(path, student, entries)
+    if any(is_quantized(tensor) for tensor in entries):
+        # From the main weights, as an update would: what was read is FP8 numbers, rounded once more.
+        for part in student.optimizer.chained_optimizers:
+            part._copy_main_params_to_model_params()
+        for chunk in student.chunks:
+            chunk.start_param_sync(force_sync=True)
     if student.averages:
         _read(path, _average_blocks(student))
         for average in student.averages.values():

@@ -3,6 +3,8 @@ class Format:
 
 
 class Recipe:
+    multiple = 16
+
     def __init__(self, **settings):
         self.settings = settings
 
@@ -16,4 +18,5 @@ class Float8CurrentScaling(Recipe): ...
 class Float8BlockScaling(Recipe): ...
 
 
-class MXFP8BlockScaling(Recipe): ...
+class MXFP8BlockScaling(Recipe):
+    multiple = 32
