@@ -27,9 +27,9 @@ from opd_megatron.errors import MissingPathError, StopRequestedError, one_line
 from opd_megatron.evaluation import Accuracy
 from opd_megatron.mcore.checkpoint import checkpoint_state, load_checkpoint, named_checkpoint
 from opd_megatron.metrics import MetricsLog, NullLog, PhaseTimers, Watch, peak_memory_bytes, profile
-from opd_megatron.metrics.utilization import peak_flops, training_flops
 from opd_megatron.models import ResolvedModels
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, parameters
+from opd_megatron.models.utilization import peak_flops, training_flops
 from opd_megatron.rewards import StepRewards
 from opd_megatron.run.agreement import check_agreement
 from opd_megatron.run.ahead import StepRollouts

@@ -148,6 +148,11 @@ class Batch:
         return replace(self._map(lambda values: values.to(device)), copy_on_host=self)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether it holds a context-parallel rank's part of every sequence."""
+        return self.lengths is not None and sum(self.lengths) > self.tokens.shape[1]
+
+    @property
     def on_host(self) -> Batch:
         """The same on the CPU."""
         return self.copy_on_host or self

@@ -184,7 +184,7 @@ def test_a_dry_run_prints_config_layout_and_memory_and_makes_nothing(
 
 @pytest.mark.parametrize(
     ("override", "value", "size"),
-    [("parallel.tensor=4", "4", "2 key-value heads"), ("parallel.pipeline=3", "3", "4 layers")],
+    [("parallel.tensor=4", "4", "2 key-value heads"), ("parallel.pipeline=5", "5", "4 layers")],
 )
 def test_a_layout_that_does_not_divide_is_refused_before_any_rank_starts(
     override: str,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.core.chunks import chunk_bounds
-from opd_megatron.losses.core.linear_pass import FusedLinearArgs, FusedLinearDivergence, Projection
+from opd_megatron.losses.core.linear_pass import FusedLinearArgs, FusedLinearDivergence, MainGrad, Projection
 from opd_megatron.losses.core.validation import (
     LossArguments,
     check_gather_index,
@@ -99,6 +99,7 @@ def linear_divergence_terms(
     gather_index: torch.Tensor | None = None,
     with_metrics: bool = True,
     values_checked: bool = False,
+    main_grad: MainGrad | None = None,
     **loss: Any,
 ) -> DivergenceTerms:
     """Computes a student's exact divergence from its teachers from hidden states, with two collectives for each chunk.
@@ -128,6 +129,7 @@ def linear_divergence_terms(
         with_metrics: False leaves both KLs and both entropies of the result at 0 where that saves time.
         values_checked: the caller has looked whether targets are ids and sequences in order, where they are on the
             host; to look at them on a GPU is to wait for it.
+        main_grad: where the gradient of `student_head` is added in this very call, rather than in backward.
         loss: `type` to `combine` as in `vocab_parallel_divergence`, with the divergence's own parameter, and
             `lambda_distill`, the weight of the divergence in the loss.
 
@@ -165,6 +167,7 @@ def linear_divergence_terms(
         shared=shared, chunks=chunk_bounds(tokens, student_head, chunk_tokens, policy),
         gather_index=gather_index, with_metrics=with_metrics,
         hidden_grad=tracked and student_hidden.requires_grad, head_grad=tracked and student_head.requires_grad,
+        main_grad=main_grad,
     )  # fmt: skip
     loss_sum, per_token, sums, extra, of_policy = FusedLinearDivergence.apply(student_hidden, student_head, args)
     named = dict(zip(SUMS, sums, strict=True))

@@ -76,6 +76,11 @@ class HiddenStatesModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
+    @property
+    def is_embedding_too(self) -> bool:
+        """Whether the head is the embedding of this very rank."""
+        return bool(self.pre_process and self.post_process and self.share_embeddings_and_output_weights)
+
     def response_rows(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Selects the rows of `hidden_states` [S, B, h] where `mask` [B, S], on the CPU: [T, h] in the order of
         `mask.nonzero()`.

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-if TYPE_CHECKING:
-    from opd_megatron.mcore.model import HiddenStatesModel
 
 
 class StageLayout(PipelineParallelLayerLayout):
@@ -49,12 +46,13 @@ class ModelChunks(torch.nn.ModuleList):
     To those that ask for the head or for rows it is its last part, which alone can be the model's end.
     """
 
-    def __init__(self, chunks: Sequence[HiddenStatesModel]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """`chunks`: of `model.HiddenStatesModel`."""
         super().__init__(chunks)
 
     @property
-    def last(self) -> HiddenStatesModel:
-        return cast("HiddenStatesModel", self[-1])
+    def last(self) -> Any:
+        return self[-1]
 
     @property
     def config(self) -> Any:
@@ -63,15 +61,23 @@ class ModelChunks(torch.nn.ModuleList):
     @property
     def head_weight(self) -> torch.Tensor:
         """`HiddenStatesModel.head_weight`."""
-        return self.last.head_weight
+        weight: torch.Tensor = self.last.head_weight
+        return weight
+
+    @property
+    def is_embedding_too(self) -> bool:
+        """`HiddenStatesModel.is_embedding_too`."""
+        return False
 
     def response_rows(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`HiddenStatesModel.response_rows`."""
-        return self.last.response_rows(hidden_states, mask)
+        rows: torch.Tensor = self.last.response_rows(hidden_states, mask)
+        return rows
 
     def gather_index(self, mask: torch.Tensor) -> torch.Tensor | None:
         """`HiddenStatesModel.gather_index`."""
-        return self.last.gather_index(mask)
+        index: torch.Tensor | None = self.last.gather_index(mask)
+        return index
 
     def sharded_state_dict(self, **arguments: Any) -> dict[str, Any]:
         """What Megatron says of each tensor, part by part: what is stored has the same names as without parts."""

@@ -14,6 +14,7 @@ import torch
 
 from opd_megatron.config import ObjectiveConfig
 from opd_megatron.losses import DivergenceTerms, linear_divergence_terms
+from opd_megatron.losses.core.linear_pass import MainGrad
 from opd_megatron.losses.core.validation import check_targets
 from opd_megatron.losses.objectives import (
     FORWARD_SHARE,
@@ -79,7 +80,7 @@ class StepLoss:
         token_weights = at_places(batch.weights, places)
         arguments = loss_arguments(self.terms, batch, places) | {"targets": at_places(batch.targets, places)}
         policy = arguments["policy"]
-        if self.grid.cp_size > 1 and policy is not None and policy.of_sequences:
+        if batch.has_parts and policy is not None and policy.of_sequences:
             with torch.no_grad():
                 now = {"type": "reverse_kl", "targets": arguments["targets"], "with_metrics": False}
                 first = self._pass(part, hidden.detach(), gather_index, token_weights, **now)
@@ -127,10 +128,10 @@ class StepLoss:
         self, part: Part, hidden: torch.Tensor, gather_index: torch.Tensor | None, token_weights: torch.Tensor,
         **arguments: Any,
     ) -> DivergenceTerms:  # fmt: skip
-        objective = self.objective
+        objective, head = self.objective, self.model.head_weight
         return linear_divergence_terms(
             hidden,
-            self.model.head_weight,
+            head,
             part.teachers,
             **arguments,
             temperature=objective.temperature,
@@ -142,7 +143,19 @@ class StepLoss:
             chunk_tokens=objective.chunk_tokens,
             gather_index=gather_index,
             values_checked=True,
+            main_grad=self._main_grad(head) if hidden.requires_grad else None,
         )
+
+    def _main_grad(self, head: torch.Tensor) -> MainGrad | None:
+        """The buffer in which DDP sums the head's gradient; it is spared a copy of it, and the head's own dtype. None
+        where there is none."""
+        total = getattr(head, "main_grad", None)
+        if total is None:
+            return None
+        tied = self.model.is_embedding_too
+        if not tied:
+            head.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # DDP asks before it adds `.grad`
+        return MainGrad(total, announced=not tied)
 
     def _main_names(self) -> tuple[str, ...]:
         taught = any(not teacher.reference for teacher in self.teachers)

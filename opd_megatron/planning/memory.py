@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from opd_megatron.losses.core.chunks import default_chunk
+from opd_megatron.losses.core.matmul import HEAD_ROWS
 from opd_megatron.mcore.cpu.attention import SCORES_AT_ONCE
 from opd_megatron.models.sizes import LayerSizes, RunSizes, StageShard, parameters
 from opd_megatron.rollout.turns import sleeps
@@ -186,7 +187,8 @@ def _teachers(sizes: RunSizes, stage: int) -> dict[str, float]:
 
 
 def _loss(sizes: RunSizes, student: StageShard, gpu: bool) -> tuple[float, float]:
-    """Logits of a chunk of tokens for student and teachers, and d head. Both are kept for the next call."""
+    """Logits of a chunk of tokens for student and teachers, which are kept for the next call, and the rows of d head
+    that are on their way into the main gradient."""
     device = "cuda" if gpu else "cpu"
     tokens = sizes.response_tokens
     size = sizes.config.objective.chunk_tokens or default_chunk(
@@ -195,9 +197,8 @@ def _loss(sizes: RunSizes, student: StageShard, gpu: bool) -> tuple[float, float
     of_student = sizes.vocab_per_rank * sizes.bytes_per_element
     of_teachers = sum(cost.logits_bytes for cost in teacher_costs(sizes, sizes.pp_size - 1))
     chunk = min(size, tokens) * (of_student + of_teachers)
-    # More than two chunks are summed in fp32 and rounded at the end (`losses.core.linear_pass`).
-    summed = 4 if sizes.bytes_per_element < 4 and -(-tokens // size) > 2 else 0
-    return chunk, student.head * (sizes.bytes_per_element + summed)
+    rows = min(HEAD_ROWS, sizes.vocab_per_rank) if sizes.bytes_per_element < 4 else 0
+    return chunk, rows * sizes.models.student_config.hidden_size * sizes.bytes_per_element
 
 
 def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
@@ -206,8 +207,7 @@ def _workspace(sizes: RunSizes, student: StageShard, gpu: bool) -> float:
     of_layer = _layer_temporaries(layer, sizes, gpu)
     # A gradient in the weights' dtype is there until it has been added; a CPU widens it to fp32 to do so.
     cast = 4 if bytes_per_element < 4 and not gpu else 0
-    # A tied embedding's two gradients are summed; d head alone is counted already.
-    matmul_params = student.largest * (bytes_per_element * (2 if student.tied else 1) + cast)
+    matmul_params = student.largest * (bytes_per_element + cast)
     return of_layer + max(matmul_params, student.largest * 4 / sizes.replicas)  # or the copy that clipping makes
 
 

@@ -64,7 +64,9 @@ def load_weights(
             if shared.reads(expert=expert):
                 _fill(values, param, table, layout, source, shared)
             shared.hand_on(values, expert=expert)
-            take(tensor, values)
+            if values is not tensor:
+                shared.settle()
+                take(tensor, values)
             progress(values.nbytes)
         shared.finish(what)
 

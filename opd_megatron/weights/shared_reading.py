@@ -52,6 +52,12 @@ class SharedReading:
             assert work is not None
             self._sending.append(work)
 
+    def settle(self) -> None:
+        """Waits for what was sent."""
+        for work in self._sending:
+            work.wait()
+        self._sending.clear()
+
     def read_columns(self, source: SafetensorsSource, name: str, target: torch.Tensor) -> None:
         """Fills `target` [r, c] with this tensor-parallel rank's columns of a matrix [r, c * ranks]. Collective over
         the tensor-parallel ranks that read."""
@@ -76,9 +82,7 @@ class SharedReading:
 
     def finish(self, what: str) -> None:
         """Waits for what was sent. Raises the error of whichever rank failed on all ranks of the layout."""
-        for work in self._sending:
-            work.wait()
-        self._sending.clear()
+        self.settle()
         if self._layout.world is not None:
             raise_on_all_ranks(self._error, what, WeightsError, group=self._layout.world)
         elif self._error is not None:

@@ -288,7 +288,7 @@ def test_a_teacher_that_is_killed_ends_the_run_with_one_line(inputs: dict[str, s
     ("overrides", "words"),
     [
         ({"teachers.0.placement": "own", "teachers.0.tensor": 3}, ["teachers.0.tensor=3", "must divide"]),
-        ({"teachers.0.placement": "own", "teachers.0.pipeline": 4}, ["teachers.0.pipeline=4", "6 layers"]),
+        ({"teachers.0.placement": "own", "teachers.0.pipeline": 8}, ["teachers.0.pipeline=8", "6 layers"]),
         ({"teachers.0.tensor": 2}, ["teachers.0.tensor=2 * pipeline=1", "the student's 1 ranks"]),
         ({"teachers.0.placement": "own", "teachers.0.expert": 2}, ["teachers.0.expert=2", "teachers.0.data=1"]),
         ({"teachers.0.placement": "own", "teachers.0.in_flight": 0}, ["in_flight"]),

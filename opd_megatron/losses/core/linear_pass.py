@@ -52,6 +52,19 @@ class FusedLinearArgs:
     with_metrics: bool
     hidden_grad: bool
     head_grad: bool
+    main_grad: MainGrad | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MainGrad:
+    """Where d head goes at once, in the place of a gradient that autograd hands out: the loss must be what backward
+    begins at."""
+
+    total: torch.Tensor
+    """[v, h], fp32 or the head's own dtype: it is added to this."""
+    announced: bool
+    """Whether the head's parameter must still get a gradient, of any numbers, so that its hooks see that it is done.
+    Not where it is an embedding too, which gets its own."""
 
 
 class FusedLinearDivergence(torch.autograd.Function):
@@ -74,7 +87,14 @@ class FusedLinearDivergence(torch.autograd.Function):
             # A masked infinity is not a NaN.
             weighted = torch.where(chunked.weights == 0, 0, chunked.weights * per_token)
         ctx.group, ctx.gather_index, ctx.rows = args.spec.group, args.gather_index, len(hidden)
-        ctx.save_for_backward(chunked.hidden_gradient, chunked.head_gradient_in(head.dtype))
+        ctx.signal = None
+        head_gradient = None
+        if args.main_grad is None:
+            head_gradient = chunked.head_gradient_in(head.dtype)
+        elif args.main_grad.announced:
+            # The weights themselves: no memory, and nobody looks at it.
+            ctx.signal = head.detach()
+        ctx.save_for_backward(chunked.hidden_gradient, head_gradient)
         ctx.mark_non_differentiable(per_token, sums, extra, of_policy)
         return weighted.sum(), per_token, sums, extra, of_policy
 
@@ -88,7 +108,7 @@ class FusedLinearDivergence(torch.autograd.Function):
             hidden_gradient = summed.to(hidden_gradient.dtype)
         if head_gradient is not None:
             head_gradient = _times(head_gradient, grad_loss)
-        return hidden_gradient, head_gradient, None
+        return hidden_gradient, head_gradient if ctx.signal is None else ctx.signal.detach(), None
 
 
 def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +171,9 @@ class _ChunkLoop:
         weights = args.token_weights
         self.weights = None if weights is None else weights.to(args.spec.dtype)
         self.hidden_gradient = torch.empty_like(self.hidden) if args.hidden_grad else None
-        self.head_gradient = self._new_head_gradient(head) if args.head_grad else None
+        self.head_gradient = None
+        if args.head_grad:
+            self.head_gradient = self._new_head_gradient(head) if args.main_grad is None else args.main_grad.total
 
     def run(self) -> PerTokenLoss:
         if not len(self.hidden):
@@ -226,7 +248,8 @@ class _ChunkLoop:
         if self.hidden_gradient is not None:
             times_head(logits[0], self.head, out=self.hidden_gradient[rows])
         if self.head_gradient is not None:
-            add_outer(self.head_gradient[: self.columns], logits[0], hidden, first=rows.start == 0)
+            first = rows.start == 0 and args.main_grad is None
+            add_outer(self.head_gradient[: self.columns], logits[0], hidden, first=first)
         return terms
 
     def _new_head_gradient(self, head: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 _SLOW_WIDTHS, _PIECE, _TALL = range(321, 960), 320, 320
 
 # Vocabulary rows of d head that are added to the fp32 sum at a time.
-_HEAD_ROWS = 4096
+HEAD_ROWS = 4096
 
 
 def times_head(gradient: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
@@ -33,7 +33,14 @@ def add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor,
         total.addmm_(gradient.t(), hidden)
         return
     # In pieces: no copy of the whole, and conversions stay in the cache.
-    for start in range(0, len(total), _HEAD_ROWS):
-        rows = slice(start, start + _HEAD_ROWS)
-        part = torch.mm(gradient[:, rows].t(), hidden)
-        total[rows].copy_(part if first else part.float().add_(total[rows].float()))
+    for start in range(0, len(total), HEAD_ROWS):
+        rows = slice(start, start + HEAD_ROWS)
+        columns = gradient[:, rows].t()
+        # A GPU need not round the product before it is added.
+        part = torch.mm(columns, hidden, torch.float32) if hidden.is_cuda else torch.mm(columns, hidden)
+        if first:
+            total[rows].copy_(part)
+        elif total.dtype == torch.float32:
+            total[rows].add_(part)
+        else:
+            total[rows].copy_(part.float().add_(total[rows].float()))

@@ -59,7 +59,7 @@ class SdpaCoreAttention(MegatronModule):
         assert dropout == 0, "distillation trains without dropout"
         assert pg_collection is not None
         self.tp_group = pg_collection.tp
-        self.cp_group: dist.ProcessGroup = pg_collection.cp
+        self.cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -77,17 +77,19 @@ class SdpaCoreAttention(MegatronModule):
         if packed_seq_params is None:
             return self._of_rows(query, key, value)
         lengths = packed_seq_params.lengths
-        if self.cp_group.size() > 1:
-            return self._of_chunks(query, key, value, packed_seq_params)
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            return self._of_chunks(query, key, value, packed_seq_params, self.cp_group)
         parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._of_rows(*(each.unsqueeze(1) for each in part)).squeeze(1) for part in parts])
 
-    def _of_chunks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def _of_chunks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, group: dist.ProcessGroup
+    ) -> torch.Tensor:
         """Attention of this rank's two chunks of every sequence to all that is before them (`data.context`)."""
-        rank, ranks = self.cp_group.rank(), self.cp_group.size()
+        rank, ranks = group.rank(), group.size()
         assert packing.order is not None
         # All-gather forward, reduce-scatter backward: every rank has a part of the gradient of all keys.
-        both = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=self.cp_group)
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=group)
         key, value = both.index_select(0, packing.order).chunk(2, -1)
         found, taken = [], 0
         for start, length in zip(_starts(packing.lengths), packing.lengths, strict=True):

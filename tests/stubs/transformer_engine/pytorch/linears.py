@@ -7,9 +7,9 @@ from transformer_engine.pytorch.norms import _Extra, rms_norm
 from transformer_engine.pytorch.tensor import QuantizedTensor, quantize
 
 
-def _marked(parameter, parallel_mode, dim):
-    """As `set_tensor_model_parallel_attributes` of Transformer Engine does."""
-    parameter.tensor_model_parallel = parallel_mode is not None
+def _marked(parameter, dim):
+    """As `set_tensor_model_parallel_attributes` of Transformer Engine does: weights always, whatever the mode."""
+    parameter.tensor_model_parallel = True
     parameter.partition_dim = dim
     parameter.partition_stride = 1
 
@@ -83,18 +83,18 @@ class Linear(_Extra):
         self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.return_bias, self.apply_bias = return_bias, bias and not return_bias
-        self.fp8 = self.fp8_calibration = False
+        self.fp8 = self.fp8_calibration = self.save_original_input = False
         self.fp8_meta = {"fp8_checkpoint": False}
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.weight = _weight(out_features, in_features, init_method, params_dtype, device)
-        _marked(self.weight, parallel_mode, 1 if parallel_mode == "row" else 0)
+        _marked(self.weight, 1 if parallel_mode == "row" else 0)
         self.bias = torch.Tensor()
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device=device))
             if parallel_mode == "row":
                 self.bias.sequence_parallel = sequence_parallel
-            else:
-                _marked(self.bias, parallel_mode, 0)
+            elif parallel_mode == "column":
+                _marked(self.bias, 0)
 
     def forward(self, x, is_first_microbatch=None):
         from megatron.core.tensor_parallel import mappings
@@ -146,11 +146,11 @@ class GroupedLinear(_Extra):
         elif parallel_mode == "row":
             in_features //= tp_size
         self.num_gemms, self.use_bias, self.tp_size = num_gemms, bias, tp_size
-        self.fp8 = self.fp8_calibration = False
+        self.fp8 = self.fp8_calibration = self.save_original_input = False
         self.fp8_meta = {"fp8_checkpoint": False}
         for index in range(num_gemms):
             weight = _weight(out_features, in_features, init_method, params_dtype, device)
-            _marked(weight, parallel_mode, 1 if parallel_mode == "row" else 0)
+            _marked(weight, 1 if parallel_mode == "row" else 0)
             self.register_parameter(f"weight{index}", weight)
 
     def init_fp8_metadata(self, num_gemms=1): ...

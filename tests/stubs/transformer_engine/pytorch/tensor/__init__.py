@@ -7,7 +7,8 @@ E4M3_MAX = 448.0
 
 def quantize(values, kind=torch.float8_e4m3fn, largest=E4M3_MAX):
     """Numbers in FP8 and their scale, by the tensor's maximum."""
-    scale = (values.abs().max().float() / largest).clamp(min=1e-12)
+    top = values.abs().max().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
+    scale = (top / largest).clamp(min=1e-12)
     return (values.float() / scale).clamp(-largest, largest).to(kind), scale
 
 

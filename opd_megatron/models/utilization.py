@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
+from opd_megatron.models.gpus import GPUS
 from opd_megatron.models.sizes import LayerSizes
-from opd_megatron.planning.gpus import GPUS
 
 _SIZE, _ATTEMPTS = 1024, 5
 
@@ -27,7 +27,7 @@ def training_flops(hf_config: PretrainedConfig, lengths: Sequence[int], response
 
 @functools.cache
 def peak_flops(dtype: torch.dtype, *, fp8: bool = False) -> float:
-    """Operations a second of this rank's device: published ones of a GPU that `planning.gpus` knows, else what a large
+    """Operations a second of this rank's device: published ones of a GPU that `models.gpus` knows, else what a large
     product reaches here and now. On a CPU ranks that share it must ask at the same time."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
