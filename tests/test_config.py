@@ -287,12 +287,14 @@ def test_a_placement_selects_the_keys_of_a_teacher() -> None:
         "teachers.0.path", "teachers.0.weight", "teachers.0.placement", "teachers.0.dtype", "teachers.0.offload",
         "teachers.0.tensor", "teachers.0.pipeline", "teachers.0.url", "teachers.0.name", "teachers.0.prompt",
         "teachers.0.fingerprint", "teachers.0.alignment", "teachers.0.update", "teachers.0.decay",
+        "teachers.0.precision.fp8", "teachers.0.precision.recipe", "teachers.0.precision.first_last_bf16",
+        "teachers.0.precision.param",
     }  # fmt: skip
     for entry, message in (
         (
             {"path": "a", "url": "x"},
             "unknown config key 'teachers.0.url': known keys: name, path, weight, prompt, alignment, fingerprint, "
-            "dtype, placement, tensor, pipeline, offload, update, decay",
+            "dtype, placement, tensor, pipeline, offload, update, decay, precision",
         ),
         ({"path": "a", "placement": "elsewhere", "ur": "x"}, "unknown config key 'teachers.0.ur': did you mean 'url'?"),
         ({"path": "a", "placement": "nowhere"}, "teachers.0.placement='nowhere' is not one: use student or elsewhere"),
@@ -339,7 +341,7 @@ def test_every_key_has_a_meaning_and_a_default_that_loads() -> None:
     assert load_config(None, [*there, *set_too]) == load_config(None, there)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("auto", "auto"), ("false", "off"), ("on", "auto")])
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("auto", "auto"), ("false", "off"), ("on", "on")])
 def test_transformer_engine_is_switched_off_as_it_is_written(written: str, meant: str) -> None:
     """YAML reads `off` as false."""
     config = load_config(None, [f"student.transformer_engine={written}"])

@@ -132,12 +132,10 @@ class PrecisionConfig(Section):
     @model_validator(mode="after")
     def _a_recipe_that_works(self) -> PrecisionConfig:
         if self.fp8 is None:
-            changed = [name for name in ("recipe", "param") if name in self.model_fields_set and getattr(self, name)]
-            if changed and (self.param or "recipe" in changed):
-                raise ValueError(
-                    f"{changed[0]}={str(getattr(self, changed[0])).lower()} has no effect without fp8: set fp8=hybrid, "
-                    "or leave it out"
-                )
+            changed = ["param=true"] if self.param else []
+            changed += [f"recipe={self.recipe}"] if self.recipe != "tensorwise" else []
+            if changed:
+                raise ValueError(f"{changed[0]} has no effect without fp8: set fp8=hybrid, or leave it out")
             return self
         if self.recipe == "delayed":
             raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from opd_megatron.config import PrecisionConfig, RunConfig
 from opd_megatron.errors import ConfigError, one_line
 from opd_megatron.mcore.cpu.platform import has_gpu
+from opd_megatron.models.gpus import FP8_CAPABILITY
 
 _REMEDY = "`make env EXTRAS=vllm,te,dev` installs it on a machine with CUDA"
 
@@ -76,9 +77,9 @@ def check_machine(config: RunConfig) -> None:
         reason = why_missing()
         if reason is not None:
             raise ConfigError(f"{asked} needs Transformer Engine, and {reason}: {_REMEDY}")
-        least = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}[precision.recipe]
+        least = FP8_CAPABILITY[precision.recipe]
         if found < least:
-            others = [name for name, need in (("tensorwise", (8, 9)), ("blockwise", (9, 0))) if found >= need]
+            others = [name for name, need in FP8_CAPABILITY.items() if found >= need]
             raise ConfigError(
                 f"{key}precision.recipe={precision.recipe} needs a GPU of compute capability {_dotted(least)}, this "
                 f"one has {_dotted(found)}: " + (f"set it to {others[0]}" if others else f"leave {key}precision out")

@@ -31,6 +31,8 @@ class Gpu:
 
 
 GPUS_PER_NODE = 8
+FP8_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0), "delayed": (8, 9)}
+"""Compute capability that Transformer Engine's FP8 recipes need."""
 GPUS = {
     gpu.name: gpu
     for gpu in (

@@ -88,6 +88,7 @@ def resolve_models(config: RunConfig, resolve: Callable[[str], Path] = resolve_m
                 getattr(teacher, "tensor", None) or parallel.tensor,
                 getattr(teacher, "pipeline", None) or parallel.pipeline,
             )  # fmt: skip
+    _check_modules(models, config)
     _check_experts(models, config)
     _check_context("the student", models.student_config, config)
     for teacher, (_, hf_config) in zip(config.teachers, models.teachers, strict=True):
@@ -177,6 +178,25 @@ def _check_fp8_shapes(
         raise ConfigError(
             f"{key}precision.first_last_bf16={precision.first_last_bf16} must not exceed the {layers} layers of a "
             f"stage of {name}: lower it"
+        )
+
+
+def _check_modules(resolved: ResolvedModels, config: RunConfig) -> None:
+    """Raises ConfigError unless the student has the modules that are recomputed or wait in the host's memory."""
+    student, family = config.student, family_of(resolved.student_config)
+    for key in ("recompute_modules", "offload_activations"):
+        for module in getattr(student, key):
+            sparse = bool(family.experts)
+            wants = {"moe": sparse, "moe_act": sparse, "expert_fc1": sparse}
+            wants |= {"shared_experts": family.shared_expert, "mlp": not sparse}
+            if not wants.get(module, True):
+                has = "experts instead" if sparse and module == "mlp" else "none"
+                raise ConfigError(f"student.{key} names {module}, and student {student.path!r} has {has}: leave it out")
+    of_globals = sorted({"moe", "shared_experts"} & {*student.recompute_modules})
+    if config.precision.fp8 is not None and of_globals:
+        raise ConfigError(
+            f"student.recompute_modules={of_globals} does not go with precision.fp8={config.precision.fp8}: "
+            "Megatron-Core asks globals for a group there, which this trainer does not set; recompute whole layers"
         )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
-from opd_megatron.config import RunConfig, decided
+from opd_megatron.config import PrecisionConfig, RunConfig, decided
 from opd_megatron.models.lengths import AnswerLengths
 from opd_megatron.models.rules import ResolvedModels
 from opd_megatron.types import DTYPES
@@ -190,6 +190,22 @@ class RunSizes:
     def head_columns(self, hf_config: PretrainedConfig) -> int:
         """The same of a teacher's head at the student's side; another vocabulary's are dealt to the ranks."""
         return self.models.padded_vocab(self.tp_size, hf_config) // self.tp_size
+
+    def fp8_parameters(self, hf_config: PretrainedConfig, shard: StageShard, ends: int) -> int:
+        """Counts those of a rank's parameters whose products are in FP8: those of its layers but `ends` at either end
+        of the model, every stage taken to have its share of them."""
+        layers = hf_config.num_hidden_layers
+        outside = shard.embedding + (0 if shard.tied else shard.head)
+        return round((shard.parameters - outside) * max(0, layers - 2 * ends) / layers)
+
+    def frozen_fp8_bytes(
+        self, hf_config: PretrainedConfig, shard: StageShard, precision: PrecisionConfig, element: int
+    ) -> float:
+        """What FP8 adds to a rank's weights of a frozen model: a copy for products, or the weights themselves in it."""
+        if precision.fp8 is None:
+            return 0.0
+        numbers = self.fp8_parameters(hf_config, shard, precision.first_last_bf16)
+        return numbers * (1.0 - (element if precision.param else 0))
 
     @property
     def bytes_per_element(self) -> int:

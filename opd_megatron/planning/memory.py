@@ -74,7 +74,7 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
     kept = _activations(sizes, stage, recompute=sizes.config.student.recompute)
     chunk, head_gradient = _loss(sizes, student, gpu) if last else (0.0, 0.0)
     parts = {
-        "weights": student.parameters * sizes.bytes_per_element,
+        "weights": student.parameters * sizes.bytes_per_element + fp8_bytes(sizes, student),
         "gradients": student.parameters * 4,  # fp32 buffer of the distributed optimizer's DDP
         "optimizer": _optimizer_bytes(sizes, student),
         **_teachers(sizes, stage),
@@ -92,6 +92,16 @@ def rank_memory(sizes: RunSizes, stage: int, *, gpu: bool, device_bytes: float =
     turns = sleeps(sizes.config, on_gpu=gpu)
     away = offloaded_bytes(sizes, stage, gradients=True) if turns else 0.0
     return RankMemory(stage, parts, share * device_bytes, turns, away, _checkpoint(sizes, student))
+
+
+def fp8_bytes(sizes: RunSizes, student: StageShard) -> float:
+    """What FP8 adds to a rank's bf16 weights: with products alone copies for the forward and the backward pass, which
+    Transformer Engine makes once a step; with weights in FP8 these two are all that there is."""
+    precision = sizes.config.precision
+    if precision.fp8 is None:
+        return 0.0
+    numbers = sizes.fp8_parameters(sizes.models.student_config, student, precision.first_last_bf16)
+    return numbers * (2.0 - (sizes.bytes_per_element if precision.param else 0))
 
 
 def offloaded_bytes(sizes: RunSizes, stage: int, *, gradients: bool = False) -> float:
@@ -150,6 +160,7 @@ def _activations(sizes: RunSizes, stage: int, *, recompute: bool) -> float:
     hf_config, bytes_per_element, shards = sizes.models.student_config, sizes.bytes_per_element, sizes.sequence_shards
     layer, layers = LayerSizes.of(hf_config), sizes.stage_layers[stage]
     whole = (layer_elements(layer, sizes.tp_size, shards) * bytes_per_element + _per_token(layer, sizes)) * sizes.tokens
+    whole -= _fp8_saving(sizes, layer) * sizes.tokens
     row = layer.hidden * bytes_per_element * sizes.tokens / shards
     in_flight = _in_flight(sizes, stage)
     if stage < sizes.pp_size - 1:
@@ -170,6 +181,18 @@ def _in_flight(sizes: RunSizes, stage: int) -> float:
         return min(sizes.pp_size - stage, sizes.micro_batches)
     warm_up = 2 * (sizes.pp_size - stage - 1) + (virtual - 1) * sizes.pp_size
     return min((warm_up + 1) / virtual, sizes.micro_batches)
+
+
+def _fp8_saving(sizes: RunSizes, layer: LayerSizes) -> float:
+    """Bytes of a token and layer that inputs of products need less of in FP8: of the two norms' outputs, attention's
+    and what goes into the down projection."""
+    precision = sizes.config.precision
+    if precision.fp8 is None:
+        return 0.0
+    layers = sizes.models.student_config.num_hidden_layers
+    share = max(0, layers - 2 * precision.first_last_bf16) / layers
+    inputs = 2 * layer.hidden / sizes.sequence_shards + (layer.query + layer.ffn) / sizes.tp_size
+    return share * inputs * (sizes.bytes_per_element - 1)
 
 
 def _per_token(layer: LayerSizes, sizes: RunSizes) -> float:

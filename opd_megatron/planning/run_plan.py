@@ -11,6 +11,7 @@ from opd_megatron.config import RunConfig, decide_precision, decided
 from opd_megatron.errors import ConfigError
 from opd_megatron.mcore.cpu.platform import has_gpu
 from opd_megatron.models import ResolvedModels
+from opd_megatron.models.gpus import FP8_CAPABILITY
 from opd_megatron.models.sizes import BYTES_PER_ELEMENT, RunSizes
 from opd_megatron.places import cut_places, ranks_per_node
 from opd_megatron.planning.coverage import Coverage, build_and_check
@@ -127,6 +128,8 @@ def make_plan(
             f"{config.rollout.max_new_tokens}, the longest: change one of them"
         )
     sizes = RunSizes(config, models, mean_answer=mean_answer)
+    if gpu is not None:
+        _check_fp8_on(config, gpu)
     moved = traffic(sizes)
     plan = RunPlan(sizes, _check_models(config, models), stage_memories(sizes, gpu), moved, gpu)
     if gpu is not None:
@@ -134,6 +137,17 @@ def make_plan(
         if suggest or not plan.fits:
             plan.suggestions = suggestions(sizes, gpu)
     return plan
+
+
+def _check_fp8_on(config: RunConfig, gpu: Gpu) -> None:
+    """Raises ConfigError for FP8 that the planned GPU has no units for."""
+    for key, precision, _ in config.precisions():
+        least = FP8_CAPABILITY[precision.recipe]
+        if precision.fp8 is not None and gpu.capability < least:
+            raise ConfigError(
+                f"{key}precision.recipe={precision.recipe} needs a GPU of compute capability {least[0]}.{least[1]}, "
+                f"{gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}: choose another recipe or GPU"
+            )
 
 
 def _check_models(config: RunConfig, models: ResolvedModels) -> dict[str, Coverage]:
@@ -242,7 +256,13 @@ def _layout_lines(sizes: RunSizes) -> list[str]:
         sequences, each = f"about {sizes.expected_length:.0f} tokens each", f"up to {budget} tokens, packed"
         if parallel.context > 1:
             each += f", {sizes.tokens} on each context-parallel rank"
+    precision, fp8 = sizes.config.precision, []
+    if precision.fp8 is not None:
+        what = "weights and products" if precision.param else "products"
+        ends = precision.first_last_bf16
+        fp8 = [f"precision        FP8 {what}, {precision.fp8}, {precision.recipe}, {ends} layers at either end in bf16"]
     return [
+        *fp8,
         f"ranks            {sizes.ranks} = tensor {sizes.tp_size} x "
         + (f"context {sizes.cp_size} x " if sizes.cp_size > 1 else "")
         + f"pipeline {sizes.pp_size} x data {sizes.dp_size}"

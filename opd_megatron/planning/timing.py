@@ -55,7 +55,7 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
     student = sizes.models.student_config
     bubble = 1 + (sizes.pp_size - 1) / sizes.micro_batches / sizes.config.parallel.virtual_stages
     passes = 4 if sizes.config.student.recompute else 3
-    of_student = passes * sizes.body_flops(student) + 3 * sizes.head_flops(student)
+    of_student = passes * sizes.body_flops(student) * _fp8_time(sizes, gpu) + 3 * sizes.head_flops(student)
     costs = list(zip(teacher_costs(sizes, stage=0), sizes.models.teachers, strict=True))
     of_teachers = sum(cost.flops / _flops(hf_config, gpu) for cost, (_, hf_config) in costs)
     elsewhere = [
@@ -85,6 +85,17 @@ def step_seconds(sizes: RunSizes, moved: Traffic, gpu: Gpu) -> dict[str, float]:
         "offload": 2 * max(offloaded_bytes(sizes, stage) for stage in range(sizes.pp_size)) / _HOST_LINK,
         "weight sync": _weight_sync(sizes, moved, gpu),
     }
+
+
+def _fp8_time(sizes: RunSizes, gpu: Gpu) -> float:
+    """Time of the student's layers beside that of bf16: their products go at the FP8 rate, attention as before."""
+    precision, student = sizes.config.precision, sizes.models.student_config
+    if precision.fp8 is None or not gpu.fp8_flops:
+        return 1.0
+    layer, layers = LayerSizes.of(student), student.num_hidden_layers
+    products = 2 * layer.matmul_params / (2 * layer.matmul_params + 2 * sizes.expected_length * layer.query)
+    share = products * max(0, layers - 2 * precision.first_last_bf16) / layers
+    return 1 - share * (1 - gpu.bf16_flops / gpu.fp8_flops)
 
 
 def total_seconds(sizes: RunSizes, seconds: Mapping[str, float]) -> float:

@@ -196,7 +196,8 @@ class OwnRanks:
             own_ranks=teacher.ranks,
             own_flops=sizes.body_flops(hf_config),
             own_memory={
-                "weights": float(shard.parameters * element),
+                "weights": shard.parameters * element
+                + sizes.frozen_fp8_bytes(hf_config, shard, teacher.precision, element),
                 "activations": row * sizes.tokens * element,
                 "states": states * teacher.in_flight,
             },

@@ -90,9 +90,10 @@ class StudentRanks:
         if not same:
             head = sizes.head_columns(hf_config) * hf_config.hidden_size if last else 0
         states = sizes.response_tokens * sizes.micro_batches * hf_config.hidden_size * element if last else 0
-        held = (shard.parameters - (head if same else 0)) * element
+        held = float((shard.parameters - (head if same else 0)) * element)
+        held += sizes.frozen_fp8_bytes(hf_config, shard, teacher.precision, element)
         if teacher.update == "live":
-            held = head = 0
+            held, head = 0.0, 0
         elif teacher.update == "ema" and element < AVERAGE_BYTES:
             held += shard.parameters * AVERAGE_BYTES
         translated = 0  # of a teacher with another tokenizer, beside the model's own
