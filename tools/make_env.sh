@@ -2,12 +2,14 @@
 # Makes or completes .venv in the checkout. Called by `make env`; nothing is written outside the checkout.
 #
 #   PYTHON       interpreter to use; by default the first of python3, python3.13 ... 3.11 that is 3.11 or newer
-#   EXTRAS       extras of setup.py; by default `vllm,dev` with an NVIDIA GPU and `cpu,dev` without
+#   EXTRAS       extras of setup.py; by default `vllm,dev` with an NVIDIA GPU and `cpu,dev` without. `te` among them
+#                builds Transformer Engine's part for torch, which needs the CUDA toolkit (nvcc) and takes minutes
 #   TORCH_INDEX  where a machine without a GPU gets torch's CPU build from, if not from PyTorch's own index
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=${EXTRAS:?set by the Makefile}
+te_pin=$(sed -n 's/.*"\(transformer-engine[^"]*==[0-9.]*\)".*/\1/p' setup.py)
 torch_pin=$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' setup.py)
 wheels=.cache/wheels
 export UV_CACHE_DIR=${UV_CACHE_DIR:-$PWD/.cache/uv} UV_PYTHON_INSTALL_DIR=${UV_PYTHON_INSTALL_DIR:-$PWD/.cache/python}
@@ -52,6 +54,23 @@ fetch_cpu_torch() {
     fi
 }
 
+# Transformer Engine's build imports torch, so that it cannot be isolated from the environment that it is for.
+build_transformer_engine() {
+    say "building $te_pin (some minutes)"
+    VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv pip install --quiet setuptools wheel packaging pybind11 ninja
+    VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv pip install --quiet --no-build-isolation --constraint constraints.txt \
+        --override overrides.txt "$te_pin" || die "Transformer Engine was not built: it needs a CUDA toolkit of torch's \
+version with cuDNN's headers (CUDA_HOME, CUDNN_PATH), or start from an image that has it and leave te out of EXTRAS"
+}
+
+with_te=
+if [[ ",$extras," == *,te,* ]]; then
+    [[ ",$extras," != *,cpu,* ]] || die "EXTRAS=$extras: Transformer Engine is for a machine with CUDA, leave te or cpu out"
+    command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] ||
+        die "EXTRAS=$extras: Transformer Engine is built with nvcc, which is not in PATH: install the CUDA toolkit or set CUDA_HOME"
+    with_te=1 extras=$(tr , '\n' <<<"$extras" | grep -vx te | paste -sd,)
+fi
+
 mkdir -p "$wheels"
 if ! [ -x .venv/bin/python ]; then make_venv; fi
 is_new_enough .venv/bin/python || die ".venv holds an older Python than 3.11: remove it and run make again"
@@ -66,6 +85,7 @@ fi
 say "installing .[$extras]"
 VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv pip install "${arguments[@]}" || die "the installation failed. \
 Without a GPU, torch's CPU build must be within reach: TORCH_INDEX=<url of a package index that has it>"
+[ -z "$with_te" ] || build_transformer_engine
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
     # Container images often set it. Every process would then compile torch, transformers and vLLM again: 26 s instead of
     # 11 to import Megatron-Core. Files that are of a later Python fail, and are not needed.

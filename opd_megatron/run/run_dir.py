@@ -1,7 +1,7 @@
 """The run directory: what lies in it, and whether it belongs to this run.
 
-config.yaml   run.json   run.lock   metrics.jsonl   rollout-N.log   rollouts/   tensorboard/   checkpoints/   hf/
-report/
+config.yaml   run.json   run.lock   metrics.jsonl   rollout-N.log   rollouts/   profile/   tensorboard/   checkpoints/
+hf/   report/
 """
 
 from __future__ import annotations
