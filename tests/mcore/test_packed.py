@@ -78,3 +78,22 @@ def test_ratios_of_sequences_are_those_of_their_own_tokens(
 
 def test_recompute_sees_the_same_packs(models: dict[str, Path]) -> None:
     _compare(models, "llama", "PP2", **{"student.recompute": "true"})
+
+
+@pytest.mark.parametrize("layout", ["DP2", "CP2", "CP4", "CP2 DP2"])
+def test_the_gradient_norm_does_not_depend_on_how_sequences_are_dealt(models: dict[str, Path], layout: str) -> None:
+    """The loss of a step is L = sum_t w_t l_t / N over its N response tokens t, wherever they are.
+
+    With D data- and C context-parallel ranks, rank r holds a set T_r of tokens; these sets are disjoint and hold every
+    token once. A rank's backward pass is of L_r = sum over T_r of w_t l_t alone, not divided. A token's loss also
+    depends on keys and values that other context-parallel ranks have computed: the reduce-scatter behind their
+    all-gather brings each rank the gradient of its own keys and values from all of them, so that the parameters of
+    rank r get g_r = sum over all t of w_t (dl_t / d what r computed) (d what r computed / d theta). Everything is
+    computed by one rank, so sum_r g_r = d(sum_t w_t l_t) / d theta: the chain rule, split by where a step was done.
+    The buffers are summed over data- and context-parallel ranks together (`dp_cp`), and divided once by N, which is
+    counted over the same group: a context-parallel rank counts its own tokens alone. Neither D nor C is in the result,
+    and the norm is of that one vector.
+    """
+    found = _compare(models, "llama", layout)
+    norms = {metrics["grad_norm"] for _, (metrics, _), *_ in found}
+    assert len(norms) == 1, "the same on every rank"

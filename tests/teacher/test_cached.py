@@ -72,7 +72,7 @@ def cache(inputs: dict[str, Any], alone: Any, folder: Path) -> Path:
     return folder / "states"
 
 
-@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", *_long(("one",), ("TP2",), ("PP2",), ("DP2",))])
+@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", "CP2", *_long(("one",), ("TP2",), ("PP2",), ("DP2",))])
 def test_a_cached_teacher_teaches_the_same_in_every_layout(
     inputs: dict[str, Any], alone: Any, cache: Path, tmp_path: Path, student: str
 ) -> None:
@@ -86,7 +86,12 @@ def test_a_cached_teacher_teaches_the_same_in_every_layout(
 
 @pytest.mark.parametrize(
     ("student", "layout"),
-    [("SP2", {}), ("DP2", {"tensor": 2}), *_long(("one", {}), ("TP2 PP2", {}), ("SP2", {"tensor": 1, "pipeline": 2}))],
+    [
+        ("SP2", {}),
+        ("CP2", {}),
+        ("DP2", {"tensor": 2}),
+        *_long(("one", {}), ("TP2 PP2", {}), ("SP2", {"tensor": 1, "pipeline": 2})),
+    ],
 )
 def test_what_is_missing_is_computed_beside_what_is_there(
     inputs: dict[str, Any], alone: Any, folder: Path, tmp_path: Path, student: str, layout: dict[str, Any]

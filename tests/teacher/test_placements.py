@@ -26,13 +26,24 @@ SETTINGS = {
 }  # fmt: skip
 HIDDEN = 64
 """Of the tiny models."""
-STUDENTS = {
+PACKED = {"parallel.micro_batch_size": None, "parallel.tokens_per_micro_batch": 120}
+"""Three sequences or four in a row, without padding."""
+STUDENTS: dict[str, dict[str, Any]] = {
     "one": {"parallel.data": 1},
     "TP2": {"parallel.tensor": 2, "parallel.data": 1},
     "SP2": {"parallel.tensor": 2, "parallel.sequence_parallel": True, "parallel.data": 1},
     "PP2": {"parallel.pipeline": 2, "parallel.data": 1},
     "DP2": {"parallel.data": 2},
     "TP2 PP2": {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.data": 1},
+    "CP2": {"parallel.context": 2, "parallel.data": 1} | PACKED,
+    "CP2 SP2": {
+        "parallel.context": 2,
+        "parallel.tensor": 2,
+        "parallel.sequence_parallel": True,
+        "parallel.data": 1,
+    }
+    | PACKED,
+    "virtual": {"parallel.pipeline": 2, "parallel.virtual_stages": 2, "parallel.data": 1} | PACKED,
 }
 TEACHERS = {"one": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "DP2": {"data": 2}}
 
@@ -115,16 +126,15 @@ def test_a_teacher_in_a_layout_of_its_own_over_the_students_ranks_teaches_the_sa
     _agree(_run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **layout), alone)
 
 
-PACKED = {"parallel.micro_batch_size": None, "parallel.tokens_per_micro_batch": 120}
-"""Three sequences or four in a row, without padding."""
-
-
 @pytest.mark.parametrize(
     ("student", "ranks", "teacher"),
     [
         ("one", 3, _own(pipeline=2)), ("SP2", 3, _own()), ("TP2 PP2", 6, _own(tensor=2)),
         ("PP2", 2, {"teachers.0.tensor": 2, "teachers.0.pipeline": 1}), ("DP2", 2, {}),
         ("SP2", 2, {"teachers.0.tensor": 1, "teachers.0.pipeline": 2}),
+        ("CP2", 2, {}), ("CP2", 4, _own(pipeline=2)), ("CP2 SP2", 5, _own()),
+        ("CP2", 2, {"teachers.0.tensor": 2}), ("CP2 SP2", 4, {"teachers.0.tensor": 1, "teachers.0.pipeline": 2}),
+        ("virtual", 2, {}), ("virtual", 3, _own()),
     ],
 )  # fmt: skip
 def test_packed_sequences_are_taught_the_same(

@@ -36,7 +36,7 @@ def _served(*urls: str) -> dict[str, Any]:
     return {"teachers.0.placement": "served", "teachers.0.urls": list(urls), "teachers.0.in_flight": 1}
 
 
-@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", *_long(("one",), ("DP2",))])
+@pytest.mark.parametrize("student", ["SP2", "TP2 PP2", "CP2", *_long(("one",), ("DP2",))])
 def test_a_served_teacher_teaches_the_same_in_every_layout(
     inputs: dict[str, Any], alone: Any, tmp_path: Path, student: str
 ) -> None:
