@@ -56,8 +56,9 @@ def _grid(config: RunConfig | None) -> ParallelGrid:
         )
     data = world // parallel.model
     return ParallelGrid.build(
-        parallel.tensor, parallel.pipeline, data, ep_size=parallel.expert, cp_size=parallel.context
-    )
+        parallel.tensor, parallel.pipeline, data, ep_size=parallel.expert, cp_size=parallel.context,
+        whole_experts=parallel.whole_experts,
+    )  # fmt: skip
 
 
 def _nodes() -> Iterator[Finding]:

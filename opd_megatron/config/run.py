@@ -195,10 +195,16 @@ class RunConfig(Section):
             raise ValueError(
                 "parallel.sequence_parallel=true needs parallel.tensor > 1, got 1: raise it or switch it off"
             )
-        if parallel.data is not None and parallel.data * parallel.context % parallel.expert:
+        if parallel.expert_tensor not in (None, 1, parallel.tensor):
+            raise ValueError(
+                f"parallel.expert_tensor={parallel.expert_tensor} must be 1 or parallel.tensor={parallel.tensor}: "
+                "experts are whole or cut as everything else"
+            )
+        if parallel.data is not None and parallel.data * parallel.beside_data % parallel.expert:
             raise ValueError(
                 f"parallel.expert={parallel.expert} must divide parallel.data={parallel.data}"
                 + (f" * parallel.context={parallel.context}" if parallel.context > 1 else "")
+                + (f" * parallel.tensor={parallel.tensor}" if parallel.whole_experts else "")
                 + ", whose ranks divide the experts: change one of them"
             )
         self._check_stages()

@@ -321,7 +321,11 @@ class ParallelConfig(Section):
     context: PositiveInt = 1
     """Context-parallel size: ranks that share every sequence, for answers whose activations one cannot hold."""
     expert: PositiveInt = 1
-    """Expert-parallel size. Must divide the data-parallel size times `context`."""
+    """Expert-parallel size. Must divide the data-parallel size times `context`, and with `expert_tensor: 1` times
+    `tensor`."""
+    expert_tensor: PositiveInt | None = None
+    """Ranks that an expert's matrices are cut over: `tensor` by default, or 1, which keeps small experts whole and
+    deals them to tensor-parallel ranks too."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tensor > 1."""
     overlap_grad_reduce: bool | None = None
@@ -342,8 +346,18 @@ class ParallelConfig(Section):
 
     @property
     def least_data(self) -> int:
-        """The smallest data-parallel size whose ranks, with the context-parallel ones, `expert` divides."""
-        return self.expert // math.gcd(self.expert, self.context)
+        """The smallest data-parallel size with which `expert` divides the ranks that experts are dealt to."""
+        return self.expert // math.gcd(self.expert, self.beside_data)
+
+    @property
+    def whole_experts(self) -> bool:
+        """Whether experts are not cut though all else is."""
+        return self.expert_tensor == 1 and self.tensor > 1
+
+    @property
+    def beside_data(self) -> int:
+        """Ranks that experts are dealt to, for each data-parallel one."""
+        return self.context * (self.tensor if self.whole_experts else 1)
 
     @property
     def model(self) -> int:

@@ -62,8 +62,8 @@ def token_sums(
     columns |= _of_targets(terms) | _of_policy(terms)
     if rollout_logprobs is not None and terms.student_logprob is not None:
         difference = (terms.student_logprob.detach().double() - rollout_logprobs.double()).abs()
-        columns[MISMATCH] = difference.clamp(max=_LARGEST_DIFFERENCE).exp()
         columns[LOGPROB_GAP] = difference
+        columns[MISMATCH] = difference.clamp(max=_LARGEST_DIFFERENCE).exp()
     if names is None:
         columns.pop(SFT_LOSS, None)
     else:

@@ -35,6 +35,8 @@ class ParallelGrid:
     world: dist.ProcessGroup
     """All ranks of this grid."""
     cp_size: int = 1
+    whole_experts: bool = False
+    """Whether experts are dealt to tensor-parallel ranks rather than cut over them."""
 
     @classmethod
     def build(
@@ -45,12 +47,13 @@ class ParallelGrid:
         *,
         ep_size: int = 1,
         cp_size: int = 1,
+        whole_experts: bool = False,
         sequence_parallel: bool = False,
         rank_offset: int = 0,
     ) -> ParallelGrid:
         """Makes the groups; every rank of the default process group must call it with the same arguments, also one that
         is not of this grid and has no use for what it gets."""
-        replicas = cp_size * dp_size
+        replicas = cp_size * dp_size * (tp_size if whole_experts else 1)
         assert replicas % ep_size == 0, f"{replicas} replicas do not split into expert-parallel groups of {ep_size}"
         comm = HyperCommGrid([tp_size, cp_size, dp_size, pp_size], ["tp", "cp", "dp", "pp"], rank_offset=rank_offset)
         alone = _Groups()
@@ -71,8 +74,10 @@ class ParallelGrid:
         groups.embd = made.of([ranks[0], ranks[-1]] for ranks in comm.get_rank_enum("pp"))
         groups.pos_embd = None  # rotary models have no position embedding to keep in step
         groups.intra_dist_opt = world
-        _add_expert_groups(groups, alone, tp_size, ep_size, replicas // ep_size, pp_size, rank_offset)
-        return cls(tp_size, pp_size, dp_size, ep_size, sequence_parallel, groups, world, cp_size)
+        whole = whole_experts and tp_size > 1
+        expert_tp = 1 if whole else tp_size
+        _add_expert_groups(groups, alone, expert_tp, ep_size, replicas // ep_size, pp_size, rank_offset, whole=whole)
+        return cls(tp_size, pp_size, dp_size, ep_size, sequence_parallel, groups, world, cp_size, whole)
 
     @property
     def tp_rank(self) -> int:
@@ -123,6 +128,7 @@ class ParallelGrid:
             ep_group=self.groups.ep,
             dp_group=self.groups.dp_cp,
             expert_dp_group=self.groups.expt_dp,
+            whole_experts=self.whole_experts,
             world=self.world,
         )
 
@@ -154,18 +160,18 @@ class _Groups:
 
 def _add_expert_groups(
     groups: ProcessGroupCollection, alone: _Groups, tp_size: int, ep_size: int, expert_dp_size: int, pp_size: int,
-    rank_offset: int,
+    rank_offset: int, *, whole: bool,
 ) -> None:  # fmt: skip
-    """Makes the expert-parallel groups; `expert_dp_size` ranks hold the same experts.
+    """Makes the expert-parallel groups; `tp_size` ranks share an expert and `expert_dp_size` hold the same ones.
 
     Of their own also where the ranks are those of a dense group: tokens travel while gradients are summed, and in one
     communicator they would wait for each other.
     """
-    groups.expt_tp = groups.tp
     comm = HyperCommGrid([tp_size, ep_size, expert_dp_size, pp_size], ["tp", "ep", "dp", "pp"], rank_offset=rank_offset)
     made = _Groups(alone)
     groups.ep = made.of(comm.get_rank_enum("ep"))
-    if ep_size == 1:  # upstream wants the groups even so
+    groups.expt_tp = made.of(comm.get_rank_enum("tp")) if whole else groups.tp
+    if ep_size == 1 and not whole:  # upstream wants the groups even so
         groups.tp_ep, groups.tp_ep_pp, groups.expt_dp = groups.tp, groups.mp, groups.dp_cp
         return
     groups.tp_ep = made.of(comm.get_rank_enum(["tp", "ep"]))

@@ -30,20 +30,26 @@ def distinct_shards(
     """
     init_platform()
     experts = parallel.expert if family_of(hf_config).experts else 1
-    places = itertools.product(range(parallel.pipeline), range(experts), range(parallel.tensor))
-    for stage, expert, tensor in places:
-        # From slowest to fastest as in `ParallelGrid`; the first context- and data-parallel ranks divide the experts.
-        rank = (stage * data * parallel.context + expert) * parallel.tensor + tensor
+    # From slowest to fastest as in `ParallelGrid`; the first context- and data-parallel ranks divide the experts.
+    numbers = range(experts * parallel.tensor)
+    if parallel.whole_experts and experts > 1:  # or the first ranks of all kinds
+        numbers = range(max(experts, parallel.tensor))
+    for stage, number in itertools.product(range(parallel.pipeline), numbers):
+        tensor = number % parallel.tensor
+        expert = number % experts if parallel.whole_experts else number // parallel.tensor
+        rank = stage * data * parallel.context * parallel.tensor + number
         with fake_process_group(rank, parallel.model * data), _MetaParameters():
             grid = ParallelGrid.build(
                 parallel.tensor, parallel.pipeline, data,
                 ep_size=parallel.expert, cp_size=parallel.context, sequence_parallel=parallel.sequence_parallel,
+                whole_experts=parallel.whole_experts,
             )  # fmt: skip
             layout = grid.layout(
                 hf_config.num_hidden_layers, padded_vocab, virtual=parallel.virtual_stages, stages=parallel.stages
             )
             model = build_gpt_model(hf_config, grid, padded_vocab=padded_vocab, dtype="bf16", parts=layout.parts)
-        assert (layout.pp_rank, layout.ep_rank, layout.tp_rank) == (stage, expert, tensor)
+        assert (layout.pp_rank, layout.tp_rank) == (stage, tensor)
+        assert layout.ep_rank == expert or experts == 1
         yield model, layout
 
 

@@ -272,7 +272,7 @@ def _experts(hf_config: PretrainedConfig, family: Family, grid: ParallelGrid, *,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": grid.ep_size,
-        "expert_tensor_parallel_size": grid.tp_size,
+        "expert_tensor_parallel_size": 1 if grid.whole_experts else grid.tp_size,
     }
 
 

@@ -160,4 +160,4 @@ class StepLoss:
     def _main_names(self) -> tuple[str, ...]:
         taught = any(not teacher.reference for teacher in self.teachers)
         main = metric_names([term for term in self.terms if not term.is_further], teachers=taught)
-        return (*main, *([MISMATCH, LOGPROB_GAP] if self.sampled else []))
+        return (*main, *([LOGPROB_GAP, MISMATCH] if self.sampled else []))

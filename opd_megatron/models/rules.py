@@ -206,10 +206,11 @@ def _check_experts(resolved: ResolvedModels, config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.expert={parallel.expert} needs a MoE model, student and teachers have no experts: set it to 1"
         )
-    if resolved.data_parallel * parallel.context % parallel.expert:
+    if resolved.data_parallel * parallel.beside_data % parallel.expert:
         raise ConfigError(
             f"parallel.expert={parallel.expert} must divide data-parallel size {resolved.data_parallel}"
             + (f" * parallel.context {parallel.context}" if parallel.context > 1 else "")
+            + (f" * parallel.tensor {parallel.tensor}" if parallel.whole_experts else "")
             + ", whose ranks divide the experts: start more ranks or lower it"
         )
     if family_of(resolved.student_config).experts and parallel.tensor > 1 and not parallel.sequence_parallel:

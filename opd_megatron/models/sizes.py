@@ -104,6 +104,11 @@ class RunSizes:
         return self.dp_size * self.cp_size
 
     @property
+    def expert_copies(self) -> float:
+        """Ranks with copies of the same experts."""
+        return self.dp_size * self.config.parallel.beside_data / self.ep_size
+
+    @property
     def stage_layers(self) -> tuple[int, ...]:
         """Layers of the student on each pipeline stage, those of all its parts together."""
         parallel = self.config.parallel
@@ -239,6 +244,7 @@ class RunSizes:
         first = ShardLayout(
             self.models.padded_vocab(tensor, hf_config), 0, layers[0],
             tp_size=tensor, pp_size=pipeline, ep_size=self.ep_size, parts=layers,
+            whole_experts=self.config.parallel.whole_experts and tensor == self.tp_size,
         )  # fmt: skip
         if (id(hf_config), first) not in self.shards:
             self.shards[id(hf_config), first] = _stage_shards(hf_config, first)

@@ -58,12 +58,15 @@ def check_coverage(
             pieces = table.pieces(param, layout, layout.tp_rank)
             _check_shard(param, pieces, tuple(tensor.shape), layout)
             for piece in pieces:
-                held[piece.name, param.tied_copy][layout.ep_rank, layout.tp_rank].append(_box(piece, param))
+                place, box = _place(param, layout), _box(piece, param)
+                boxes = held[piece.name, param.tied_copy][place]
+                if not (layout.whole_experts and box in boxes):  # another rank has the same
+                    boxes.append(box)
         count += 1
     assert table is not None, "a grid has ranks"
     tensors = table.tensors()
     experts = layout.ep_size if any(param.expert_rank is not None for param in table.params) else 1
-    _check_all_held(table, held, experts, layout.tp_size)
+    _check_all_held(table, held, 1 if layout.whole_experts else experts, layout.tp_size, whole=layout.whole_experts)
     return Coverage(len(tensors), sum(map(math.prod, tensors.values())), count, known and known[1])
 
 
@@ -118,7 +121,15 @@ def _box(piece: ShardSlice, param: StageParameter) -> Box:
     return box
 
 
-def _check_all_held(table: ShardingTable, held: Held, experts: int, tp_size: int) -> None:
+def _place(param: StageParameter, layout: ShardLayout) -> tuple[int, int]:
+    """Expert- and tensor-parallel rank that a piece counts for; whole experts have the former alone, all else the
+    latter."""
+    if not layout.whole_experts:
+        return layout.ep_rank, layout.tp_rank
+    return (0, layout.tp_rank) if param.expert_rank is None else (param.expert_rank, 0)
+
+
+def _check_all_held(table: ShardingTable, held: Held, experts: int, tp_size: int, *, whole: bool) -> None:
     """Requires that every expert-parallel rank's tensor-parallel ranks together hold the whole of its tensors."""
     for param in table.params:
         for name, shape in param.hf_tensors.items():
@@ -128,7 +139,8 @@ def _check_all_held(table: ShardingTable, held: Held, experts: int, tp_size: int
             if strangers:
                 raise WeightsError(f"tensor {name!r} is also held by expert-parallel ranks {sorted(strangers)}")
             for expert in owners:
-                by_rank = [parts.get((expert, tp_rank), []) for tp_rank in range(tp_size)]
+                ranks = range(1 if whole and param.expert_rank is not None else tp_size)
+                by_rank = [parts.get((expert, tp_rank), []) for tp_rank in ranks]
                 copies = (
                     by_rank if param.shard is TPSharding.REPLICATED else [[box for boxes in by_rank for box in boxes]]
                 )

@@ -117,6 +117,7 @@ def _layouts(sizes: RunSizes, memory: dict[str, Any]) -> Iterator[list[RunSizes]
                     layout = memory | {
                         "parallel.tensor": tp_size, "parallel.pipeline": pp_size, "parallel.data": dp_size,
                         "parallel.context": cp_size, "parallel.stages": None, "parallel.virtual_stages": 1,
+                        "parallel.expert_tensor": None,
                         "parallel.expert": ep_size, "parallel.sequence_parallel": tp_size > 1,
                         "rollout.tensor": engine_tensor, "rollout.hosts": hosts,
                     }  # fmt: skip

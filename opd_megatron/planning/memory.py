@@ -136,7 +136,7 @@ def teacher_memory(sizes: RunSizes, *, gpu: bool) -> dict[int, dict[str, float]]
 
 def optimizer_share(sizes: RunSizes, student: StageShard) -> float:
     """Elements whose optimizer state a rank keeps: the distributed optimizer divides it among the ranks with copies."""
-    return (student.parameters - student.experts + student.experts * sizes.ep_size) / sizes.replicas
+    return (student.parameters - student.experts) / sizes.replicas + student.experts / sizes.expert_copies
 
 
 def activation_bytes(sizes: RunSizes, stage: int) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def traffic(sizes: RunSizes) -> Traffic:
     keys = (2 + recompute) * 2 * layer.key / sizes.tp_size * student.num_hidden_layers * sizes.bytes_per_element
     rollout = BYTES_PER_ELEMENT[decided(sizes.config.rollout.dtype)]
     shards = [sizes.stage(student, stage) for stage in range(sizes.pp_size)]
-    copies = sizes.replicas // sizes.ep_size  # of an expert
+    copies = max(1, round(sizes.expert_copies))
     synchronised = max(
         _ring(sizes.replicas) * (shard.parameters - shard.experts) + _ring(copies) * shard.experts for shard in shards
     )

@@ -342,6 +342,7 @@ def _grid(config: RunConfig, models: ResolvedModels) -> ParallelGrid:
         models.data_parallel,
         ep_size=parallel.expert,
         cp_size=parallel.context,
+        whole_experts=parallel.whole_experts,
         sequence_parallel=parallel.sequence_parallel,
     )
 

@@ -66,7 +66,11 @@ def gather_student(student: TrainedModel, *, bucket_bytes: int = BUCKET_BYTES) -
     The first replica (the data-parallel ranks that hold all experts together) does the work of `export_weights`; the
     other replicas hold the same weights.
     """
-    if student.dp_rank >= student.layout.ep_size:
+    layout = student.layout
+    place, those = student.dp_rank, layout.ep_size
+    if layout.whole_experts:  # dealt to neighbours of all kinds
+        place, those = place * layout.tp_size + layout.tp_rank, max(layout.tp_size, layout.ep_size)
+    if place >= those:
         return iter(())
     return export_weights(student.model, student.hf_config, student.layout, bucket_bytes=bucket_bytes)
 
@@ -106,7 +110,7 @@ class _GatherExport:
     def _gather(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """Begins to gather a bucket within its stage, one message a rank; what all ranks hold stays at home."""
         sharded = [tensor for tensor in bucket if not tensor.replicated]
-        first = self._layout.tp_rank == 0
+        first = self._parts.assembles(bucket[0])
         ranks = range(1, self._layout.tp_size) if sharded else ()
         sizes = {rank: [math.prod(self._parts.shape(tensor, rank)) for tensor in sharded] for rank in ranks}
         if first:  # its own parts need no message
@@ -136,10 +140,11 @@ class _GatherExport:
     def _gather_alone(self, bucket: Sequence[HFTensor]) -> PendingTransfer:
         """Gathers one tensor that is larger than a bucket, in place where its layout allows."""
         (tensor,) = bucket
-        first = self._layout.tp_rank == 0
-        if not first:
+        if not self._parts.assembles(tensor):
+            if tensor.replicated:
+                return lambda: None
             own = self._own_flat(tensor)
-            works = [] if tensor.replicated else exchange([own], [0], self._layout.tp_group, sends=True)
+            works = exchange([own], [0], self._layout.tp_group, sends=True)
             return functools.partial(_wait_for, works, own)
         self.sender.wait()
         flat, tensors = self._empty_bucket(bucket)

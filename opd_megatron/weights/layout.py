@@ -36,11 +36,24 @@ class ShardLayout:
     """Ranks that hold the same, experts aside (data- and context-parallel ones); None where each reads for itself."""
     expert_dp_group: ProcessGroup | None = None
     """Ranks that hold the same experts."""
+    whole_experts: bool = False
+    """Whether experts are not cut over tensor-parallel ranks, but dealt to them too: the expert-parallel ranks are then
+    those next to each other, of tensor-, context- and data-parallel ones."""
     world: ProcessGroup | None = None
     """All ranks of the model; None with the two before."""
     parts: tuple[int, ...] = ()
     """Layers of each part of the model, in its order (`layers_of_parts`); empty where every stage is one part of
     `num_layers`."""
+
+    @property
+    def replica(self) -> int:
+        """Which copy of what is not an expert's this rank has a part of."""
+        return 0 if self.dp_group is None else self.dp_group.rank()
+
+    @property
+    def expert_replica(self) -> int:
+        """Which copy of its experts this rank has."""
+        return 0 if self.expert_dp_group is None else self.expert_dp_group.rank()
 
     @property
     def is_first_stage(self) -> bool:

@@ -77,12 +77,22 @@ class LocalShards:
 
     def exports(self, tensor: HFTensor) -> bool:
         """Tells whether this rank's stage and expert-parallel rank export the tensor."""
-        return tensor.owner == (self.layout.pp_rank, self.layout.ep_rank)
+        layout, (stage, expert) = self.layout, tensor.owner
+        if not layout.whole_experts:
+            return (stage, expert) == (layout.pp_rank, layout.ep_rank)
+        of_rank = layout.replica == 0 if expert == 0 else (layout.ep_rank, layout.expert_replica) == (expert, 0)
+        return stage == layout.pp_rank and of_rank
+
+    def assembles(self, tensor: HFTensor) -> bool:
+        """Of those that export it, whether this rank has it all in the end."""
+        return self.layout.tp_rank == 0 or (self.layout.whole_experts and tensor.owner[1] > 0)
 
     def contributed(self) -> list[HFTensor]:
         """Lists the shards that this rank exports; together the ranks of a replica export every element once."""
-        first = self.layout.tp_rank == 0
-        return [tensor for tensor in self.tensors if self.exports(tensor) and (first or not tensor.replicated)]
+        return [
+            tensor for tensor in self.tensors
+            if self.exports(tensor) and (self.assembles(tensor) or not tensor.replicated)
+        ]  # fmt: skip
 
     def contributed_numel(self) -> int:
         """Counts the elements that this rank exports."""

@@ -140,7 +140,9 @@ def sharding_table(hf_config: PretrainedConfig, layout: ShardLayout) -> Sharding
         for expert in range(dims.experts if family.experts else 0):
             rank, index = divmod(expert, _divide(dims.experts, layout.ep_size))
             params += [
-                _expert_parameter(mapping, dims, stage, prefix, (layer, expert), (local, index), rank)
+                _expert_parameter(
+                    mapping, dims, stage, prefix, (layer, expert), (local, index), rank, whole=layout.whole_experts
+                )
                 for mapping in family.experts
             ]
     params += [_stage_parameter(mapping, dims, stages - 1, last) for mapping in family.last]
@@ -207,16 +209,17 @@ def _stage_parameter(
 
 def _expert_parameter(
     mapping: ParamMapping, dims: Dims, stage: int, prefix: str, theirs: tuple[int, int], ours: tuple[int, int],
-    rank: int,
+    rank: int, *, whole: bool,
 ) -> StageParameter:  # fmt: skip
-    """`theirs` and `ours` are (layer, expert), in the whole model and on the rank."""
+    """`theirs` and `ours` are (layer, expert), in the whole model and on the rank. `whole`: not cut."""
     layer, expert = theirs
     hf_tensors = {
         name.format(layer=layer, expert=expert): dims.shape(shape) for name, shape in mapping.hf_tensors.items()
     }
     layer, expert = ours
     megatron = tuple(prefix + name.format(layer=layer, expert=expert) for name in mapping.megatron)
-    return StageParameter(stage, megatron, mapping.shard, hf_tensors, expert_rank=rank)
+    shard = TPSharding.REPLICATED if whole else mapping.shard
+    return StageParameter(stage, megatron, shard, hf_tensors, expert_rank=rank)
 
 
 def _vocab_pieces(param: StageParameter, vocab: int, rows: int, tp_rank: int) -> list[ShardSlice]:

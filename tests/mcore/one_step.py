@@ -39,7 +39,7 @@ class Run:
         self.models, parallel = check_run(self.config), self.config.parallel
         self.grid = grid = ParallelGrid.build(
             parallel.tensor, parallel.pipeline, settings["data"], ep_size=parallel.expert, cp_size=parallel.context,
-            sequence_parallel=parallel.sequence_parallel,
+            whole_experts=parallel.whole_experts, sequence_parallel=parallel.sequence_parallel,
         )  # fmt: skip
         padded = self.models.padded_vocab(grid.tp_size)
         self.student = Student(self.config, self.models.student, self.models.student_config, grid, padded)

@@ -21,7 +21,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "CP2": {"context": 2}, "CP4": {"context": 4}, "CP2 TP2": {"context": 2, "tensor": 2},
     "CP2 SP2": {"context": 2, "tensor": 2, "sequence_parallel": True}, "CP2 PP2": {"context": 2, "pipeline": 2},
     "CP2 DP2": {"context": 2, "data": 2}, "CP2 EP2": {"context": 2, "expert": 2},
-    "CP2 DP2 EP4": {"context": 2, "data": 2, "expert": 4}, "CP2 EP2 TP2": {
+    "CP2 DP2 EP4": {"context": 2, "data": 2, "expert": 4},
+    "SP2 EP2 whole": {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
+    "SP2 DP2 EP4 whole": {"tensor": 2, "sequence_parallel": True, "data": 2, "expert": 4, "expert_tensor": 1},
+    "SP2 PP2 EP2 whole": {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "expert": 2, "expert_tensor": 1},
+    "CP2 EP2 TP2": {
         "context": 2, "expert": 2, "tensor": 2, "sequence_parallel": True,
     },
 }  # fmt: skip

@@ -140,7 +140,7 @@ def test_a_teacher_in_a_layout_of_its_own_over_the_students_ranks_teaches_the_sa
 def test_packed_sequences_are_taught_the_same(
     inputs: dict[str, str], alone: Any, tmp_path: Path, student: str, ranks: int, teacher: dict[str, Any]
 ) -> None:
-    _agree(_run(inputs, tmp_path / "run", ranks, **STUDENTS[student], **teacher, **PACKED), alone)
+    _agree(_run(inputs, tmp_path / "run", ranks, **(STUDENTS[student] | teacher | PACKED)), alone)
 
 
 @pytest.fixture(scope="module")
