@@ -27,6 +27,16 @@ def lengths_of(longest: int, seed: int, sigma: float = 1.0) -> list[int]:
     return [*found[:-1], longest]
 
 
+def full_rows(longest: int, rows: int = 4) -> list[int]:
+    """Answers of the same kind, one as long as may be, whose rows are full however long that is."""
+    chance, found, left = random.Random(1), [longest], rows * BUDGET - longest - PROMPT
+    while left > PROMPT + 1:
+        answer = max(1, min(longest, left - PROMPT, round(chance.lognormvariate(math.log(48), 1.0))))
+        found.append(answer)
+        left -= answer + PROMPT
+    return found
+
+
 class Pair:
     """Student and teacher, ready to take a step padded or packed."""
 
@@ -96,7 +106,7 @@ def peaks(pair: Pair) -> list[dict[str, Any]]:
 
     from opd_megatron.mcore.cpu.platform import release_memory
 
-    pair.step(lengths_of(64, seed=1), BUDGET)
+    pair.step(full_rows(64), BUDGET)
     found = []
     for longest in (128, 256, 512, BUDGET - PROMPT):
         row: dict[str, Any] = {"longest": longest}
@@ -105,7 +115,8 @@ def peaks(pair: Pair) -> list[dict[str, Any]]:
             release_memory()
             before = resident("VmRSS")
             forget_peak()
-            pair.step(lengths_of(longest, seed=1), tokens, micro)
+            lengths = full_rows(longest)
+            pair.step(lengths[: len(lengths) // micro * micro], tokens, micro)
             row[way] = resident("VmHWM") - before
         found.append(row)
     return found

@@ -3,8 +3,8 @@
 Sixteen sequences with prompts of 48 tokens and answers of median 48, one of them of 400. Padded: micro batches of 8,
 sorted by length, each as long as its longest sequence; with two pipeline stages all as long as the longest of the step.
 Packed: rows of at most 1024 tokens. The two alternate in one process; times are of the teacher's pass and the update,
-medians of three after one that warms up. Peaks are how far a step's resident memory rises, packed in rows of 1024
-tokens and padded in micro batches of 4, for answers of which one is as long as `longest`.
+medians of three after one that warms up. Peaks are how far a step's resident memory rises, packed in full rows of 1024
+tokens and padded in micro batches of 4, for the same tokens in answers of which one is as long as `longest`.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ def measure(arguments: argparse.Namespace) -> Report:
                     "padding": "-",
                 }
             )
-        # Rows are fuller where an answer is long, and its attention is larger: not quite flat.
         grows = {way: peaks[-1][way] / peaks[0][way] for way in ("packed", "padded")}
-        growth = grows["packed"] / grows["padded"]
-        report.checks.append(Check.at_most("growth of the peak with the longest answer, packed / padded", growth, 0.5))
+        report.checks.append(Check.at_most("growth of the packed peak with the longest answer", grows["packed"], 1.2))
+        report.checks.append(Check.at_most("packed / padded growth", grows["packed"] / grows["padded"], 0.5))
     report.note = "Demo pair (24 and 30 layers) in bf16, two cores."
     return report
 

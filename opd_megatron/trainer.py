@@ -116,7 +116,8 @@ class OPDTrainer(RunParts):
             scored = self._scores()
             assert scored is not None
             rollouts, of_siblings = self.siblings.shown(rollouts, scored)
-        micro_batches = self.batches.build(prefixes(rollouts, objective.prefix_tokens))
+        trained = prefixes(rollouts, objective.prefix_tokens)
+        micro_batches = self.batches.build(trained)
         with timers.phase("teacher"):
             teachers = ask_teachers(self.teachers, micro_batches, self.views)
         scored = scored or self._scores()
@@ -136,6 +137,7 @@ class OPDTrainer(RunParts):
         self._save_rollouts(rollouts)
         others = {} if scored is None else scored.metrics | of_siblings
         others |= {name: getattr(objective, name) for name in objective.schedules}
+        others["mfu"] = self._utilization(trained, output.tokens)
         return self._metrics(rollouts, output, others | meters(teachers, self.config.teacher_names))
 
     # Pieces of the line
@@ -195,17 +197,16 @@ class OPDTrainer(RunParts):
                 "sync/bytes": self._weights_bytes,
                 "sync/gb_per_second": _rate(self._weights_bytes / 1e9, seconds["time/sync"]),
                 **_rates(output.tokens, seconds["time/step"], self._ranks),
-                "mfu": self._utilization(rollouts, output.tokens, seconds["time/train"]),
                 "memory/peak": peak_memory_bytes(),
             },
         )
 
-    def _utilization(self, rollouts: list[Rollout], tokens: int, seconds: float) -> float:
-        """Share of the devices' peak that the update has used (`metrics.utilization`)."""
+    def _utilization(self, rollouts: list[Rollout], tokens: int) -> float:
+        """Share of the devices' peak that the update has used (`models.utilization`)."""
         lengths = [len(each.prompt.token_ids) + len(each.response_ids) for each in rollouts]
         peak = peak_flops(DTYPES[decided(self.config.student.dtype)], fp8=self.config.precision.fp8 is not None)
         flops = training_flops(self.models.student_config, lengths, tokens)
-        return _rate(flops, seconds * peak * dist.get_world_size())
+        return _rate(flops, self.timers.so_far("train") * peak * dist.get_world_size())
 
     # The run
 

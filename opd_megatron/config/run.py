@@ -298,12 +298,13 @@ class RunConfig(Section):
                 found.append((f"teachers.{number}.", precision, getattr(teacher, "dtype", "auto")))
         return found
 
-    def token_alignment(self, *, of: PrecisionConfig | None = None) -> int:
-        """Tokens of a micro batch on a rank are a multiple of this: what FP8 products need, of the student and the
-        teachers on its ranks, or `of` one model."""
-        if of is not None:
-            return of.alignment
-        return math.lcm(*(precision.alignment for _, precision, _ in self.precisions()))
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Tokens of a micro batch, on all of a replica's ranks, are a multiple of this: sequence- and context-parallel
+        ranks divide them, and FP8 products want multiples on each."""
+        parallel = self.parallel
+        ranks = (parallel.tensor if parallel.sequence_parallel else 1) * parallel.context
+        return ranks * math.lcm(*(precision.alignment for _, precision, _ in self.precisions()))
 
     def _check_stages(self) -> None:
         parallel = self.parallel

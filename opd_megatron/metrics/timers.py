@@ -45,6 +45,10 @@ class PhaseTimers:
             self._charge()
             self._open.pop()
 
+    def so_far(self, name: str) -> float:
+        """Seconds of a phase of this step that is over."""
+        return self._seconds.get(name, 0.0)
+
     def collect(self) -> dict[str, float]:
         """Returns the seconds since the last call, as `time/<phase>` and `time/step`, and clears them."""
         assert not self._open, f"collect() inside phase {self._open[-1]!r}"

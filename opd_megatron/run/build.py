@@ -378,7 +378,7 @@ def _batches(config: RunConfig, models: ResolvedModels, grid: ParallelGrid, view
         grid.dp_size,
         config.micro_batch_size(grid.dp_size),
         one_length=grid.pp_size > 1,
-        multiple_of=micro_batch_multiple(config),
+        multiple_of=config.micro_batch_multiple,
         device=device(),
         route_of=None if views.routing is None else views.routing.route_of,
         balance=config.objective.balance,
@@ -390,14 +390,6 @@ def _batches(config: RunConfig, models: ResolvedModels, grid: ParallelGrid, view
         sequence_multiple_of=2 * grid.cp_size if grid.cp_size > 1 else 1,
         count_multiple_of=grid.pp_size if config.parallel.virtual_stages > 1 else 1,
     )
-
-
-def micro_batch_multiple(config: RunConfig) -> int:
-    """Tokens of a micro batch, on all of a replica's ranks, are a multiple of this: sequence- and context-parallel
-    ranks divide them, and FP8 products want multiples on each."""
-    parallel = config.parallel
-    ranks = (parallel.tensor if parallel.sequence_parallel else 1) * parallel.context
-    return ranks * config.token_alignment()
 
 
 def scored_prompts(inputs: RunInputs) -> list[Prompt]:

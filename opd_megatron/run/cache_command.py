@@ -208,7 +208,7 @@ class _Pass:
             grid.dp_size,
             self._config.parallel.micro_batch_size or _MICRO_BATCH_SIZE,
             one_length=grid.pp_size > 1,
-            multiple_of=1,
+            multiple_of=self._entry.precision.alignment,
             device=device(),
             route_of=None if routing is None else routing.route_of,
             in_step=self._config.parallel.expert > 1,

@@ -218,7 +218,7 @@ def build_host(number: int, config: RunConfig, models: ResolvedModels, link: Tea
         models.data_parallel,
         config.micro_batch_size(models.data_parallel),
         one_length=student.pipeline > 1,
-        multiple_of=student.tensor * student.context if sharded else 1,
+        multiple_of=config.micro_batch_multiple,
         device=torch.device("cpu"),
         tokens=config.pack_tokens,
         sequence_multiple_of=2 * student.context if student.context > 1 else 1,

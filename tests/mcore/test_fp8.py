@@ -31,13 +31,12 @@ STEP = 2.0**-3
 
 def _run(root: Path, family: str, settings: dict[str, Any], tokens: int = 64) -> Any:
     from opd_megatron.mcore.cpu.platform import device
-    from opd_megatron.run.build import micro_batch_multiple
     from tests.mcore.one_step import Run
 
     layout = {"data": 2} | ({"expert": 2} if "moe" in family else {})
     kinds = {"student.transformer_engine": "on", "student.dtype": "bf16", "teachers.0.dtype": "bf16"}
     run = Run((root / family, root / "teacher"), layout, tokens, **kinds, **settings)
-    run.builder = replace(run.builder, multiple_of=micro_batch_multiple(run.config), device=device())
+    run.builder = replace(run.builder, multiple_of=run.config.micro_batch_multiple, device=device())
     return run
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.mcore.one_step import LENGTHS, agree, one_step, ranks_of
+from tests.mcore.one_step import CLOSE, LENGTHS, agree, go_on, one_step, ranks_of, save_after_a_step
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny
 
@@ -101,3 +101,15 @@ def test_the_gradient_norm_does_not_depend_on_how_sequences_are_dealt(models: di
     found = _compare(models, "llama", layout)
     norms = {metrics["grad_norm"] for _, (metrics, _), *_ in found}
     assert len(norms) == 1, "the same on every rank"
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("SP2 DP2 EP4 whole", "one"), ("EP2", "SP2 EP2 whole")])
+def test_a_checkpoint_goes_on_with_experts_dealt_otherwise(
+    models: dict[str, Path], tmp_path: Path, saved: str, resumed: str
+) -> None:
+    pair, before, after = (models["qwen3_moe"], models["teacher"]), LAYOUTS[saved], LAYOUTS[resumed]
+    (metrics, tokens) = run_ranks(ranks_of(before), save_after_a_step, pair, before, tmp_path)[0]
+    (path,) = [each for each in tmp_path.iterdir() if each.is_dir()]
+    (found, their_tokens) = run_ranks(ranks_of(after), go_on, pair, after, path)[0]
+    assert their_tokens == tokens
+    assert found == pytest.approx(metrics, **CLOSE)

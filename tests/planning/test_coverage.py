@@ -44,6 +44,27 @@ def test_the_committed_index_adds_up_to_the_published_size(name: str) -> None:
     assert 2 * sum(math.prod(shape or ()) for shape in shapes.values()) == TOTALS[name]["total_size"], "bf16"
 
 
+@pytest.mark.parametrize(("sizes", "data", "shards"), [
+    ({"tensor": 2, "expert": 4, "expert_tensor": 1}, 2, 4), ({"tensor": 2, "expert": 2, "expert_tensor": 1}, 1, 2),
+    ({"tensor": 2, "expert": 4, "expert_tensor": 1, "pipeline": 2}, 4, 8), ({"expert": 4, "context": 2}, 2, 4),
+])  # fmt: skip
+def test_whole_experts_and_those_of_context_parallel_ranks_are_held_once(
+    tmp_path: Path, sizes: dict[str, int], data: int, shards: int
+) -> None:
+    hf = load_hf_config(save_tiny(tmp_path / "model", "qwen3_moe"))
+    parallel = ParallelConfig(**sizes, sequence_parallel=sizes.get("tensor", 1) > 1)
+    assert build_and_check(hf, parallel, data, 272, None).shards == shards
+
+
+@pytest.mark.parametrize(("sizes", "shards"), [
+    ({"pipeline": 2, "stages": [1, 3]}, 2), ({"pipeline": 3}, 3), ({"pipeline": 2, "virtual_stages": 2}, 2),
+    ({"pipeline": 2, "virtual_stages": 2, "stages": [1, 1, 1, 1], "tensor": 2}, 4),
+])  # fmt: skip
+def test_stages_of_any_kind_hold_every_layer_once(tmp_path: Path, sizes: dict[str, Any], shards: int) -> None:
+    hf = load_hf_config(save_tiny(tmp_path / "model"))
+    assert build_and_check(hf, ParallelConfig(**sizes), 1, 272, None).shards == shards
+
+
 @pytest.mark.parametrize("name", TOTALS)
 def test_64_ranks_hold_every_published_tensor_exactly_once(name: str) -> None:
     hf = _published(name)
