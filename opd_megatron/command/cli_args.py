@@ -45,8 +45,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "optimizer.lr": ("learning_rate", "lr"),
     "parallel.tensor": ("tensor_model_parallel_size", "tensor_parallel_size"),
     "parallel.pipeline": ("pipeline_model_parallel_size", "pipeline_parallel_size"),
-    "parallel.context": ("context_parallel_size",),
-    "parallel.expert": ("expert_model_parallel_size",),
     "parallel.micro_batch_size": ("micro_batch_size",),
     "checkpoint.every": ("save_interval", "save_steps"),
     "evaluation.every": ("eval_interval", "eval_steps"),

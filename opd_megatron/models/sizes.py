@@ -168,6 +168,18 @@ class RunSizes:
         return min(self.tokens, -(-self.micro_size * self.config.rollout.max_new_tokens // self.cp_size))
 
     @property
+    def step_response_tokens(self) -> int:
+        """Tokens on a rank of a whole step that the objective is about, all of them as long as they may be."""
+        sequences = -(-self.config.sequences_per_step // self.dp_size)
+        return -(-sequences * self.config.rollout.max_new_tokens // self.cp_size)
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Micro batches of a rank in a step whose sequences are as long as they may be."""
+        budget = self.config.pack_tokens
+        return self.micro_batches if budget is None else max(1, -(-self._most_tokens // budget))
+
+    @property
     def _most_tokens(self) -> int:
         """Tokens of a data-parallel rank's longest sequences."""
         return max(1, -(-self.config.sequences_per_step // self.dp_size)) * self.length

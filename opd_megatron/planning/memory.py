@@ -178,9 +178,9 @@ def _in_flight(sizes: RunSizes, stage: int) -> float:
     less a part for each stage behind (arXiv 2104.04473, section 2.2; upstream's warm-up)."""
     virtual = sizes.config.parallel.virtual_stages
     if virtual == 1:
-        return min(sizes.pp_size - stage, sizes.micro_batches)
+        return min(sizes.pp_size - stage, sizes.most_micro_batches)
     warm_up = 2 * (sizes.pp_size - stage - 1) + (virtual - 1) * sizes.pp_size
-    return min((warm_up + 1) / virtual, sizes.micro_batches)
+    return min((warm_up + 1) / virtual, sizes.most_micro_batches)
 
 
 def _fp8_saving(sizes: RunSizes, layer: LayerSizes) -> float:

@@ -89,7 +89,7 @@ class StudentRanks:
         head = 0 if shard.tied else shard.head
         if not same:
             head = sizes.head_columns(hf_config) * hf_config.hidden_size if last else 0
-        states = sizes.response_tokens * sizes.micro_batches * hf_config.hidden_size * element if last else 0
+        states = sizes.step_response_tokens * hf_config.hidden_size * element if last else 0
         held = float((shard.parameters - (head if same else 0)) * element)
         held += sizes.frozen_fp8_bytes(hf_config, shard, teacher.precision, element)
         if teacher.update == "live":
