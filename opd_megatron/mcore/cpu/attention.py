@@ -170,7 +170,9 @@ class _LaterAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         """As `_RecomputedAttention`, block by block of the queries."""
         query, key, value, context = ctx.saved_tensors
-        d_q, d_k, d_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        # Sums over blocks, in fp32: in bf16 they would be rounded once a block.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        d_q, d_k, d_v = torch.empty_like(query), *(torch.zeros_like(each, dtype=wide) for each in (key, value))
         batch, heads, _, width = query.shape
         pairs = batch * key.shape[1]
         for rows, mask in _blocks(query, key):
@@ -178,12 +180,11 @@ class _LaterAttention(torch.autograd.Function):
             k, v = (each[:, :, : mask.shape[1]].reshape(pairs, -1, width) for each in (key, value))
             future = mask.repeat(heads // key.shape[1], 1)
             p = torch.baddbmm(future, q, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
-            of_values = torch.bmm(p.transpose(1, 2), g)
-            d_s = torch.bmm(g, v.transpose(1, 2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(ctx.scale)
-            d_q[:, :, rows] = torch.bmm(d_s, k).view(batch, heads, -1, width)
-            d_k[:, :, : mask.shape[1]] += torch.bmm(d_s.transpose(1, 2), q).view(batch, key.shape[1], -1, width)
-            d_v[:, :, : mask.shape[1]] += of_values.view(batch, key.shape[1], -1, width)
-        return d_q, d_k, d_v, None
+            of_queries, *of_others = _gradients(q, k, v, g, o, p, ctx.scale)
+            d_q[:, :, rows] = of_queries.view(batch, heads, -1, width)
+            for total, part in zip((d_k, d_v), of_others, strict=True):
+                total[:, :, : mask.shape[1]] += part.view(batch, key.shape[1], -1, width)
+        return d_q, d_k.to(key.dtype), d_v.to(value.dtype), None
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -215,17 +216,25 @@ class _RecomputedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        """With P = softmax(c Q K'): dV = P' G, dS = P * (G V' - rowsum(G * O)), dQ = c dS K, dK = c dS' Q."""
+        """See `_gradients`."""
         query, key, value, context = ctx.saved_tensors
         batch, heads, length, width = query.shape
         pairs, rows = batch * key.shape[1], heads // key.shape[1] * length
         q, g, o = (t.reshape(pairs, rows, width) for t in (query, grad_outputs[0], context))
         k, v = (t.reshape(pairs, length, width) for t in (key, value))
         p = _causal_probabilities(q, k, ctx.scale, length)
-        d_v = torch.bmm(p.transpose(1, 2), g)
-        d_s = torch.bmm(g, v.transpose(1, 2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(ctx.scale)
-        d_q, d_k = torch.bmm(d_s, k), torch.bmm(d_s.transpose(1, 2), q)
+        d_q, d_k, d_v = _gradients(q, k, v, g, o, p, ctx.scale)
         return d_q.view(query.shape), d_k.view(key.shape), d_v.view(value.shape), None
+
+
+def _gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, o: torch.Tensor, p: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With P = softmax(c Q K'): dV = P' G, dS = P * (G V' - rowsum(G * O)), dQ = c dS K, dK = c dS' Q. Matrices of
+    several pairs of heads."""
+    d_v = torch.bmm(p.transpose(1, 2), g)
+    d_s = torch.bmm(g, v.transpose(1, 2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+    return torch.bmm(d_s, k), torch.bmm(d_s.transpose(1, 2), q), d_v
 
 
 def _causal_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float, length: int) -> torch.Tensor:
